@@ -1,0 +1,241 @@
+"""How a rationale becomes a vector: the same reader in training, encoding and evaluation.
+
+Three spans (`ReaderConfig.span`):
+
+- `context`: the mean over the user's text, the chat glue and the rationale up to and including its end token, as in
+  GRACE (arXiv 2510.04506, eq. 9-11).
+- `rationale`: the rationale's tokens only; the model still sees the text.
+- `bottleneck`: the rationale is read again alone, the text hidden. The vector is a function of the words that were
+  written and of nothing else. Costs one more backbone pass over the short rationale.
+
+Raw vectors of mean-pooled states share one large common direction; `centre` subtracts its running mean, which is
+stored with the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import PreTrainedTokenizerBase
+
+from grace_rl.embed.hidden_states import decoder_stack, pool_states, tap_layers
+from grace_rl.errors import UserError
+from grace_rl.rollout.prompts import Prompt
+
+Span = Literal["context", "rationale", "bottleneck"]
+Pool = Literal["mean", "last"]
+
+CENTRE_MOMENTUM = 0.9  # a mean over about ten batches: steady, yet it follows a policy that moves
+
+
+@dataclass(frozen=True)
+class ReaderConfig:
+    """What to read, and with which weights.
+
+    Args:
+        span: `context`, `rationale` or `bottleneck`.
+        layers: Hidden layers, 0 (input embeddings) to -1 (after the final norm). `None` is `(0, -1)` for the bottleneck
+            and `(-1,)` otherwise. Several layers are normalised and added.
+        centre: Subtract the running mean.
+        pool: `mean` over the span's tokens, or its `last` token.
+        weights: `policy` (the current weights), `frozen` (a copy from before training), or the name or path of a
+            sentence-transformers model that embeds the written strings.
+
+    Raises:
+        UserError: With every mistake in the values.
+    """
+
+    span: Span = "bottleneck"
+    layers: tuple[int, ...] | None = None
+    centre: bool = True
+    pool: Pool = "mean"
+    weights: str = "policy"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.span not in get_args(Span):
+            problems.append(f"reader.span: must be one of {', '.join(get_args(Span))}, not {self.span!r}")
+        if self.pool not in get_args(Pool):
+            problems.append(f"reader.pool: must be mean or last, not {self.pool!r}")
+        if not isinstance(self.centre, bool):
+            problems.append(f"reader.centre: must be true or false, not {self.centre!r}")
+        layers = self.layers if self.layers is not None else ((0, -1) if self.span == "bottleneck" else (-1,))
+        if not isinstance(layers, (list, tuple)) or not layers or not all(isinstance(i, int) for i in layers):
+            problems.append(f"reader.layers: must be a list of layer numbers such as [0, -1], not {self.layers!r}")
+        if not self.reads_with_language_model and self.span == "rationale":
+            problems.append(
+                "reader.span: a sentence encoder cannot read the rationale's tokens with the text in view; "
+                "use bottleneck (the rationale alone) or context (text and rationale)"
+            )
+        if problems:
+            raise UserError(problems)
+        object.__setattr__(self, "layers", tuple(layers))
+
+    @property
+    def reads_with_language_model(self) -> bool:
+        return self.weights in ("policy", "frozen")
+
+    @property
+    def in_context(self) -> bool:
+        """Whether the vector comes from a forward over prompt and rationale together."""
+        return self.reads_with_language_model and self.span != "bottleneck"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A rationale as it was written: its prompt, its token ids up to and including the end token, and its text."""
+
+    prompt: Prompt
+    token_ids: list[int]
+    rationale: str
+
+
+class Reader:
+    """Turns written rationales into vectors.
+
+    Args:
+        config: What to read.
+        tokenizer: The policy's.
+        end_ids: Token ids that end a rationale; the bottleneck leaves them out, as they are no words.
+        model: The policy as it is now; `weights: frozen` copies it here, `policy` reads with whatever backbone the
+            caller passes later.
+        device: Where frozen weights and sentence encoders live.
+        batch_size: Rationales per forward.
+    """
+
+    def __init__(
+        self,
+        config: ReaderConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Sequence[int],
+        model: nn.Module,
+        device: torch.device | str = "cpu",
+        batch_size: int = 256,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.end_ids = frozenset(end_ids)
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.centre: Tensor | None = None
+        self._policy = model
+        if config.weights == "frozen":
+            self._policy = copy.deepcopy(model).to(self.device).requires_grad_(False).eval()
+
+    @cached_property
+    def _sentence_encoder(self) -> Any:
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            return SentenceTransformer(self.config.weights, device=str(self.device))
+        except (OSError, ValueError) as error:
+            raise UserError(f"reader.weights: cannot load {self.config.weights!r}: {error}") from error
+
+    # -- raw vectors -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def read(self, written: Sequence[Written]) -> Tensor:
+        """Raw vectors (N, H), float32, neither centred nor normalised, with a forward pass of its own."""
+        if not self.config.reads_with_language_model:
+            return self._read_strings(written)
+        rows = [self.tokens_to_read(item) for item in written]
+        vectors = []
+        was_training = self._policy.training
+        self._policy.eval()
+        stack = decoder_stack(self._policy)
+        device = next(stack.parameters()).device
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            width = max(len(ids) for ids, _ in batch)
+            ids = torch.full((len(batch), width), self._padding, dtype=torch.long)
+            attention = torch.zeros_like(ids)
+            mask = torch.zeros_like(ids, dtype=torch.bool)
+            for i, (row, first) in enumerate(batch):
+                ids[i, : len(row)] = torch.tensor(row)
+                attention[i, : len(row)] = 1
+                mask[i, first : len(row)] = True
+            mask = mask.to(device)
+
+            def receive(states: Tensor, mask: Tensor = mask) -> None:
+                vectors.append(pool_states(states, mask, self.config.pool))
+
+            with tap_layers(stack, self._layers, receive):
+                stack(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False)
+        self._policy.train(was_training)
+        return torch.cat(vectors)
+
+    def tokens_to_read(self, item: Written) -> tuple[list[int], int]:
+        """The tokens one forward sees, and the first of them that is pooled."""
+        if self.config.span == "bottleneck":
+            words = [token for token in item.token_ids if token not in self.end_ids]
+            return words or [self._padding], 0
+        first = item.prompt.span[0] if self.config.span == "context" else len(item.prompt.token_ids)
+        return item.prompt.token_ids + item.token_ids, first
+
+    def tap(self, model: nn.Module, masks: Callable[[int], Tensor], vectors: list[Tensor]) -> Any:
+        """A context in which the policy's own forwards over prompt and rationale also yield raw vectors.
+
+        Args:
+            model: The unwrapped policy.
+            masks: Gives the (B, T) pooling mask of the forward with the given number, counted from 0.
+            vectors: Receives one (B, H) tensor per forward.
+        """
+
+        def receive(states: Tensor) -> None:
+            vectors.append(pool_states(states, masks(len(vectors)), self.config.pool))
+
+        return tap_layers(decoder_stack(model), self._layers, receive)
+
+    def _read_strings(self, written: Sequence[Written]) -> Tensor:
+        if self.config.span == "bottleneck":
+            strings = [item.rationale for item in written]
+        else:
+            strings = [f"{item.prompt.text}\n{item.rationale}" for item in written]
+        vectors = self._sentence_encoder.encode(
+            strings, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False
+        )
+        return torch.as_tensor(vectors, dtype=torch.float32)
+
+    @property
+    def _layers(self) -> tuple[int, ...]:
+        assert self.config.layers is not None
+        return self.config.layers
+
+    @property
+    def _padding(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    # -- centring ----------------------------------------------------------------------------------------------------
+
+    def update_centre(self, mean: Tensor) -> None:
+        """Move the running mean towards the mean (H,) of a batch of raw vectors; the first batch sets it."""
+        if self.config.centre:
+            momentum = 0.0 if self.centre is None else CENTRE_MOMENTUM
+            old = mean if self.centre is None else self.centre.to(mean.device)
+            self.centre = momentum * old + (1 - momentum) * mean
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Unit vectors from raw ones: centred if the reader has a centre, then L2-normalised. (N, H) -> (N, H)."""
+        if self.config.centre and self.centre is not None:
+            raw = raw - self.centre.to(raw.device)
+        return normalize(raw, dim=-1)
+
+    def save(self, folder: Path) -> None:
+        """Write the centre to `folder/centre.safetensors`, if there is one."""
+        if self.centre is not None:
+            save_file({"centre": self.centre.cpu()}, str(folder / "centre.safetensors"))
+
+    def load(self, folder: Path) -> None:
+        """Read the centre back, if the folder has one."""
+        if (folder / "centre.safetensors").exists():
+            self.centre = load_file(str(folder / "centre.safetensors"))["centre"].to(self.device)

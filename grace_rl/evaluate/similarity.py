@@ -1,0 +1,27 @@
+"""Scores of vectors on triplets. Ties are errors: vectors that cannot tell two texts apart earn nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TIE = 1e-6  # equal vectors may differ in their last bits
+
+def retrieval_scores(queries: Tensor, positives: Tensor, negatives: Tensor) -> dict[str, float]:
+    """Recall@1 of the positive among all positives and hard negatives, and triplet accuracy, each in 0 to 1.
+
+    Args:
+        queries, positives, negatives: (N, H) unit vectors.
+
+    >>> same = torch.ones(2, 1)
+    >>> retrieval_scores(same, same, same)
+    {'recall_at_1': 0.0, 'triplet_accuracy': 0.0}
+    """
+    similarity = queries @ torch.cat([positives, negatives]).T  # (N, 2N)
+    own = similarity.diagonal().clone() - TIE
+    negative = similarity.diagonal(len(queries)).clone()
+    similarity.diagonal().fill_(-torch.inf)
+    return {
+        "recall_at_1": float((own > similarity.amax(1)).float().mean()),
+        "triplet_accuracy": float((own > negative).float().mean()),
+    }

@@ -1,0 +1,76 @@
+"""vLLM inside TRL, on a GPU and on a CPU.
+
+TRL's own vLLM path is used as it is. On a CPU it needs two repairs (vLLM 0.31, TRL 1.16):
+
+- vLLM's CPU linear layers repack their weights after loading and lose the loader that TRL's push calls, so weights are
+  pushed through the model runner's `reload_weights` with an explicit iterator. (Without an iterator that call would
+  reload the first checkpoint from disk; with one it takes what it is given.) A head tied to the input embeddings gets
+  no weights of its own in that push and would go on sampling from its old packed copy, so it is packed again.
+- Compiling for the CPU takes most of a minute at start; small models run as fast without.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.generation import vllm_generation
+
+CPU_DEFAULTS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    # One thread per core, each bound to its core, waits for the slowest at every layer: on a machine that is also busy
+    # with something else this is tens of times slower. Unbound, vLLM uses torch's threads (OMP_NUM_THREADS).
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+def vllm_runs_on_cpu() -> bool:
+    """Whether vLLM is installed and was built for CPUs."""
+    try:
+        from vllm.platforms import current_platform
+    except ImportError:
+        return False
+    return bool(current_platform.is_cpu())
+
+
+@contextmanager
+def vllm_start() -> Iterator[None]:
+    """Inside, TRL builds its vLLM engine with settings that suit the platform."""
+    if not vllm_runs_on_cpu():
+        yield
+        return
+    for name, value in CPU_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    original = vllm_generation.LLM
+    vllm_generation.LLM = partial(original, enforce_eager=True)
+    try:
+        yield
+    finally:
+        vllm_generation.LLM = original
+
+
+def repair_weight_push(generation: Any) -> None:
+    """Replace the weight push of TRL's `VLLMGeneration` where vLLM runs on a CPU; elsewhere leave it alone."""
+    if generation.mode == "colocate" and vllm_runs_on_cpu():
+        generation.sync_weights = partial(_push_weights_on_cpu, generation)
+
+
+def _push_weights_on_cpu(generation: Any) -> None:
+    def copies() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in generation._iter_named_params():
+            yield name, parameter.detach().clone()
+
+    runner = generation.llm.llm_engine.model_executor.driver_worker.model_runner
+    with torch.no_grad():
+        runner.reload_weights(weights_iterator=copies())
+        model = runner.get_model()
+        if runner.model_config.hf_text_config.tie_word_embeddings:
+            model.lm_head.tie_weights(model.model.embed_tokens)
+            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+    generation.llm.reset_prefix_cache()

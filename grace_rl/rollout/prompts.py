@@ -1,0 +1,142 @@
+"""The one place that turns a text into the prompt a policy continues.
+
+A prompt is `prefix + text + suffix`. Prefix and suffix come from the model's own chat template and do not depend on
+the text, so the text's place is known by counting characters, and the tokenizer's offsets turn characters into tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from grace_rl.errors import UserError
+
+DEFAULT_INSTRUCTION = (
+    "Read the text and say in a few plain words what it is about: who or what, what happens, where, when, and "
+    "whatever else would tell it apart from similar texts. Write only this short rationale."
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt.
+
+    Attributes:
+        text: The text, stripped and cut to the token limit.
+        string: The whole prompt.
+        token_ids: Its tokens, `len(token_ids)` = P.
+        span: Tokens `[start, stop)` that hold the text, `0 <= start <= stop <= P`.
+    """
+
+    text: str
+    string: str
+    token_ids: list[int]
+    span: tuple[int, int]
+
+
+class PromptTemplate:
+    """Renders texts with a tokenizer's chat template, or with a plain layout where there is none.
+
+    Args:
+        tokenizer: A fast tokenizer (offsets are needed).
+        instruction: System message; `None` for none. Templates without a system role get it before the text.
+        max_text_tokens: Texts are cut to this many tokens, at least 1.
+        chat_template_kwargs: Passed on to the template, e.g. `{"enable_thinking": False}`.
+
+    Raises:
+        UserError: The tokenizer is slow, or its template changes with the text it is given.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        instruction: str | None = DEFAULT_INSTRUCTION,
+        max_text_tokens: int = 512,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(f"{tokenizer.name_or_path}: prompts need a fast tokenizer (one with a tokenizer.json)")
+        if max_text_tokens < 1:
+            raise UserError(f"max_text_tokens must be at least 1, not {max_text_tokens}")
+        self.tokenizer = tokenizer
+        self.instruction = instruction
+        self.max_text_tokens = max_text_tokens
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self._special = [token for token in tokenizer.get_added_vocab() if token.strip()]
+        self.prefix, self.suffix = self._surroundings()
+
+    def render(self, text: str) -> Prompt:
+        """The prompt for one text.
+
+        Raises:
+            UserError: The text is blank.
+        """
+        text = text.strip()
+        if not text:
+            raise UserError("a blank text cannot be made into a prompt")
+        token_ids, ends, span = self._tokenize(text)
+        if span[1] - span[0] > self.max_text_tokens:
+            text = text[: ends[span[0] + self.max_text_tokens - 1]].rstrip()
+            token_ids, _, span = self._tokenize(text)
+        return Prompt(text, self.prefix + text + self.suffix, token_ids, span)
+
+    def _tokenize(self, text: str) -> tuple[list[int], list[int], tuple[int, int]]:
+        """Token ids, for each token its end as a character of the text, and the text's span in tokens."""
+        start, stop = len(self.prefix), len(self.prefix) + len(text)
+        if any(token in text for token in self._special):
+            # A text that spells a control token must not become one: tokenize it apart, as plain characters.
+            parts = [self._encode(self.prefix), self._encode(text, split_special_tokens=True), self._encode(self.suffix)]
+            ids = [token for part in parts for token in part["input_ids"]]
+            first = len(parts[0]["input_ids"])
+            ends = [0] * first + [end for _, end in parts[1]["offset_mapping"]]
+            return ids, ends, (first, len(ends))
+        encoded = self._encode(self.prefix + text + self.suffix)
+        offsets = encoded["offset_mapping"]
+        inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < stop and b > a]
+        return encoded["input_ids"], [b - start for _, b in offsets], (inside[0], inside[-1] + 1)
+
+    def _encode(self, string: str, **kwargs: Any) -> Any:
+        return self.tokenizer(string, add_special_tokens=False, return_offsets_mapping=True, **kwargs)
+
+    def _surroundings(self) -> tuple[str, str]:
+        """What stands before and after the text. Two different texts show where the template stops depending on it."""
+        if self.tokenizer.chat_template is None:
+            return self._plain_surroundings()
+        first, second = self._fill("a"), self._fill("b")
+        prefix = os.path.commonprefix([first, second])
+        suffix = os.path.commonprefix([first[::-1], second[::-1]])[::-1]
+        if prefix + "a" + suffix != first or prefix + "some longer text" + suffix != self._fill("some longer text"):
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: the chat template does not insert a user message unchanged and once; "
+                "set another chat template"
+            )
+        return prefix, suffix
+
+    def _fill(self, text: str) -> str:
+        user = {"role": "user", "content": text}
+        if self.instruction is None:
+            return self._apply([user])
+        try:
+            filled = self._apply([{"role": "system", "content": self.instruction}, user])
+            if self.instruction in filled:
+                return filled
+        except TemplateError:  # how templates refuse a system role
+            pass
+        return self._apply([{"role": "user", "content": f"{self.instruction}\n\n{text}"}])
+
+    def _apply(self, messages: list[dict[str, str]]) -> str:
+        rendered = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+        )
+        return str(rendered)
+
+    def _plain_surroundings(self) -> tuple[str, str]:
+        """A base model's prompt: begin token where the tokenizer uses one, instruction, text, a cue to write."""
+        bos = self.tokenizer.bos_token
+        begins = bos is not None and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        head = "" if self.instruction is None else f"{self.instruction}\n\n"
+        return (bos if begins else "") + head + "Text: ", "\n\nRationale:"

@@ -1,0 +1,490 @@
+"""GRPO on rationales: TRL's trainer, with rewards that see embeddings.
+
+What differs from TRL's `GRPOTrainer`:
+
+- The data set holds rows (query, positive, negatives, or text). Their texts become prompts by role, a row's rollouts stay
+  in one generation batch, and anchors (texts of untrained roles) are written along with them.
+- Rewards get a `RewardBatch`: this process's rollouts with their embeddings, and every process's as a pool. In-context
+  readers take the hidden states from the forward that TRL makes for the old log-probabilities; where TRL skips that
+  forward, or the reader is the bottleneck, one pass over the decoder stack is added.
+- Rollouts, rewards and advantages are kept in the run directory.
+
+What differs from GRACE (arXiv 2510.04506): any role can be rolled out, so that negatives move the advantage (there they
+are constant within a group and cancel), and the loss, clipping and scaling are TRL's.
+
+Overridden private methods of TRL 1.16, each tested by name: `_get_train_sampler`, `_get_eval_sampler`,
+`_generate_and_score_completions`, `_tokenize_prompts`, `_generate_single_turn`,
+`_get_per_token_logps_and_entropies`, `_calculate_rewards`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather, gather_object
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOTrainer
+
+from grace_rl.data.bundles import Bundles, BundleSampler, RoleText, parse_roles
+from grace_rl.embed.diagnostics import collapse_metrics, distinct_n
+from grace_rl.embed.reader import Reader, ReaderConfig, Written
+from grace_rl.errors import UserError
+from grace_rl.reward import Pool, RewardBatch
+from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
+from grace_rl.reward.runtime import RewardRuntime, Scored
+from grace_rl.rollout.engines import repair_weight_push, vllm_start
+from grace_rl.rollout.prompts import Prompt, PromptTemplate
+from grace_rl.rollout.store import write_rollouts
+from grace_rl.train.callbacks import print_group
+from grace_rl.train.grpo_config import GraceGRPOConfig
+from grace_rl.train.run_directory import CheckpointMixin
+
+
+@dataclasses.dataclass
+class GenerationBatch:
+    """What one generation batch collects on its way through TRL's methods, on this process.
+
+    Attributes:
+        texts: The text behind each rollout.
+        anchors: This process's share of the anchors; shares are equally long, the last may repeat an anchor.
+        anchor_count: Anchors of all processes without the repeats.
+        prompts, token_ids: One per rollout; `anchor_token_ids` one per anchor of the share.
+        raw: (B, H) raw vectors, once a forward of TRL's has given them.
+    """
+
+    texts: list[RoleText]
+    anchors: list[RoleText]
+    anchor_count: int
+    prompts: list[Prompt] = dataclasses.field(default_factory=list)
+    token_ids: list[list[int]] = dataclasses.field(default_factory=list)
+    anchor_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
+    raw: Tensor | None = None
+    scored: Scored | None = None
+    pool: Pool | None = None
+
+
+class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
+    """TRL's GRPO trainer for policies whose rationales are read as embeddings.
+
+    Args:
+        model: A causal language model, its path, or its hub id.
+        args: The configuration.
+        train_dataset: Rows with `query`, `positive` and optionally `negative`, `negative_positive`; or with `text`.
+        rewards: Reward objects, functions (plain TRL ones too), names (of shipped rewards, `package.module:Name` or
+            `file.py:Name`), or `RewardSpec`s. `args.reward_weights`, where given, are their weights.
+        eval_dataset: Rows for TRL's evaluation loop.
+        processing_class: The policy's tokenizer; loaded with the model if not given.
+        peft_config: Train an adapter instead of all weights.
+        callbacks, optimizers: As in TRL.
+        run_folder: Where rollouts are kept; `None` keeps none.
+        console: Where a group of rationales is printed every `args.print_rollouts_steps` steps.
+
+    Raises:
+        UserError: Roles, batch sizes, reader or rewards do not fit together. Raised before a model is loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: GraceGRPOConfig,
+        train_dataset: Sequence[dict[str, Any]],
+        rewards: Sequence[RewardSpec | str | LoadedReward | Callable[..., Any]],
+        eval_dataset: Sequence[dict[str, Any]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        run_folder: Path | None = None,
+        console: Console | None = None,
+    ) -> None:
+        reader_config = ReaderConfig(**args.reader)
+        roles = parse_roles(args.roles, args.num_generations)
+        self.rewards = _weighted(load_rewards(rewards, Path.cwd()), args.reward_weights)
+        args.reward_weights = [reward.weight for reward in self.rewards]
+        self._bundles = {"train": Bundles(list(train_dataset), roles)}
+        if eval_dataset is not None:
+            self._bundles["eval"] = Bundles(list(eval_dataset), roles)
+        check_batches(args, self._bundles["train"], self.rewards)
+        self.run_folder = run_folder
+        self.console = console or Console()
+        self._batch: GenerationBatch | None = None
+        self._phases: dict[str, float] = defaultdict(float)
+
+        with vllm_start():
+            super().__init__(
+                model=model,
+                reward_funcs=[_named(reward.label) for reward in self.rewards],
+                args=args,
+                train_dataset=self._bundles["train"].dataset(),
+                eval_dataset=self._bundles["eval"].dataset() if eval_dataset is not None else None,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+            )
+        if self.use_vllm:
+            repair_weight_push(self.vllm_generation)
+            self.vllm_generation.sync_weights = self._timed("sync", self.vllm_generation.sync_weights)
+        self.prompt_template = PromptTemplate(
+            self._tokenizer, args.instruction, args.max_text_tokens, self.chat_template_kwargs
+        )
+        self._render = lru_cache(maxsize=65_536)(self.prompt_template.render)
+        policy = self.accelerator.unwrap_model(self.model)
+        self.reader = Reader(reader_config, self._tokenizer, self.eos_token_ids, policy, self.accelerator.device)
+        self.runtime = RewardRuntime(
+            self.rewards,
+            gather=gather,
+            gather_object=lambda item: gather_object([item]),
+            main_process=self.accelerator.is_main_process,
+        )
+
+    # -- batches of whole bundles ------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset: Any = None) -> BundleSampler:
+        bundles = self._bundles["train"]
+        return BundleSampler(
+            rows=len(bundles.rows),
+            texts_per_row=len(bundles.trained),
+            samples=self.num_generations,
+            rows_per_batch=self.args.generation_batch_size // (len(bundles.trained) * self.num_generations),
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> BundleSampler:
+        bundles = self._bundles["eval"]
+        bundle_size = len(bundles.trained) * self.num_generations_eval
+        batch_size = self.args.per_device_eval_batch_size * self.accelerator.num_processes
+        if batch_size % bundle_size:
+            raise UserError(
+                f"per_device_eval_batch_size x processes = {batch_size} must be a multiple of trained roles x "
+                f"num_generations_eval = {bundle_size}"
+            )
+        return BundleSampler(
+            rows=len(bundles.rows),
+            texts_per_row=len(bundles.trained),
+            samples=self.num_generations_eval,
+            rows_per_batch=batch_size // bundle_size,
+            repeat_count=1,
+            shuffle=False,
+        )
+
+    # -- writing rationales ------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        bundles = self._bundles["train" if self.model.training else "eval"]
+        texts = [bundles.prompts[item["prompt_number"]] for item in inputs]
+        examples = dict.fromkeys(gather_object([text.example for text in texts]))
+        anchors = [text for example in examples for text, samples in bundles.anchors[example] for _ in range(samples)]
+        share = -(-len(anchors) // self.accelerator.num_processes)
+        padded = anchors + anchors[:1] * (share * self.accelerator.num_processes - len(anchors))
+        first = self.accelerator.process_index * share
+        self._batch = GenerationBatch(texts, padded[first : first + share], len(anchors))
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            self._keep_rollouts(self._batch, output["advantages"])
+        self._batch = None
+        return output
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        assert self._batch is not None
+        self._batch.prompts = [self._render(prompt) for prompt in prompts]
+        return [prompt.token_ids for prompt in self._batch.prompts], None, {}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, fields: Any, num_generations: int) -> Any:
+        batch = self._batch
+        assert batch is not None
+        start, synced = time.perf_counter(), self._phases["sync"]
+        anchor_ids = [self._render(anchor.text).token_ids for anchor in batch.anchors]
+        own_temperature = self.args.anchor_temperature
+        if own_temperature is None and not (self.use_vllm and self.vllm_mode == "server"):
+            ids, logps = super()._generate_single_turn(prompt_ids + anchor_ids, images, fields, num_generations)
+            batch.token_ids, batch.anchor_token_ids = ids[: len(prompt_ids)], ids[len(prompt_ids) :]
+            logps = logps and logps[: len(prompt_ids)]
+        else:
+            batch.token_ids, logps = super()._generate_single_turn(prompt_ids, images, fields, num_generations)
+            if anchor_ids:
+                with self._sampling_temperature(own_temperature):
+                    batch.anchor_token_ids, _ = super()._generate_single_turn(anchor_ids, images, fields, 1)
+        seconds = time.perf_counter() - start - (self._phases["sync"] - synced)
+        self._phases["rollout"] += seconds
+        written = sum(map(len, batch.token_ids)) + sum(map(len, batch.anchor_token_ids))
+        self._log_metric("rollout/tokens_per_second", written * self.accelerator.num_processes / seconds)
+        return batch.token_ids, logps
+
+    @contextmanager
+    def _sampling_temperature(self, temperature: float | None) -> Iterator[None]:
+        holder = self.vllm_generation if self.use_vllm else self.generation_config
+        usual = holder.temperature
+        holder.temperature = usual if temperature is None else temperature
+        try:
+            yield
+        finally:
+            holder.temperature = usual
+
+    # -- reading them ------------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """TRL's forward; the one for the old log-probabilities also yields the embeddings of in-context readers."""
+        forward = super()._get_per_token_logps_and_entropies
+        batch = self._batch
+        usable = (
+            batch is not None
+            and batch.raw is None
+            and model is self.model
+            and self.reader.config.in_context
+            and self.reader.config.weights == "policy"
+            and not torch.is_grad_enabled()
+            and not self.mask_truncated_completions  # hides the rationale from attention
+        )
+        if not usable:
+            return forward(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        assert batch is not None
+        width = input_ids.size(1)
+        mask = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
+        for i, (prompt, ids) in enumerate(zip(batch.prompts, batch.token_ids, strict=True)):
+            _, first = self.reader.tokens_to_read(Written(prompt, ids, ""))
+            seam = width - logits_to_keep  # prompts end here (padded left), completions start (padded right)
+            mask[i, seam - len(prompt.token_ids) + first : seam + len(ids)] = True
+        size = kwargs.get("batch_size") or input_ids.size(0)
+        vectors: list[Tensor] = []
+        policy = self.accelerator.unwrap_model(self.model)
+        with self.reader.tap(policy, lambda number: mask[number * size : (number + 1) * size], vectors):
+            output = forward(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        batch.raw = torch.cat(vectors)
+        return output
+
+    # -- scoring them ------------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[str], completions: list[str], completion_ids_list: Any
+    ) -> Tensor:
+        """Embed, gather the pool, score. Returns (W, R) rewards of every process's rollouts, NaN = not scored."""
+        batch = self._batch
+        assert batch is not None
+        start = time.perf_counter()
+        written = [Written(*item) for item in zip(batch.prompts, batch.token_ids, completions, strict=True)]
+        rationales = self._tokenizer.batch_decode(batch.anchor_token_ids, skip_special_tokens=True)
+        anchors = [
+            Written(self._render(text.text), ids, rationale)
+            for text, ids, rationale in zip(batch.anchors, batch.anchor_token_ids, rationales, strict=True)
+        ]
+        raw, raw_anchors = self._read(batch, written, anchors)
+        world_raw = torch.cat([gather(raw), gather(raw_anchors)[: batch.anchor_count]])
+        self.reader.update_centre(world_raw.mean(0))
+        fields = self._rollout_fields(batch.texts, written)
+        anchor_fields = self._rollout_fields(batch.anchors, anchors)
+        world = gather_object(fields) + gather_object(anchor_fields)[: batch.anchor_count]
+        batch.pool = Pool(**_columns(world, self.reader.finish(world_raw)))
+        self._phases["embed"] += time.perf_counter() - start
+
+        start = time.perf_counter()
+        mode = "train" if self.model.training else "eval"
+        batch.scored = self.runtime.score(
+            RewardBatch(
+                **_columns(fields, self.reader.finish(raw)),
+                prompts=[item.prompt.string for item in written],
+                columns=_row_columns([self._bundles[mode].rows[text.example] for text in batch.texts]),
+                pool=batch.pool,
+                step=self.state.global_step + 1,
+                seed=self.args.seed,
+            ),
+            {
+                "trainer_state": self.state,
+                "log_extra": self._log_completion_extra,
+                "log_metric": self._log_metric,
+            },
+        )
+        self._phases["reward"] += time.perf_counter() - start
+        metrics = batch.scored.metrics | distinct_n(batch.pool.token_ids)
+        metrics |= collapse_metrics(batch.pool.embeddings, world_raw, batch.pool.example)
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+        return batch.scored.rewards
+
+    def _read(
+        self, batch: GenerationBatch, written: list[Written], anchors: list[Written]
+    ) -> tuple[Tensor, Tensor]:
+        """Raw vectors of rollouts and anchors, (B, H) and (A, H), in as few forwards as the reader allows."""
+        if batch.raw is None:
+            both = self.reader.read(written + anchors)
+            return both[: len(written)], both[len(written) :]
+        return batch.raw, self.reader.read(anchors) if anchors else batch.raw[:0]
+
+    def _rollout_fields(self, texts: list[RoleText], written: list[Written]) -> list[dict[str, Any]]:
+        return [
+            {
+                "texts": text.text,
+                "rationales": item.rationale,
+                "roles": text.role,
+                "token_ids": item.token_ids,
+                "example": text.example,
+                "group": text.group,
+                "side": text.side,
+                "truncated": item.token_ids[-1] not in self.eos_token_ids,
+            }
+            for text, item in zip(texts, written, strict=True)
+        ]
+
+    # -- keeping and reporting them ----------------------------------------------------------------------------------
+
+    def _keep_rollouts(self, batch: GenerationBatch, advantages: Tensor) -> None:
+        """Store every process's rollouts and anchors of a logged step; print one group now and then."""
+        step = self.state.global_step + 1
+        advantages = gather(advantages)
+        steps = gather_object(_step_scores(batch.scored, len(batch.texts)))
+        every = self.args.print_rollouts_steps
+        logged = step % max(1, int(self.state.logging_steps)) == 0 or step == 1
+        printed = every > 0 and (step % every == 0 or step == 1)
+        if not self.accelerator.is_main_process or not (logged or printed):
+            return
+        assert batch.pool is not None and batch.scored is not None
+        pool, anchors = batch.pool, [None] * batch.anchor_count
+        columns = {
+            "example": pool.example.tolist(),
+            "group": pool.group.tolist(),
+            "role": pool.roles,
+            "text": pool.texts,
+            "rationale": pool.rationales,
+            "token_ids": pool.token_ids,
+            "truncated": pool.truncated.tolist(),
+            "advantage": advantages.tolist() + anchors,
+            "step_scores": steps + anchors,
+            "embedding": pool.embeddings.tolist(),
+        }
+        for i, reward in enumerate(self.rewards):
+            columns[f"reward/{reward.label}"] = batch.scored.rewards[:, i].tolist() + anchors
+        if logged and self.run_folder is not None:
+            write_rollouts(self.run_folder, step, columns)
+        if printed:
+            chosen = [i for i, group in enumerate(columns["group"]) if group == columns["group"][0]]
+            chosen = [i for i in chosen if columns["advantage"][i] is not None]
+            rows = [{name: values[i] for name, values in columns.items()} for i in chosen]
+            print_group(self.console, rows, [reward.label for reward in self.rewards])
+
+    def _timed(self, phase: str, function: Callable[[], Any]) -> Callable[[], Any]:
+        def timed() -> Any:
+            start = time.perf_counter()
+            try:
+                return function()
+            finally:
+                self._phases[phase] += time.perf_counter() - start
+
+        return timed
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        start, before = time.perf_counter(), sum(self._phases.values())
+        loss = super().training_step(*args, **kwargs)
+        others = sum(self._phases.values()) - before
+        self._phases["train"] += time.perf_counter() - start - others
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            for phase in ("rollout", "embed", "reward", "train", "sync"):
+                self._metrics["train"][f"time/{phase}"].append(self._phases[phase])
+            self._phases.clear()
+        return loss
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        settings = {
+            "reader": dataclasses.asdict(self.reader.config),
+            "instruction": self.args.instruction,
+            "max_text_tokens": self.args.max_text_tokens,
+            "max_rationale_tokens": self.max_completion_length,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+        (folder / "grace.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        self.reader.save(folder)
+
+    def save_extra_state(self, folder: Path) -> None:
+        (folder / "rewards.json").write_text(json.dumps(self.runtime.state_dict()), encoding="utf-8")
+
+    def load_extra_state(self, folder: Path) -> None:
+        self.reader.load(folder)
+        self.runtime.load_state_dict(json.loads((folder / "rewards.json").read_text(encoding="utf-8")))
+
+
+def check_batches(args: GraceGRPOConfig, bundles: Bundles, rewards: Sequence[LoadedReward]) -> None:
+    """Whole bundles must fill a generation batch, and there must be rows for one.
+
+    Raises:
+        UserError: With the arithmetic that does not work out.
+    """
+    problems = []
+    bundle = len(bundles.trained) * args.num_generations
+    rows, rest = divmod(args.generation_batch_size, bundle)
+    if rest:
+        problems.append(
+            f"generation_batch_size = {args.generation_batch_size} must be a multiple of trained roles x "
+            f"num_generations = {len(bundles.trained)} x {args.num_generations} = {bundle}"
+        )
+    elif rows > len(bundles.rows):
+        problems.append(
+            f"a generation batch takes {rows} rows (generation_batch_size {args.generation_batch_size} / {bundle}), "
+            f"but there are only {len(bundles.rows)}; lower per_device_train_batch_size or give more rows"
+        )
+    gates = [reward.label for reward in rewards if reward.gates]
+    if gates and args.multi_objective_aggregation == "normalize_then_sum":
+        problems.append(
+            f"rewards {', '.join(gates)} are gates: they place a rollout below the totals of its group, which "
+            "multi_objective_aggregation: normalize_then_sum does not form; use sum_then_normalize"
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def _weighted(rewards: list[LoadedReward], weights: Sequence[float] | None) -> list[LoadedReward]:
+    """Rewards with TRL's `reward_weights`, where those are given."""
+    if weights is None:
+        return rewards
+    if len(weights) != len(rewards):
+        raise UserError(f"reward_weights has {len(weights)} numbers for {len(rewards)} rewards")
+    return [dataclasses.replace(reward, weight=float(w)) for reward, w in zip(rewards, weights, strict=True)]
+
+
+def _named(label: str) -> Callable[..., Any]:
+    """A stand-in with a name: TRL only reads the names, `_calculate_rewards` is ours."""
+
+    def reward(**_: Any) -> Any:
+        raise AssertionError("rewards are called by the runtime")
+
+    reward.__name__ = label
+    return reward
+
+
+def _columns(fields: list[dict[str, Any]], embeddings: Tensor) -> dict[str, Any]:
+    """Rollout fields as the columns of a `Pool` or `RewardBatch`, on the embeddings' device."""
+    columns: dict[str, Any] = {name: [item[name] for item in fields] for name in fields[0]}
+    for name in ("example", "group", "side"):
+        columns[name] = torch.tensor(columns[name], dtype=torch.long, device=embeddings.device)
+    columns["truncated"] = torch.tensor(columns["truncated"], device=embeddings.device)
+    return columns | {"embeddings": embeddings}
+
+
+def _row_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The rows' own fields as columns; a field that a row lacks is None there."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _step_scores(scored: Scored | None, count: int) -> list[list[float] | None]:
+    """Step scores of this process's rollouts from the first reward that gives any."""
+    if scored is None or not scored.steps:
+        return [None] * count
+    return [row.tolist() for row in next(iter(scored.steps.values()))]

@@ -1,0 +1,128 @@
+"""Cold start: teach a policy to write rationales from examples, before any reward.
+
+TRL's `SFTTrainer` does the training. What differs:
+
+- Rows are `{text, rationale}`. A text becomes the same prompt that rollouts will start from (`PromptTemplate`), so that
+  no token of the prompt changes between the cold start and RL. The loss covers the rationale and its end token.
+- Rows of pairs with explanations (`query`, `positive`, `rationale_positive: [...]`) become one example for each text
+  and explanation. Rows without a rationale are left out and counted.
+- The defaults that need a GPU are off on a CPU: bfloat16 and gradient checkpointing.
+
+It reads top to bottom: rows -> examples -> tokens -> trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from grace_rl.errors import UserError
+from grace_rl.rollout.prompts import PromptTemplate
+
+Example = tuple[str, str]
+"""(text, rationale)"""
+
+
+def sft_examples(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Example], int]:
+    """Pair every text of every row with every rationale given for it.
+
+    Args:
+        rows: `{text, rationale}`, or `{query, positive, ...}` with `rationale` (for the query), `rationale_positive`
+            (why the positive follows: for query and positive) or both; each a text or a list of texts.
+
+    Returns:
+        The examples in the order of the rows, and the number of rows that had none.
+
+    >>> rows = [{"query": "A man walks.", "positive": "Someone moves.", "rationale_positive": ["Walking is moving."]}]
+    >>> examples, skipped = sft_examples([*rows, {"text": "A cat sleeps.", "rationale": ""}])
+    >>> examples
+    [('A man walks.', 'Walking is moving.'), ('Someone moves.', 'Walking is moving.')]
+    >>> skipped
+    1
+    """
+    examples: list[Example] = []
+    skipped = 0
+    for row in rows:
+        before = len(examples)
+        if "text" in row:
+            examples += [(row["text"], rationale) for rationale in _texts(row.get("rationale"))]
+        else:
+            examples += [(row["query"], rationale) for rationale in _texts(row.get("rationale"))]
+            for rationale in _texts(row.get("rationale_positive")):
+                examples += [(row["query"], rationale), (row["positive"], rationale)]
+        skipped += len(examples) == before
+    return examples, skipped
+
+
+def _texts(value: str | Sequence[str] | None) -> list[str]:
+    values = [value] if isinstance(value, str) else list(value or [])
+    return [text.strip() for text in values if text and text.strip()]
+
+
+def tokenize_examples(
+    examples: Sequence[Example], template: PromptTemplate, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """Examples as token ids: prompt, rationale, end token. `completion_mask` is 1 from the rationale's first token on.
+
+    Prompt and rationale are tokenized apart, because that is how a policy writes: the prompt is given, and its own
+    tokens follow.
+    """
+    rationales = tokenizer([rationale for _, rationale in examples], add_special_tokens=False)["input_ids"]
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
+    for (text, _), written in zip(examples, rationales, strict=True):
+        prompt = template.render(text).token_ids
+        columns["input_ids"].append([*prompt, *written, tokenizer.eos_token_id])
+        columns["completion_mask"].append([0] * len(prompt) + [1] * (len(written) + 1))
+    return Dataset.from_dict(columns)
+
+
+class GraceSFTTrainer(SFTTrainer):
+    """TRL's `SFTTrainer` on rows of texts and rationales.
+
+    Args:
+        model: The policy.
+        args: TRL's arguments. `train_sampling_strategy: sequential` keeps the order of the rows.
+        rows: See `sft_examples`.
+        prompt_template: Renders texts as rollouts will see them.
+        processing_class: The policy's tokenizer, with an end token; its padding token must be another one.
+        callbacks: Passed on.
+
+    Attributes:
+        examples: Number of examples trained on.
+        skipped_rows: Number of rows without a rationale.
+
+    Raises:
+        UserError: No row has a rationale, or the tokenizer has no end token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        rows: Sequence[Mapping[str, Any]],
+        prompt_template: PromptTemplate,
+        processing_class: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if processing_class.eos_token_id is None:
+            raise UserError(f"{processing_class.name_or_path}: the tokenizer has no end token, so no rationale could end")
+        examples, self.skipped_rows = sft_examples(rows)
+        self.examples = len(examples)
+        if not examples:
+            raise UserError(
+                f"method sft: none of the {len(rows)} rows has a rationale; give rows with text and rationale, or with "
+                "query, positive and rationale_positive"
+            )
+        if args.completion_only_loss is None:
+            args.completion_only_loss = True
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=tokenize_examples(examples, prompt_template, processing_class),
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )

@@ -1,0 +1,91 @@
+"""Log-softmax of a rollout's similarity to what means the same, against all that does not."""
+
+from __future__ import annotations
+
+import torch
+
+from grace_rl.reward import RewardBatch, RewardOutput
+
+
+class Contrastive:
+    """InfoNCE as a reward: be close to your counterpart, closer than to any negative.
+
+    In plain words, for each rollout:
+
+    1. Take one centroid per text of the pool: the mean of the text's rollouts.
+    2. Measure the cosine to the texts that mean the same (the query's rollout to the positive, the
+       positive's to the query, a negative's to its paraphrase). Where there is no such text, its
+       siblings take the part: the mean of the other rollouts of the same text.
+    3. Measure the cosine to the row's own hard negatives and to every text of the other rows,
+       false negatives excepted.
+    4. Divide all by `temperature`; the reward is the log-softmax at the counterpart: 0 at best.
+
+    The softmax is not linear, so every negative moves the advantage: near a negative, a rollout
+    gains less from being near its counterpart. (In the published reward the negatives cancel.)
+
+    Args:
+        temperature: divides the cosines; 0.05 to 0.2 is common. Smaller looks at the hardest
+            negatives only.
+        clip: lowest value, or None. -5 to -10 keeps one hopeless rollout from setting the scale of
+            its group.
+
+    Requirements: rows with a query and a positive, or a text; any number of negatives. At least
+    two rows or one negative in a batch, else nothing is scored. No other columns.
+
+    Recommendations: on quads (`negative_positive` given) both sides have a counterpart and each is
+    the other's hard negative, which was steadier than triplets.
+
+    Relations: `hard_negative` is its negative part alone; `consistency` its label-free part alone;
+    `grace_published` is the linear form. With one row, its two negatives and one positive it is the
+    loss of `MultipleNegativesRankingLoss` of sentence-transformers, with the sign turned.
+
+    Source: papers/grace.md 3.4 (c); findings.md 4.
+
+    Example:
+        >>> from grace_rl.reward.example import example_batch
+        >>> batch = example_batch(
+        ...     [{"query": [[1, 0], [3, 4]], "positive": [[1, 0]], "negative": [[0, 1]]}],
+        ...     trained=["query"],
+        ... )
+        >>> Contrastive(temperature=1.0)(batch).values
+        tensor([-0.3133, -0.7981])
+    """
+
+    def __init__(self, temperature: float = 0.1, clip: float | None = None) -> None:
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {temperature}")
+        if clip is not None and clip >= 0:
+            raise ValueError(f"clip is the lowest value and must be below 0, not {clip}")
+        self.temperature = temperature
+        self.clip = clip
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
+        texts = batch.pool.by_text
+        similarity = batch.embeddings @ texts.centroids.T  # (B, G)
+        positive = batch.positives()[:, texts.rows]  # (B, G)
+        negative = (batch.hard_negatives() | batch.others())[:, texts.rows]
+
+        siblings, count = batch.siblings_mean()
+        siblings = torch.nn.functional.normalize(siblings, dim=1)
+        counterpart = torch.where(
+            positive.any(dim=1),
+            (similarity * positive).sum(dim=1) / positive.sum(dim=1).clamp(min=1),
+            (batch.embeddings * siblings).sum(dim=1),
+        )  # (B,)
+        hardest = similarity.masked_fill(~negative, -torch.inf)
+        logits = torch.cat([counterpart[:, None], hardest], dim=1) / self.temperature
+        values = logits.log_softmax(dim=1)[:, 0]
+        if self.clip is not None:
+            values = values.clamp(min=self.clip)
+
+        scored = negative.any(dim=1) & (positive.any(dim=1) | (count > 0))
+        hardest = hardest.amax(dim=1)
+        components = {
+            "counterpart": counterpart,
+            "hardest_negative": hardest,
+            "accuracy": (counterpart > hardest).float(),
+        }
+        return RewardOutput(
+            values=values.where(scored, torch.nan),
+            components={name: c.where(scored, torch.nan) for name, c in components.items()},
+        )

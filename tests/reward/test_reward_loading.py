@@ -1,0 +1,266 @@
+"""A recipe's rewards are found, checked and built; every mistake is reported, together."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from grace_rl.errors import UserError
+from grace_rl.reward import RewardSpec, available_rewards, load_rewards
+from grace_rl.reward.example import random_batch
+
+PLUGIN = """
+from typing import Literal
+
+built = []
+
+
+class Brevity:
+    gates = True
+
+    def __init__(self, scale: float, mode: Literal["words", "letters"] = "words",
+                 limit: int | None = None, names: list[str] | None = None, strict: bool = False):
+        if scale < 0:
+            raise ValueError("scale must not be negative")
+        built.append(self)
+        self.scale = scale
+
+    def __call__(self, batch):
+        return [-self.scale * len(rationale) for rationale in batch.rationales]
+
+
+def brevity(batch, scale: float = 1.0):
+    return [-scale * len(rationale) for rationale in batch.rationales]
+
+
+def words(completions, threshold: int = 1, **kwargs):
+    return [float(len(completion.split()) > threshold) for completion in completions]
+
+
+def two(batch, other):
+    return [0.0] * len(batch)
+
+
+class NoCall:
+    pass
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    return tmp_path
+
+
+def problems(specs, folder="."):
+    with pytest.raises(UserError) as caught:
+        load_rewards(specs, folder)
+    return caught.value.problems
+
+
+def test_a_class_and_a_function_from_a_file(folder):
+    cls, function = load_rewards(
+        [
+            RewardSpec("mine.py:Brevity", weight=0.5, keywords={"scale": 2, "limit": None}),
+            RewardSpec("mine.py:brevity", keywords={"scale": 3}),
+        ],
+        folder,
+    )
+    batch = random_batch(rows=1, samples=2)
+    assert cls(batch, {}) == [-22.0] * 4
+    assert function(batch, {}) == [-33.0] * 4
+    assert (cls.label, cls.weight, cls.gates) == ("Brevity", 0.5, True)
+    assert not function.gates
+    assert cls.source == str(folder / "mine.py")
+
+
+def test_a_dotted_path_and_an_object():
+    from rewards.contrastive import Contrastive
+
+    loaded = load_rewards(
+        ["rewards.contrastive:Contrastive", Contrastive(temperature=0.2), "rewards.length:Length"],
+        ".",
+    )
+    assert [r.label for r in loaded] == ["Contrastive", "Contrastive_2", "Length"]
+    assert [r.gates for r in loaded] == [False, False, True]
+    assert load_rewards(loaded, ".") == loaded
+
+
+def test_duplicates_get_their_own_labels(folder):
+    specs = [
+        RewardSpec("mine.py:words"),
+        RewardSpec("mine.py:words", keywords={"threshold": 4}),
+        RewardSpec("mine.py:words", label="words_2"),
+    ]
+    assert [r.label for r in load_rewards(specs, folder)] == ["words", "words_3", "words_2"]
+
+
+def test_all_mistakes_of_all_rewards_come_together(folder):
+    found = problems(
+        [
+            RewardSpec("mine.py:Brevity", keywords={"scal": 1.0, "mode": "lines", "strict": 1}),
+            RewardSpec("mine.py:Brevty", weight=float("nan"), on_error="ignore"),
+            RewardSpec("nowhere.py:Thing"),
+            RewardSpec("no_such_package.rewards:Thing", label="same"),
+            RewardSpec("mine.py:words", label="same", keywords={"treshold": 3}),
+            RewardSpec("mine.py:number", label="a/b"),
+            RewardSpec(
+                "mine.py:Brevity", keywords={"scale": True, "limit": 1.5, "names": ["a", 1]}
+            ),
+        ],
+        folder,
+    )
+    text = "\n".join(found)
+    assert "rewards[0] (mine.py:Brevity): unknown argument 'scal'; did you mean 'scale'?" in text
+    assert "mode must be one of 'words', 'letters', not 'lines'" in text
+    assert "strict must be true or false, not 1" in text
+    assert "rewards[0] (mine.py:Brevity): the argument 'scale' is missing" in text
+    assert "rewards[1] (mine.py:Brevty): mine.py has no 'Brevty'; did you mean 'Brevity'?" in text
+    assert "weight must be a finite number" in text
+    assert "on_error must be 'raise' or 'abstain', not 'ignore'" in text
+    assert f"there is no file {folder / 'nowhere.py'}" in text
+    assert "there is no module 'no_such_package.rewards'" in text
+    assert "the label 'same' is used 2 times" in text
+    assert "unknown argument 'treshold'; did you mean 'threshold'?" in text
+    assert "'number' is a int, not a class or a function" in text
+    assert "label 'a/b' must not be empty or contain '/'" in text
+    assert "scale must be a number, not True" in text
+    assert "limit must be a whole number or null, not 1.5" in text
+    assert "names must be list[str] or null" in text
+
+
+def test_nothing_is_built_while_a_keyword_is_wrong(folder):
+    (folder / "loud.py").write_text(
+        "class Loud:\n    def __init__(self):\n        raise SystemExit('built')\n"
+    )
+    specs = [RewardSpec("loud.py:Loud"), RewardSpec("mine.py:Brevity", keywords={"scale": "1"})]
+    assert len(problems(specs, folder)) == 1
+
+
+def test_building_and_importing_errors_name_the_line(folder):
+    (folder / "broken.py").write_text("x = 1\nraise RuntimeError('no licence')\n")
+    (folder / "typo.py").write_text("def f(:\n")
+    found = problems([RewardSpec("broken.py:F"), RewardSpec("typo.py:f")], folder)
+    assert f"RuntimeError: no licence ({folder / 'broken.py'}:2)" in found[0]
+    assert f"SyntaxError: invalid syntax ({folder / 'typo.py'}:1)" in found[1]
+    found = problems([RewardSpec("mine.py:Brevity", keywords={"scale": -1.0})], folder)
+    assert "cannot be built: ValueError: scale must not be negative" in found[0]
+    assert f"({folder / 'mine.py'}:13)" in found[0]
+
+
+def test_a_wrong_signature_is_explained(folder):
+    found = problems([RewardSpec("mine.py:two"), RewardSpec("mine.py:NoCall")], folder)
+    assert "the argument 'other' is missing" in found[0]
+    found = problems([RewardSpec("mine.py:NoCall")], folder)
+    assert "NoCall has no __call__ method" in found[0]
+    found = problems([lambda a, b: a, int], folder)
+    assert "a reward is called with one RewardBatch" in found[0]
+    assert "int is a class; give an object" in found[1]
+
+
+class Points:
+    """Entry points as importlib.metadata gives them."""
+
+    def __init__(self, **values: str) -> None:
+        from importlib.metadata import EntryPoint
+
+        self.points = [EntryPoint(n, v, "grace_rl.rewards") for n, v in values.items()]
+        self.names = {point.name for point in self.points}
+
+    def __iter__(self) -> Any:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+
+def test_entry_points(monkeypatch):
+    points = Points(contrastive="rewards.contrastive:Contrastive", length="rewards.length:Length")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
+    assert available_rewards()["length"] == "rewards.length:Length"
+    spec = RewardSpec("contrastive", keywords={"temperature": 0.05})
+    (loaded,) = load_rewards([spec], ".")
+    assert loaded.label == "contrastive"
+    assert loaded.function.temperature == 0.05
+    assert (
+        "did you mean 'contrastive'?; installed: contrastive, length" in problems(["contrastve"])[0]
+    )
+
+
+def test_an_uninstalled_project_is_recognised(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: Points())
+    assert "pip install -e ." in problems(["contrastive"])[0]
+
+
+def test_trl_functions_are_recognised_by_their_parameters():
+    def native(batch):
+        return [0.0] * len(batch)
+
+    def plain(completions, **kwargs):
+        return [float(len(c)) for c in completions]
+
+    def everything(**kwargs):
+        return kwargs
+
+    async def waiting(prompts, completions, completion_ids):
+        return completion_ids
+
+    class Object:
+        def __call__(self, prompts, completions, **columns):
+            return prompts
+
+    loaded = load_rewards(
+        [native, plain, everything, waiting, Object(), functools.partial(plain, extra=1)], "."
+    )
+    assert [r.trl_parameters is None for r in loaded] == [True] + [False] * 5
+    assert [r.label for r in loaded] == [
+        "native", "plain", "everything", "waiting", "Object", "plain_2"
+    ]  # fmt: skip
+    batch = random_batch(rows=1, samples=2)
+    seen = loaded[2](batch, {"trainer_state": "state"})
+    assert seen["prompts"] == batch.prompts
+    assert seen["completions"] == batch.rationales
+    assert seen["completion_ids"] == batch.token_ids
+    assert seen["trainer_state"] == "state"
+    assert loaded[1](batch, {}) == [11.0] * 4
+
+
+def test_a_bound_keyword_wins_over_a_column_and_a_missing_column_is_named(folder):
+    import dataclasses
+
+    (loaded,) = load_rewards([RewardSpec("mine.py:words", keywords={"threshold": 2})], folder)
+    batch = dataclasses.replace(random_batch(rows=1, samples=2), columns={"threshold": [1] * 4})
+    assert loaded(batch, {}) == [0.0] * 4
+
+    def needs(completions, solution):
+        return solution
+
+    (loaded,) = load_rewards([needs], ".")
+    with pytest.raises(ValueError, match="needs the columns solution; the rows have: threshold"):
+        loaded(batch, {})
+
+
+def test_annotations_that_do_not_resolve_are_not_judged(folder):
+    (folder / "odd.py").write_text(
+        "from __future__ import annotations\n"
+        "class Odd:\n"
+        "    def __init__(self, table: Missing = None): self.table = table\n"
+        "    def __call__(self, batch): return [0.0] * len(batch)\n"
+    )
+    (loaded,) = load_rewards([RewardSpec("odd.py:Odd", keywords={"table": 3})], folder)
+    assert loaded.function.table == 3
+    assert (
+        "unknown argument 'tabel'"
+        in problems([RewardSpec("odd.py:Odd", keywords={"tabel": 3})], folder)[0]
+    )
+
+
+def test_torch_stays_in_float32_of_the_batch():
+    (loaded,) = load_rewards(["rewards.consistency:Consistency"], ".")
+    assert loaded(random_batch(), {}).dtype == torch.float32
