@@ -15,6 +15,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import math
 import sys
 import traceback
@@ -279,10 +280,13 @@ def _keyword_problems(target: Any, keywords: Mapping[str, Any]) -> list[str]:
     """What is wrong with the keywords of one class or function."""
     try:
         parameters = list(inspect.signature(target).parameters.values())
-        builder = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
-        hints = typing.get_type_hints(builder)
-    except (ValueError, TypeError, NameError):  # no signature, or annotations that do not resolve
+    except (ValueError, TypeError):  # some builtins; _trl_parameters says so
         return []
+    builder = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    try:
+        hints = typing.get_type_hints(builder)
+    except (NameError, TypeError, AttributeError):  # annotations of names that are not there
+        hints = {}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     plain_trl = _is_plain_trl(parameters)
@@ -353,10 +357,8 @@ def _labels(wanted: Sequence[Any], problems: list[str]) -> list[str]:
         if label is None:
             base = spec.name if isinstance(spec, RewardSpec) else _callable_name(spec)
             base = base.rpartition(":")[2].replace("/", "_").replace(" ", "_")
-            label, count = base, 1
-            while label in taken:
-                count += 1
-                label = f"{base}_{count}"
+            numbered = (f"{base}_{count}" for count in itertools.count(2))
+            label = next(name for name in itertools.chain([base], numbered) if name not in taken)
             taken.add(label)
         labels.append(label)
     return labels

@@ -143,7 +143,9 @@ class RewardRuntime:
         for name, column in components.items():
             metrics[f"rewards/{name}"] = float(column.nanmean())
         for i, label in enumerate(self.labels):
-            scored = torch.where(values[:, i].isnan() & ~self._is_gate(i), torch.nan, rewards[:, i])
+            scored = torch.where(
+                values[:, i].isnan() & (not self._is_gate(i)), torch.nan, rewards[:, i]
+            )
             std = group_stds(scored, group)
             metrics[f"rewards/{label}/within_group_std"] = float(std.nanmean())
             self._watch_variance(i, scored, std)

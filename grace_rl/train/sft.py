@@ -71,7 +71,9 @@ def tokenize_examples(
     Prompt and rationale are tokenized apart, because that is how a policy writes: the prompt is given, and its own
     tokens follow.
     """
-    rationales = tokenizer([rationale for _, rationale in examples], add_special_tokens=False)["input_ids"]
+    rationales = tokenizer([rationale for _, rationale in examples], add_special_tokens=False)[
+        "input_ids"
+    ]
     columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
     for (text, _), written in zip(examples, rationales, strict=True):
         prompt = template.render(text).token_ids
@@ -109,7 +111,9 @@ class GraceSFTTrainer(SFTTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         if processing_class.eos_token_id is None:
-            raise UserError(f"{processing_class.name_or_path}: the tokenizer has no end token, so no rationale could end")
+            raise UserError(
+                f"{processing_class.name_or_path}: the tokenizer has no end token, so no rationale could end"
+            )
         examples, self.skipped_rows = sft_examples(rows)
         self.examples = len(examples)
         if not examples:

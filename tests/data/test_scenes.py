@@ -31,7 +31,9 @@ def facts(scene: dict) -> tuple[str, ...]:
 
 
 def test_every_word_states_one_fact_and_the_sentences_around_state_none():
-    all_words = [word for values in scenes.VALUES.values() for names in values.values() for word in names]
+    all_words = [
+        word for values in scenes.VALUES.values() for names in values.values() for word in names
+    ]
     assert len(all_words) == len(set(all_words)) == len(FACT_OF_WORD)
     assert len(scenes.VALUES) == 8 and 200 <= len(all_words) <= 260
     around = " ".join(re.sub(r"\{\w+\}", " ", template) for template in (*TEMPLATES, *NEAR))
@@ -59,13 +61,13 @@ def test_rows_depend_on_their_arguments_alone(split, form):
 
 def test_rows_are_the_same_on_every_machine():
     listing = json.dumps([scenes.rows(split, "quad", count=50) for split in SPLITS])
-    assert hashlib.sha256(listing.encode()).hexdigest() == (
-        "DIGEST"
-    )
+    assert hashlib.sha256(listing.encode()).hexdigest() == ("DIGEST")
 
 
 def test_quads_are_triplets_with_one_text_more():
-    for triplet, quad in zip(scenes.rows("test", "triplet", 50), scenes.rows("test", "quad", 50), strict=True):
+    for triplet, quad in zip(
+        scenes.rows("test", "triplet", 50), scenes.rows("test", "quad", 50), strict=True
+    ):
         assert quad.pop("negative_positive")
         assert quad == triplet
 
@@ -75,7 +77,9 @@ def test_splits_share_no_scene():
     for split in SPLITS:
         rows = scenes.rows(split, "triplet", count=400)
         seen[split] = {facts(row[key]) for row in rows for key in ("scene", "negative_scene")}
-        assert {scenes.split_of(row[key]) for row in rows for key in ("scene", "negative_scene")} == {split}
+        assert {
+            scenes.split_of(row[key]) for row in rows for key in ("scene", "negative_scene")
+        } == {split}
     assert sum(map(len, seen.values())) == len(set.union(*seen.values()))
 
 
@@ -115,7 +119,9 @@ def test_hard_negatives_share_nearly_all_words_and_paraphrases_do_not(split):
         return sum((Counter(words(a)) & Counter(words(b))).values()) / len(words(b))
 
     rows = scenes.rows(split, "quad", count=300)
-    near = [max(shared(row[side], row["negative"][0]) for side in ("query", "positive")) for row in rows]
+    near = [
+        max(shared(row[side], row["negative"][0]) for side in ("query", "positive")) for row in rows
+    ]
     far = [shared(row["query"], row["positive"]) for row in rows]
     assert min(near) >= 0.8
     assert sum(far) / len(far) < 0.6
@@ -145,7 +151,10 @@ def test_gold_similarity_is_a_similarity():
         assert scenes.gold_similarity(a, a) == 1.0
         assert scenes.gold_similarity(a, b) == scenes.gold_similarity(b, a)
         assert 0.0 <= scenes.gold_similarity(a, b) < 1.0
-        assert scenes.gold_similarity(a, row["negative_scene"]) > scenes.gold_similarity(b, row["negative_scene"]) - 0.75
+        assert (
+            scenes.gold_similarity(a, row["negative_scene"])
+            > scenes.gold_similarity(b, row["negative_scene"]) - 0.75
+        )
 
 
 @pytest.mark.parametrize("form", ["canonical", "random_order", "half", "filler", "noisy"])
@@ -157,7 +166,13 @@ def test_references_read_back_as_true_facts(form):
         counts[len(reading.facts)] += 1
         assert reading.precision(row["scene"]) == (0.0 if form == "filler" else 1.0)
         assert reading.coverage(row["scene"]) == len(reading.facts) / 8
-    expected = {"canonical": {8}, "random_order": {8}, "half": {4}, "filler": {0}, "noisy": {4, 5, 6}}
+    expected = {
+        "canonical": {8},
+        "random_order": {8},
+        "half": {4},
+        "filler": {0},
+        "noisy": {4, 5, 6},
+    }
     assert set(counts) == expected[form]
 
 
@@ -184,7 +199,10 @@ def test_a_reference_that_needs_chance_asks_for_it():
 
 def test_sft_rows_begin_clean_and_go_on_noisy():
     rows = scenes.rows(form="sft", count=60, clean_rows=30)
-    readings = [(scenes.read_facts(row["text"]).facts, scenes.read_facts(row["rationale"]).facts) for row in rows]
+    readings = [
+        (scenes.read_facts(row["text"]).facts, scenes.read_facts(row["rationale"]).facts)
+        for row in rows
+    ]
     assert all(dict(said) == dict(truth) for truth, said in readings[:30])
     assert all(4 <= len(said) <= 6 for _, said in readings[30:])
     assert all(set(said) <= set(truth) for truth, said in readings)

@@ -7,7 +7,14 @@ from typing import Any, Literal
 
 from grace_rl.data.scenes.rationales import reference_rationale
 from grace_rl.data.scenes.texts import Rendering, paraphrase, render, with_facts
-from grace_rl.data.scenes.world import SPLIT_SHARES, TRANSFER_WORDS, VALUES, Scene, change_facts, random_scene
+from grace_rl.data.scenes.world import (
+    SPLIT_SHARES,
+    TRANSFER_WORDS,
+    VALUES,
+    Scene,
+    change_facts,
+    random_scene,
+)
 from grace_rl.errors import UserError
 
 Split = Literal["train", "validation", "test", "transfer"]
@@ -36,7 +43,7 @@ def rows(
         form: What a row holds.
 
             - `triplet`: `query`, `positive` (same facts, other words and sentence) and `negative`, a list with one text:
-              the query's or the positive's own sentence with one fact, sometimes two, changed.
+              the query's own sentence with one fact, sometimes two, changed. Whoever compares words finds the negative.
             - `quad`: also `negative_positive`, the negative paraphrased. The rest is the triplet's, word for word.
             - `unsupervised`: `text`.
             - `sft`: `text` in all words, the reserved ones too, and a noisy reference `rationale`: what the cold start
@@ -52,7 +59,14 @@ def rows(
     Raises:
         UserError: An unknown split or form, or a number out of range.
     """
-    _check(split, form, count, clean_rows, facts, {"canonical": canonical, "ordered": ordered, "filler": filler})
+    _check(
+        split,
+        form,
+        count,
+        clean_rows,
+        facts,
+        {"canonical": canonical, "ordered": ordered, "filler": filler},
+    )
     made = []
     for index in range(count):
         # A generator of its own for each row (seeding with a string does not depend on Python's hash) keeps rows where
@@ -63,7 +77,13 @@ def rows(
             text = render(scene, rng, transfer=None).text
             written = "canonical" if index < clean_rows else "noisy"
             rationale = reference_rationale(
-                scene, form=written, rng=rng, facts=facts, canonical=canonical, ordered=ordered, filler=filler
+                scene,
+                form=written,
+                rng=rng,
+                facts=facts,
+                canonical=canonical,
+                ordered=ordered,
+                filler=filler,
             )
             made.append({"text": text, "rationale": rationale})
         elif form == "unsupervised":
@@ -81,9 +101,12 @@ def _supervised_row(split: Split, form: Form, rng: random.Random) -> dict[str, A
     marked = rng.choice(("query", "positive")) if split == "transfer" else None
     query = render(scene, rng, transfer=marked == "query")
     positive = paraphrase(query, rng, transfer=marked == "positive")
-    base, transfer = rng.choice(((query, marked == "query"), (positive, marked == "positive")))
-    negative = with_facts(base, changed, rng, transfer=transfer)
-    row: dict[str, Any] = {"query": query.text, "positive": positive.text, "negative": [negative.text]}
+    negative = with_facts(query, changed, rng, transfer=marked == "query")
+    row: dict[str, Any] = {
+        "query": query.text,
+        "positive": positive.text,
+        "negative": [negative.text],
+    }
     if form == "quad":
         row["negative_positive"] = paraphrase(negative, rng, transfer=False).text
     own = reference_rationale(scene)
@@ -107,11 +130,18 @@ def _scene_and_changed(split: Split, rng: random.Random) -> tuple[Scene, Scene]:
 
 
 def _reserved_words(scene: Scene) -> set[str]:
-    return {word for attribute, value in scene.items() for word in VALUES[attribute][value]} & TRANSFER_WORDS
+    return {
+        word for attribute, value in scene.items() for word in VALUES[attribute][value]
+    } & TRANSFER_WORDS
 
 
 def _check(
-    split: str, form: str, count: int, clean_rows: int, facts: tuple[int, int], shares: dict[str, float]
+    split: str,
+    form: str,
+    count: int,
+    clean_rows: int,
+    facts: tuple[int, int],
+    shares: dict[str, float],
 ) -> None:
     problems = []
     if split not in SPLIT_SHARES:
@@ -123,7 +153,13 @@ def _check(
     if clean_rows < 0:
         problems.append(f"scenes: clean_rows must be at least 0, not {clean_rows}")
     if len(facts) != 2 or not 1 <= facts[0] <= facts[1] <= len(VALUES):
-        problems.append(f"scenes: facts must be two numbers, fewest and most, from 1 to {len(VALUES)}, not {facts}")
-    problems += [f"scenes: {key} must be in [0, 1], not {share}" for key, share in shares.items() if not 0 <= share <= 1]
+        problems.append(
+            f"scenes: facts must be two numbers, fewest and most, from 1 to {len(VALUES)}, not {facts}"
+        )
+    problems += [
+        f"scenes: {key} must be in [0, 1], not {share}"
+        for key, share in shares.items()
+        if not 0 <= share <= 1
+    ]
     if problems:
         raise UserError(problems)

@@ -74,7 +74,9 @@ def build_tokenizer():
     tokens += sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens += [word for word in _whole_words() if word not in tokens]
     # No merges: a piece that is in the vocabulary is one token (ignore_merges), any other piece falls to bytes.
-    model = models.BPE({token: index for index, token in enumerate(tokens)}, merges=[], ignore_merges=True)
+    model = models.BPE(
+        {token: index for index, token in enumerate(tokens)}, merges=[], ignore_merges=True
+    )
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -83,7 +85,9 @@ def build_tokenizer():
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens[:5]])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in tokens[:5]]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
     )
@@ -97,7 +101,10 @@ def _whole_words() -> list[str]:
     plain = {attribute: next(iter(values)) for attribute, values in VALUES.items()}
     # With these two both articles and both prepositions of time are met in every sentence.
     with_a = plain | {"time": "dawn"}, plain | {"trait": "tall"}
-    with_an = plain | {"time": "spring"}, plain | {"trait": "old", "agent": "instructor", "object": "automobile"}
+    with_an = (
+        plain | {"time": "spring"},
+        plain | {"trait": "old", "agent": "instructor", "object": "automobile"},
+    )
     for scene, words in (with_a, with_an):
         for template, near in itertools.product(range(len(TEMPLATES)), NEAR):
             pieces |= set(re.findall(r" ?[A-Za-z]+", Rendering(scene, words, template, near).text))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +47,7 @@ def reference_rationale(
 
     >>> scene = {attribute: next(iter(values)) for attribute, values in VALUES.items()}
     >>> reference_rationale(scene)
-    'Facts: old, woman, quickly, carrying, violin, forest, dawn, rain'
+    'Facts: old woman quickly carrying violin forest dawn rain'
     """
     truth = list(scene.items())
     if form == "canonical":
@@ -62,7 +62,9 @@ def reference_rationale(
     if form == "filler":
         return _join(rng.choice(FILLER) for _ in range(rng.randint(3, 6)))
     if form != "noisy":
-        raise ValueError(f"unknown rationale form {form!r}; known: canonical, random_order, half, filler, noisy")
+        raise ValueError(
+            f"unknown rationale form {form!r}; known: canonical, random_order, half, filler, noisy"
+        )
     stated = rng.sample(truth, rng.randint(*facts))
     if rng.random() < ordered:
         stated.sort(key=truth.index)
@@ -74,8 +76,8 @@ def reference_rationale(
     return _join(words)
 
 
-def _join(words) -> str:
-    return f"{OPENER} {', '.join(words)}"
+def _join(words: Iterable[str]) -> str:
+    return " ".join((OPENER, *words))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,12 @@ class Rendering:
     def text(self) -> str:
         """The sentence, 15 to 30 words."""
         words, at = dict(self.words), _AT.get(self.scene["time"], "in")
-        slots = words | {"near": self.near, "at": at, "Near": self.near.capitalize(), "At": at.capitalize()}
+        slots = words | {
+            "near": self.near,
+            "at": at,
+            "Near": self.near.capitalize(),
+            "At": at.capitalize(),
+        }
         for attribute in ("trait", "agent", "object"):
             article = "an" if words[attribute][0] in "aeiou" else "a"
             slots[f"a_{attribute}"] = f"{article} {words[attribute]}"
@@ -95,11 +100,16 @@ def choose_word(attribute: str, value: str, rng: random.Random, transfer: bool |
 
 def render(scene: Scene, rng: random.Random, *, transfer: bool | None = False) -> Rendering:
     """Say a scene in a random sentence and random words (see `choose_word` for `transfer`)."""
-    words = {attribute: choose_word(attribute, value, rng, transfer) for attribute, value in scene.items()}
+    words = {
+        attribute: choose_word(attribute, value, rng, transfer)
+        for attribute, value in scene.items()
+    }
     return Rendering(scene, words, rng.randrange(len(TEMPLATES)), rng.choice(NEAR))
 
 
-def paraphrase(rendering: Rendering, rng: random.Random, *, transfer: bool | None = False) -> Rendering:
+def paraphrase(
+    rendering: Rendering, rng: random.Random, *, transfer: bool | None = False
+) -> Rendering:
     """The same facts in another sentence, with another word for every fact that has one left."""
     words = {}
     for attribute, value in rendering.scene.items():
@@ -111,7 +121,9 @@ def paraphrase(rendering: Rendering, rng: random.Random, *, transfer: bool | Non
     return Rendering(rendering.scene, words, template, rng.choice(NEAR))
 
 
-def with_facts(rendering: Rendering, scene: Scene, rng: random.Random, *, transfer: bool | None = False) -> Rendering:
+def with_facts(
+    rendering: Rendering, scene: Scene, rng: random.Random, *, transfer: bool | None = False
+) -> Rendering:
     """The same sentence about another scene: only the words of the facts that differ are new."""
     words = {
         attribute: rendering.words[attribute]

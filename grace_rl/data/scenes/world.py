@@ -165,7 +165,9 @@ def change_facts(scene: Scene, count: int, rng: random.Random) -> Scene | None:
     for _ in range(50):
         changed = dict(scene)
         for attribute in rng.sample(list(VALUES), count):
-            changed[attribute] = rng.choice([value for value in VALUES[attribute] if value != scene[attribute]])
+            changed[attribute] = rng.choice(
+                [value for value in VALUES[attribute] if value != scene[attribute]]
+            )
         if split_of(changed) == split_of(scene):
             return changed
     return None

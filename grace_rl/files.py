@@ -1,0 +1,61 @@
+"""Files that appear whole or not at all: write beside, fsync, rename.
+
+Names that start with a dot and end with `.writing` are unfinished; readers ignore them, and what a killed process left of
+them may be removed by whoever holds the folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+UNFINISHED = ".*.writing"  # glob pattern
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to; it becomes `path` when the block ends, and is removed when the block raises.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "scores.txt"
+    >>> with whole_file(target) as unfinished:
+    ...     _ = unfinished.write_text("0.4")
+    ...     target.exists()
+    False
+    >>> target.read_text()
+    '0.4'
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        yield unfinished
+        sync(unfinished)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file by `text` (UTF-8), whole."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` for a folder and everything in it."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(parent) / name)
+        sync(Path(parent))

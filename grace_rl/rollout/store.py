@@ -1,0 +1,177 @@
+"""The rollout store: one parquet file per logged step, `<run>/rollouts/step-000010.parquet`, one row per rationale.
+
+| column | type | |
+|---|---|---|
+| `step` | int64 | optimizer step that the rollout trains |
+| `example`, `group` | int64 | row number in the data set; rollouts of one text share the group |
+| `role` | string | `query`, `positive`, `negative`, ... |
+| `text`, `rationale` | string | what was read, what was written |
+| `token_ids` | list of int32 | the rationale as sampled, with its end token |
+| `truncated` | bool | the rationale never ended |
+| `advantage` | float32 | null for anchors, which are never trained |
+| `step_scores` | list of float32 | one per prefix; null without a step-wise reward |
+| `embedding` | list of float32 | L2-normalised |
+| `reward/<label>` | float32 | null: not scored |
+
+Embeddings are float32 and not float16: not every parquet reader knows half precision, and only logged steps are kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grace_rl.errors import UserError
+from grace_rl.files import whole_file
+
+REWARD = "reward/"
+SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("example", pa.int64(), nullable=False),
+        pa.field("group", pa.int64(), nullable=False),
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("rationale", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("advantage", pa.float32()),
+        pa.field("step_scores", pa.list_(pa.float32())),
+        pa.field("embedding", pa.list_(pa.float32())),
+    ]
+)
+_FILE = re.compile(r"step-(\d+)\.parquet")
+
+
+def write_rollouts(run: str | Path, step: int, columns: Mapping[str, Sequence[Any]]) -> Path:
+    """Keep the rollouts of one step; a file of the same step is replaced.
+
+    Args:
+        run: The run directory.
+        step: Optimizer step, at least 0; goes into the file's name and its `step` column.
+        columns: The other columns by name, all equally long. Nullable ones may be left out; NaN in `advantage` and in
+            `reward/<label>` is stored as null.
+
+    Returns:
+        The file, which appears whole or not at all.
+
+    Raises:
+        ValueError: Unknown or missing columns, or unequal lengths; all in one message.
+    """
+    _check(step, columns)
+    count = len(columns["text"])
+    fields = [*SCHEMA, *_reward_fields(columns)]
+    arrays = []
+    for field in fields:
+        values: Any = [step] * count if field.name == "step" else columns.get(field.name, [None] * count)
+        if field.type == pa.string():
+            # A lone surrogate (JSON can hold one) has no UTF-8 form.
+            values = [value.encode("utf-8", "replace").decode("utf-8") for value in values]
+        try:
+            # from_pandas: NaN is null
+            arrays.append(pa.array(values, field.type, from_pandas=field.type == pa.float32()))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ValueError(f"rollouts of step {step}: column {field.name!r}: {error}") from error
+    folder = Path(run) / "rollouts"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:06d}.parquet"
+    with whole_file(path) as unfinished:
+        pq.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(fields)), unfinished, compression="zstd")
+    return path
+
+
+def read_rollouts(
+    run: str | Path, steps: Iterable[int] | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """The stored rollouts as one table, in the order of steps; safe while the run is still writing.
+
+    Args:
+        run: The run directory.
+        steps: Only these steps.
+        columns: Only these columns, in this order. The default is all, rewards last; a reward that some steps do not
+            have is null there.
+
+    Raises:
+        UserError: The folder does not exist, or a step or a column is not there.
+    """
+    files = rollout_files(run)
+    if steps is not None:
+        wanted = sorted(set(steps))
+        if missing := [step for step in wanted if step not in files]:
+            there = _some(sorted(files))
+            raise UserError(f"{run}: no rollouts of step {', '.join(map(str, missing))}; there are: {there}")
+        files = {step: files[step] for step in wanted}
+    opened = []
+    for path in files.values():
+        try:
+            opened.append(pq.ParquetFile(path))
+        except FileNotFoundError:
+            continue  # cut off by a resuming run since the folder was listed
+    names = dict.fromkeys(name for file in opened for name in file.schema_arrow.names)
+    schema = pa.schema([*SCHEMA, *_reward_fields(names)])
+    if columns is not None:
+        if unknown := [name for name in columns if name not in schema.names]:
+            raise UserError(f"{run}: no column {', '.join(unknown)}; there are: {', '.join(schema.names)}")
+        schema = pa.schema([schema.field(name) for name in columns])
+    tables = [schema.empty_table()]
+    for file in opened:
+        with file:
+            own = [name for name in schema.names if name in file.schema_arrow.names]
+            table, rows = file.read(columns=own), file.metadata.num_rows
+        arrays = [table[f.name] if f.name in own else pa.nulls(rows, f.type) for f in schema]
+        tables.append(pa.Table.from_arrays(arrays, schema=schema))
+    return pa.concat_tables(tables)
+
+
+def rollout_files(run: str | Path) -> dict[int, Path]:
+    """The complete files of a run, by step in rising order.
+
+    Raises:
+        UserError: The run directory does not exist.
+    """
+    if not Path(run).is_dir():
+        raise UserError(f"{run}: no such run directory")
+    found = ((_FILE.fullmatch(path.name), path) for path in (Path(run) / "rollouts").glob("step-*.parquet"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def cut_rollouts(run: str | Path, step: int) -> None:
+    """Remove the files of all steps after `step`: a run that resumes there writes them again."""
+    for number, path in rollout_files(run).items():
+        if number > step:
+            path.unlink()
+
+
+def _reward_fields(names: Iterable[str]) -> list[pa.Field]:
+    return [pa.field(name, pa.float32()) for name in names if name.startswith(REWARD)]
+
+
+def _check(step: int, columns: Mapping[str, Sequence[Any]]) -> None:
+    problems = []
+    if step < 0:
+        problems.append(f"step must be at least 0, not {step}")
+    given = [field for field in SCHEMA if field.name != "step"]
+    names = [field.name for field in given]
+    problems += [f"missing column {f.name!r}" for f in given if not f.nullable and f.name not in columns]
+    problems += [
+        f"unknown column {name!r}; known are {', '.join(names)} and reward/<label>"
+        for name in columns
+        if name not in names and not name.startswith(REWARD)
+    ]
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        problems.append(f"columns must be equally long, but have these many values: {listed}")
+    if problems:
+        raise ValueError(f"rollouts of step {step}: " + "; ".join(problems))
+
+
+def _some(steps: list[int]) -> str:
+    if len(steps) <= 12:
+        return ", ".join(map(str, steps)) or "none yet"
+    return f"{', '.join(map(str, steps[:10]))}, ... {steps[-1]} ({len(steps)} steps)"

@@ -1,0 +1,143 @@
+"""Checkpoints that a kill at any moment cannot spoil.
+
+transformers writes `checkpoint-N/` in place and deletes old ones in the same call: killed there, a run would resume from
+half a checkpoint. Here a checkpoint counts only with its `COMPLETE` marker, written last, which lists every file and its
+size; older ones are deleted after that.
+
+Optimizer, scheduler and random states are loaded by transformers with `weights_only=True`, so a checkpoint from elsewhere
+cannot run code. DeepSpeed loads its own shards without that guard.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grace_rl.errors import UserError
+from grace_rl.files import sync_tree, write_text
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object
+
+COMPLETE = "COMPLETE"
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointMixin(Trainer):
+    """Goes before a TRL trainer: `class MyTrainer(CheckpointMixin, GRPOTrainer)`.
+
+    `save_extra_state` and `load_extra_state` let the trainer keep more than transformers does.
+    """
+
+    _saved_step = -1
+
+    def save_extra_state(self, folder: Path) -> None:
+        """Write further files into a checkpoint; called on the main process only."""
+
+    def load_extra_state(self, folder: Path) -> None:
+        """Read them again on resuming; called on every process, after the model and before the first step."""
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
+        """As in transformers; `True` resumes from the last complete checkpoint.
+
+        Raises:
+            UserError: The checkpoint to resume from is incomplete, or there is none.
+        """
+        folder = resume_from_checkpoint or None
+        if folder is True:
+            folder = last_complete_checkpoint(self.args.output_dir)
+            if folder is None:
+                raise UserError(f"{self.args.output_dir}: no complete checkpoint to resume from")
+        elif folder is not None and not is_complete(Path(folder)):
+            raise UserError(f"{folder}: the checkpoint is incomplete (its {COMPLETE} marker does not match its files)")
+        return super().train(resume_from_checkpoint=folder and str(folder), **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
+        if self._saved_step == step:
+            return  # stopping at the end of an epoch asks twice; the second writing could only spoil the first
+        limit = self.args.save_total_limit
+        if self.args.should_save:
+            (folder / COMPLETE).unlink(missing_ok=True)
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # every process has written its random state and shards
+        if self.args.should_save:
+            self.save_extra_state(folder)
+            mark_complete(folder)
+            rotate_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        self._saved_step = step
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_extra_state(Path(checkpoint))
+
+
+def mark_complete(folder: Path) -> None:
+    """Bring all files to the disk, then write the marker that lists them."""
+    sync_tree(folder)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    write_text(folder / COMPLETE, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the marker is there, and every file that it lists with its size."""
+    try:
+        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step in the folder's name.
+
+    >>> checkpoint_step(Path("checkpoints/checkpoint-30"))
+    30
+    """
+    match = _FOLDER.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder}: not a checkpoint's name")
+    return int(match[1])
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """All `checkpoint-N` folders, complete or not, by rising step."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if _FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=checkpoint_step)
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """The complete checkpoint with the highest step; nothing is changed."""
+    return next((path for path in reversed(list_checkpoints(folder)) if is_complete(path)), None)
+
+
+def remove_incomplete_checkpoints(folder: str | Path) -> None:
+    """Delete what a killed process left half written or half deleted. Only for the one process that owns the folder."""
+    for path in list_checkpoints(folder):
+        if not is_complete(path):
+            shutil.rmtree(path)
+
+
+def rotate_checkpoints(folder: Path, limit: int | None, best: str | None = None) -> None:
+    """Keep the newest `limit` complete checkpoints and the best one; `None` or 0 keeps all."""
+    if not limit or limit < 0:
+        return
+    complete = [path for path in list_checkpoints(folder) if is_complete(path)]
+    kept = set(complete[-limit:])
+    if best is not None and limit > 1 and Path(best) not in kept:
+        kept.discard(complete[-limit])  # the best one counts
+    for path in complete:
+        if path not in kept and str(path) != str(best and Path(best)):
+            shutil.rmtree(path)
