@@ -1,7 +1,7 @@
 """Files that appear whole or not at all: write beside, fsync, rename.
 
-Names that start with a dot and end with `.writing` are unfinished; readers ignore them, and what a killed process left of
-them may be removed by whoever holds the folder.
+Names that start with a dot and end with `.writing` are unfinished; readers ignore them, and what a killed process
+left of them may be removed by whoever holds the folder.
 """
 
 from __future__ import annotations

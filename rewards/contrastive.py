@@ -36,8 +36,8 @@ class Contrastive:
     the other's hard negative, which was steadier than triplets.
 
     Relations: `hard_negative` is its negative part alone; `consistency` its label-free part alone;
-    `grace_published` is the linear form. With one row, its two negatives and one positive it is the
-    loss of `MultipleNegativesRankingLoss` of sentence-transformers, with the sign turned.
+    `grace_published` is the linear form. `MultipleNegativesRankingLoss` of sentence-transformers is
+    the same formula as a loss; here both sides are scored and may be negatives of other rows.
 
     Source: papers/grace.md 3.4 (c); findings.md 4.
 

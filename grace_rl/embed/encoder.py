@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,39 @@ from grace_rl.errors import UserError
 from grace_rl.rollout.prompts import PromptTemplate
 
 RationaleMode = Literal["none", "greedy"]
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What an encoder must know besides the weights; `grace.json` beside them.
+
+    Attributes:
+        reader: How rationales are read.
+        instruction, max_text_tokens, chat_template_kwargs: Of the prompt, see `PromptTemplate`.
+        max_rationale_tokens: Longest rationale that is written.
+    """
+
+    reader: ReaderConfig
+    instruction: str | None
+    max_text_tokens: int
+    max_rationale_tokens: int
+    chat_template_kwargs: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        (folder / "grace.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> EncoderSettings:
+        """Read them back.
+
+        Raises:
+            UserError: The folder holds no `grace.json`, so it is not known how its rationales are read.
+        """
+        if not (folder / "grace.json").exists():
+            raise UserError(f"{folder}: has no grace.json; give the model/ folder of a run")
+        settings = json.loads((folder / "grace.json").read_text(encoding="utf-8"))
+        return cls(**settings | {"reader": ReaderConfig(**settings["reader"])})
 
 
 @dataclass(frozen=True)
@@ -67,21 +101,19 @@ class RationaleEncoder:
         """Load what training left in `runs/<name>/model`.
 
         Raises:
-            UserError: The folder holds no `grace.json`, so it is not known how its rationales are read.
+            UserError: The folder is no such model.
         """
         folder = Path(folder)
-        if not (folder / "grace.json").exists():
-            raise UserError(f"{folder}: has no grace.json; give the model/ folder of a run")
-        settings = json.loads((folder / "grace.json").read_text(encoding="utf-8"))
+        settings = EncoderSettings.load(folder)
         model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         template = PromptTemplate(
-            tokenizer, settings["instruction"], settings["max_text_tokens"], settings["chat_template_kwargs"]
+            tokenizer, settings.instruction, settings.max_text_tokens, settings.chat_template_kwargs
         )
         end_ids = end_token_ids(model, tokenizer)
-        reader = Reader(ReaderConfig(**settings["reader"]), tokenizer, end_ids, model, device)
+        reader = Reader(settings.reader, tokenizer, end_ids, model, device)
         reader.load(folder)
-        return cls(model, tokenizer, template, reader, end_ids, settings["max_rationale_tokens"])
+        return cls(model, tokenizer, template, reader, end_ids, settings.max_rationale_tokens)
 
     @torch.no_grad()
     def write(self, texts: Sequence[str], rationale: RationaleMode = "greedy") -> list[Written]:

@@ -92,3 +92,10 @@ def _texts(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _first_negative(row: dict[str, Any]) -> str:
     negative = row["negative"]
     return negative if isinstance(negative, str) else str(negative[0])
+
+
+def example_rationales(encoder: RationaleEncoder, count: int = 3) -> list[dict[str, str]]:
+    """Greedy rationales for the first queries of the test split, to look at."""
+    texts = [row["query"] for row in scenes.rows(split="test", form="triplet", count=count)]
+    rationales = [item.rationale for item in encoder.write(texts)]
+    return [{"text": t, "rationale": r} for t, r in zip(texts, rationales, strict=True)]

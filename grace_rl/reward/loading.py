@@ -153,10 +153,7 @@ def load_rewards(
 
 def available_rewards() -> dict[str, str]:
     """The entry points of the group `grace_rl.rewards`: name -> `package.module:Name`."""
-    return {
-        point.name: point.value
-        for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    }
+    return {point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
 
 
 def _load(spec: Any, target: Any, label: str) -> LoadedReward:
@@ -190,9 +187,9 @@ def _load(spec: Any, target: Any, label: str) -> LoadedReward:
 
 def _find(name: str, base_dir: Path, files: dict[Path, types.ModuleType]) -> Any:
     """The class or function that a name means."""
-    place, colon, attribute = name.rpartition(":")
-    if not colon:
-        return _find_entry_point(name)
+    if ":" not in name:
+        name = _entry_point_value(name)
+    place, _, attribute = name.rpartition(":")
     if not place or not attribute:
         raise UserError("write it as package.module:Name or path/to/file.py:Name")
     module = _load_file(base_dir / place, files) if place.endswith(".py") else _import(place)
@@ -207,14 +204,15 @@ def _find(name: str, base_dir: Path, files: dict[Path, types.ModuleType]) -> Any
     return target
 
 
-def _find_entry_point(name: str) -> Any:
+def _entry_point_value(name: str) -> str:
+    """`package.module:Name` of an installed reward."""
     points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     if not points:
         raise UserError(
             f"no reward is installed under the entry-point group {ENTRY_POINT_GROUP!r}, not even "
             "those that ship with grace-rl; install the project: pip install -e ."
         )
-    values = sorted({point.value for point in points if point.name == name})
+    values = sorted({f"{p.module}:{p.attr}" for p in points if p.name == name})
     if not values:
         known = sorted(points.names)
         raise UserError(
@@ -223,11 +221,7 @@ def _find_entry_point(name: str) -> Any:
         )
     if len(values) > 1:
         raise UserError(f"{len(values)} packages use this name; write one of {', '.join(values)}")
-    module, _, attribute = values[0].partition(":")
-    target: Any = _import(module)
-    for part in attribute.split("."):
-        target = getattr(target, part)
-    return target
+    return values[0]
 
 
 def _import(module: str) -> types.ModuleType:
@@ -306,9 +300,7 @@ def _keyword_problems(target: Any, keywords: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} must be {_say(hints[name])}, not {value!r}")
     if isinstance(target, type) or not plain_trl:
         problems += [
-            f"the argument {p.name!r} is missing"
-            for p in named
-            if p.default is p.empty and p.name not in keywords
+            f"the argument {p.name!r} is missing" for p in named if p.default is p.empty and p.name not in keywords
         ]
     return problems
 
@@ -339,18 +331,14 @@ def _trl_parameters(function: Any) -> frozenset[str] | None:
 
 def _required(signature: inspect.Signature) -> set[str]:
     skip = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {
-        name
-        for name, p in signature.parameters.items()
-        if p.default is p.empty and p.kind not in skip
-    }
+    return {name for name, p in signature.parameters.items() if p.default is p.empty and p.kind not in skip}
 
 
 def _labels(wanted: Sequence[Any], problems: list[str]) -> list[str]:
     """One unique label each; only labels that the user gave twice are a problem."""
     given = [spec.label if isinstance(spec, RewardSpec | LoadedReward) else None for spec in wanted]
-    for label in sorted({label for label in given if label and given.count(label) > 1}):
-        problems.append(f"rewards: the label {label!r} is used {given.count(label)} times")
+    for twice in sorted({label for label in given if label and given.count(label) > 1}):
+        problems.append(f"rewards: the label {twice!r} is used {given.count(twice)} times")
     taken = {label for label in given if label}
     labels = []
     for spec, label in zip(wanted, given, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import threading
 import types
 import warnings
@@ -51,7 +52,8 @@ class Scored:
         group: (W,) long.
         components: `label/component` -> (W,), for the log.
         steps: label -> (B, K), this process's rows only.
-        metrics: `rewards/<label>/...` -> number; equal on every process.
+        metrics: `rewards/<label>/...` -> finite number, equal on every process; a mean or deviation
+            of nothing is left out.
     """
 
     rewards: Tensor
@@ -105,9 +107,7 @@ class RewardRuntime:
         self._flat_batches = dict.fromkeys(self.labels, 0)
         self._warned: set[str] = set()
 
-    def score(
-        self, batch: RewardBatch, trainer_arguments: Mapping[str, Any] | None = None
-    ) -> Scored:
+    def score(self, batch: RewardBatch, trainer_arguments: Mapping[str, Any] | None = None) -> Scored:
         """Score one batch; every process calls it together.
 
         Args:
@@ -143,9 +143,9 @@ class RewardRuntime:
         for name, column in components.items():
             metrics[f"rewards/{name}"] = float(column.nanmean())
         for i, label in enumerate(self.labels):
-            scored = torch.where(
-                values[:, i].isnan() & (not self._is_gate(i)), torch.nan, rewards[:, i]
-            )
+            scored = rewards[:, i]
+            if label not in self.gates:  # a filled-in mean is not a score
+                scored = scored.where(~values[:, i].isnan(), torch.nan)
             std = group_stds(scored, group)
             metrics[f"rewards/{label}/within_group_std"] = float(std.nanmean())
             self._watch_variance(i, scored, std)
@@ -159,7 +159,7 @@ class RewardRuntime:
                 for label, output in zip(self.labels, outputs, strict=True)
                 if output.steps is not None
             },
-            metrics=metrics,
+            metrics={name: value for name, value in metrics.items() if not math.isnan(value)},
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,9 +171,6 @@ class RewardRuntime:
         for label in self.labels:
             self._flat_batches[label] = state["flat_batches"].get(label, 0)
         self._warned = set(state["warned"])
-
-    def _is_gate(self, i: int) -> bool:
-        return self.rewards[i].label in self.gates
 
     def _call_all(
         self, batch: RewardBatch, trainer_arguments: Mapping[str, Any]
@@ -233,8 +230,7 @@ class RewardRuntime:
             errors=[
                 None
                 if error is None
-                else f"at step {batch.step}, data rows {shown}: "
-                f"{describe_error(error, reward.source)}"
+                else f"at step {batch.step}, data rows {shown}: {describe_error(error, reward.source)}"
                 for reward, error in zip(self.rewards, errors, strict=True)
             ],
             nonfinite=nonfinite,
@@ -302,9 +298,7 @@ class RewardRuntime:
         flat = bool(std.nan_to_num().max() <= 1e-6 * scale)  # 1e-6: float32 rounding of a constant
         self._flat_batches[reward.label] = self._flat_batches[reward.label] + 1 if flat else 0
         if self._flat_batches[reward.label] >= FLAT_BATCHES:
-            why = (
-                "scored nothing" if bool(scored.isnan().all()) else "did not vary inside any group"
-            )
+            why = "scored nothing" if bool(scored.isnan().all()) else "did not vary inside any group"
             self._warn_once(
                 f"flat {reward.label}",
                 f"the reward {reward.label!r} (weight {reward.weight:g}) {why} for {FLAT_BATCHES} "
@@ -430,9 +424,7 @@ def _read(result: Any, reward: LoadedReward, batch: RewardBatch) -> _Output:
         steps = torch.as_tensor(result.steps, device=batch.embeddings.device).detach()
         steps = steps.to(torch.float32, copy=True)
         if steps.dim() != 2 or len(steps) != len(batch):
-            raise ValueError(
-                f"RewardOutput.steps has shape {tuple(steps.shape)}, expected ({len(batch)}, K)"
-            )
+            raise ValueError(f"RewardOutput.steps has shape {tuple(steps.shape)}, expected ({len(batch)}, K)")
     failed = None
     if result.gate is not None:
         gate = torch.as_tensor(result.gate, device=batch.embeddings.device)
@@ -446,8 +438,7 @@ def _read(result: Any, reward: LoadedReward, batch: RewardBatch) -> _Output:
         values=_column("RewardOutput.values", result.values, batch),
         steps=steps,
         components={
-            name: _column(f"the component {name!r}", column, batch)
-            for name, column in result.components.items()
+            name: _column(f"the component {name!r}", column, batch) for name, column in result.components.items()
         },
         failed=failed,
         margin=result.margin,
@@ -466,8 +457,7 @@ def _column(what: str, values: Any, batch: RewardBatch) -> Tensor:
         values = torch.as_tensor(values, device=device).detach().to(torch.float32, copy=True)
     else:
         raise TypeError(
-            f"{what} is a {type(values).__name__}; return a tensor or a list of {count} numbers, "
-            "or a RewardOutput"
+            f"{what} is a {type(values).__name__}; return a tensor or a list of {count} numbers, or a RewardOutput"
         )
     if values.shape != (count,):
         shape = f"{len(values)} values" if values.dim() == 1 else f"shape {tuple(values.shape)}"

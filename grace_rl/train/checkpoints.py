@@ -1,11 +1,11 @@
 """Checkpoints that a kill at any moment cannot spoil.
 
-transformers writes `checkpoint-N/` in place and deletes old ones in the same call: killed there, a run would resume from
-half a checkpoint. Here a checkpoint counts only with its `COMPLETE` marker, written last, which lists every file and its
-size; older ones are deleted after that.
+transformers writes `checkpoint-N/` in place and deletes old ones in the same call: killed there, a run would resume
+from half a checkpoint. Here a checkpoint counts only with its `COMPLETE` marker, written last, which lists every file
+and its size; older ones are deleted after that.
 
-Optimizer, scheduler and random states are loaded by transformers with `weights_only=True`, so a checkpoint from elsewhere
-cannot run code. DeepSpeed loads its own shards without that guard.
+Optimizer, scheduler and random states are loaded by transformers with `weights_only=True`, so a checkpoint from
+elsewhere cannot run code. DeepSpeed loads its own shards without that guard.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from grace_rl.errors import UserError
 from grace_rl.files import sync_tree, write_text
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-else:
-    Trainer = object
 
 COMPLETE = "COMPLETE"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
-class CheckpointMixin(Trainer):
+class CheckpointMixin:
     """Goes before a TRL trainer: `class MyTrainer(CheckpointMixin, GRPOTrainer)`.
 
     `save_extra_state` and `load_extra_state` let the trainer keep more than transformers does.
     """
 
+    args: Any
+    state: Any
+    control: Any
+    accelerator: Any
     _saved_step = -1
 
     def save_extra_state(self, folder: Path) -> None:
@@ -55,11 +56,11 @@ class CheckpointMixin(Trainer):
                 raise UserError(f"{self.args.output_dir}: no complete checkpoint to resume from")
         elif folder is not None and not is_complete(Path(folder)):
             raise UserError(f"{folder}: the checkpoint is incomplete (its {COMPLETE} marker does not match its files)")
-        return super().train(resume_from_checkpoint=folder and str(folder), **kwargs)
+        return super().train(resume_from_checkpoint=folder and str(folder), **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if self._saved_step == step:
             return  # stopping at the end of an epoch asks twice; the second writing could only spoil the first
         limit = self.args.save_total_limit
@@ -67,7 +68,7 @@ class CheckpointMixin(Trainer):
             (folder / COMPLETE).unlink(missing_ok=True)
         self.args.save_total_limit = None
         try:
-            super()._save_checkpoint(model, trial)
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # every process has written its random state and shards
@@ -78,14 +79,25 @@ class CheckpointMixin(Trainer):
         self.accelerator.wait_for_everyone()
         self._saved_step = step
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the last step of all: transformers would train one more before it looked.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.args.device == torch.device("cpu", 0):
+            # Several processes on the CPU: transformers hands this device to torch.load, which only knows plain "cpu".
+            self.args.__dict__["_setup_devices"] = torch.device("cpu")
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None:
             self.load_extra_state(Path(checkpoint))
 
 
 def mark_complete(folder: Path) -> None:
     """Bring all files to the disk, then write the marker that lists them."""
+    (folder / COMPLETE).unlink(missing_ok=True)
     sync_tree(folder)
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     write_text(folder / COMPLETE, json.dumps({"files": files}, indent=1) + "\n")
@@ -131,13 +143,15 @@ def remove_incomplete_checkpoints(folder: str | Path) -> None:
 
 
 def rotate_checkpoints(folder: Path, limit: int | None, best: str | None = None) -> None:
-    """Keep the newest `limit` complete checkpoints and the best one; `None` or 0 keeps all."""
-    if not limit or limit < 0:
-        return
+    """Delete the oldest complete checkpoints until `limit` are left, never the newest nor the best one.
+
+    `None` or 0 keeps all.
+    """
     complete = [path for path in list_checkpoints(folder) if is_complete(path)]
-    kept = set(complete[-limit:])
-    if best is not None and limit > 1 and Path(best) not in kept:
-        kept.discard(complete[-limit])  # the best one counts
-    for path in complete:
-        if path not in kept and str(path) != str(best and Path(best)):
+    left = len(complete)
+    for path in complete[:-1]:
+        if not limit or left <= limit:
+            return
+        if best is None or path.name != Path(best).name:
             shutil.rmtree(path)
+            left -= 1

@@ -2,8 +2,9 @@
 
 What differs from TRL's `GRPOTrainer`:
 
-- The data set holds rows (query, positive, negatives, or text). Their texts become prompts by role, a row's rollouts stay
-  in one generation batch, and anchors (texts of untrained roles) are written along with them.
+- The data set holds rows (query, positive, negatives, or text). Their texts become prompts by role,
+  a row's rollouts stay in one generation batch, and anchors (texts of untrained roles) are written
+  along with them.
 - Rewards get a `RewardBatch`: this process's rollouts with their embeddings, and every process's as a pool. In-context
   readers take the hidden states from the forward that TRL makes for the old log-probabilities; where TRL skips that
   forward, or the reader is the bottleneck, one pass over the decoder stack is added.
@@ -38,6 +39,7 @@ from trl import GRPOTrainer
 
 from grace_rl.data.bundles import Bundles, BundleSampler, RoleText, parse_roles
 from grace_rl.embed.diagnostics import collapse_metrics, distinct_n
+from grace_rl.embed.encoder import EncoderSettings, RationaleEncoder
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
 from grace_rl.errors import UserError
 from grace_rl.reward import Pool, RewardBatch
@@ -47,8 +49,8 @@ from grace_rl.rollout.engines import repair_weight_push, vllm_start
 from grace_rl.rollout.prompts import Prompt, PromptTemplate
 from grace_rl.rollout.store import write_rollouts
 from grace_rl.train.callbacks import print_group
+from grace_rl.train.checkpoints import CheckpointMixin
 from grace_rl.train.grpo_config import GraceGRPOConfig
-from grace_rl.train.run_directory import CheckpointMixin
 
 
 @dataclasses.dataclass
@@ -278,7 +280,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         assert batch is not None
         start = time.perf_counter()
         written = [Written(*item) for item in zip(batch.prompts, batch.token_ids, completions, strict=True)]
-        rationales = self._tokenizer.batch_decode(batch.anchor_token_ids, skip_special_tokens=True)
+        rationales = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.anchor_token_ids]
         anchors = [
             Written(self._render(text.text), ids, rationale)
             for text, ids, rationale in zip(batch.anchors, batch.anchor_token_ids, rationales, strict=True)
@@ -367,7 +369,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             "embedding": pool.embeddings.tolist(),
         }
         for i, reward in enumerate(self.rewards):
-            columns[f"reward/{reward.label}"] = batch.scored.rewards[:, i].tolist() + anchors
+            columns[f"reward/{reward.label}"] = batch.scored.values[:, i].tolist() + anchors
         if logged and self.run_folder is not None:
             write_rollouts(self.run_folder, step, columns)
         if printed:
@@ -397,19 +399,33 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             self._phases.clear()
         return loss
 
-    # -- saving ------------------------------------------------------------------------------------------------------
+    # -- using and saving it ------------------------------------------------------------------------------------------------------
+
+    @property
+    def encoder_settings(self) -> EncoderSettings:
+        return EncoderSettings(
+            reader=self.reader.config,
+            instruction=self.args.instruction,
+            max_text_tokens=self.args.max_text_tokens,
+            max_rationale_tokens=self.max_completion_length,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    def encoder(self) -> RationaleEncoder:
+        """The policy as it is now, as an encoder."""
+        return RationaleEncoder(
+            self.accelerator.unwrap_model(self.model),
+            self._tokenizer,
+            self.prompt_template,
+            self.reader,
+            self.eos_token_ids,
+            self.max_completion_length,
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        settings = {
-            "reader": dataclasses.asdict(self.reader.config),
-            "instruction": self.args.instruction,
-            "max_text_tokens": self.args.max_text_tokens,
-            "max_rationale_tokens": self.max_completion_length,
-            "chat_template_kwargs": self.chat_template_kwargs,
-        }
-        (folder / "grace.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        self.encoder_settings.save(folder)
         self.reader.save(folder)
 
     def save_extra_state(self, folder: Path) -> None:

@@ -2,11 +2,11 @@
 
 TRL's `SFTTrainer` does the training. What differs:
 
-- Rows are `{text, rationale}`. A text becomes the same prompt that rollouts will start from (`PromptTemplate`), so that
-  no token of the prompt changes between the cold start and RL. The loss covers the rationale and its end token.
-- Rows of pairs with explanations (`query`, `positive`, `rationale_positive: [...]`) become one example for each text
-  and explanation. Rows without a rationale are left out and counted.
-- The defaults that need a GPU are off on a CPU: bfloat16 and gradient checkpointing.
+- Rows are `{text, rationale}`. A text becomes the same prompt that rollouts will start from
+  (`PromptTemplate`), so that no token of the prompt changes between the cold start and RL. The loss
+  covers the rationale and its end token.
+- Rows of pairs with explanations (`query`, `positive`, `rationale_positive: [...]`) become one
+  example for each text and explanation. Rows without a rationale are left out and counted.
 
 It reads top to bottom: rows -> examples -> tokens -> trainer.
 """
@@ -31,8 +31,9 @@ def sft_examples(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Example], int]
     """Pair every text of every row with every rationale given for it.
 
     Args:
-        rows: `{text, rationale}`, or `{query, positive, ...}` with `rationale` (for the query), `rationale_positive`
-            (why the positive follows: for query and positive) or both; each a text or a list of texts.
+        rows: `{text, rationale}`, or `{query, positive, ...}` with `rationale` (for the query),
+            `rationale_positive` (why the positive follows: for query and positive) or both; each a
+            text or a list of texts.
 
     Returns:
         The examples in the order of the rows, and the number of rows that had none.
@@ -66,14 +67,13 @@ def _texts(value: str | Sequence[str] | None) -> list[str]:
 def tokenize_examples(
     examples: Sequence[Example], template: PromptTemplate, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
-    """Examples as token ids: prompt, rationale, end token. `completion_mask` is 1 from the rationale's first token on.
+    """Examples as token ids: prompt, rationale, end token. `completion_mask` is 1 from the
+    rationale's first token on.
 
-    Prompt and rationale are tokenized apart, because that is how a policy writes: the prompt is given, and its own
-    tokens follow.
+    Prompt and rationale are tokenized apart, because that is how a policy writes: the prompt is
+    given, and its own tokens follow.
     """
-    rationales = tokenizer([rationale for _, rationale in examples], add_special_tokens=False)[
-        "input_ids"
-    ]
+    rationales = tokenizer([rationale for _, rationale in examples], add_special_tokens=False)["input_ids"]
     columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
     for (text, _), written in zip(examples, rationales, strict=True):
         prompt = template.render(text).token_ids
@@ -90,7 +90,8 @@ class GraceSFTTrainer(SFTTrainer):
         args: TRL's arguments. `train_sampling_strategy: sequential` keeps the order of the rows.
         rows: See `sft_examples`.
         prompt_template: Renders texts as rollouts will see them.
-        processing_class: The policy's tokenizer, with an end token; its padding token must be another one.
+        processing_class: The policy's tokenizer, with an end token; its padding token must be
+            another one.
         callbacks: Passed on.
 
     Attributes:

@@ -31,9 +31,7 @@ def facts(scene: dict) -> tuple[str, ...]:
 
 
 def test_every_word_states_one_fact_and_the_sentences_around_state_none():
-    all_words = [
-        word for values in scenes.VALUES.values() for names in values.values() for word in names
-    ]
+    all_words = [word for values in scenes.VALUES.values() for names in values.values() for word in names]
     assert len(all_words) == len(set(all_words)) == len(FACT_OF_WORD)
     assert len(scenes.VALUES) == 8 and 200 <= len(all_words) <= 260
     around = " ".join(re.sub(r"\{\w+\}", " ", template) for template in (*TEMPLATES, *NEAR))
@@ -61,13 +59,13 @@ def test_rows_depend_on_their_arguments_alone(split, form):
 
 def test_rows_are_the_same_on_every_machine():
     listing = json.dumps([scenes.rows(split, "quad", count=50) for split in SPLITS])
-    assert hashlib.sha256(listing.encode()).hexdigest() == ("DIGEST")
+    assert hashlib.sha256(listing.encode()).hexdigest() == (
+        "c16de5546c582d1763a4804bbdbe431d85c21d04652c491f08cf3c4386c21cd6"
+    )
 
 
 def test_quads_are_triplets_with_one_text_more():
-    for triplet, quad in zip(
-        scenes.rows("test", "triplet", 50), scenes.rows("test", "quad", 50), strict=True
-    ):
+    for triplet, quad in zip(scenes.rows("test", "triplet", 50), scenes.rows("test", "quad", 50), strict=True):
         assert quad.pop("negative_positive")
         assert quad == triplet
 
@@ -77,9 +75,7 @@ def test_splits_share_no_scene():
     for split in SPLITS:
         rows = scenes.rows(split, "triplet", count=400)
         seen[split] = {facts(row[key]) for row in rows for key in ("scene", "negative_scene")}
-        assert {
-            scenes.split_of(row[key]) for row in rows for key in ("scene", "negative_scene")
-        } == {split}
+        assert {scenes.split_of(row[key]) for row in rows for key in ("scene", "negative_scene")} == {split}
     assert sum(map(len, seen.values())) == len(set.union(*seen.values()))
 
 
@@ -119,9 +115,7 @@ def test_hard_negatives_share_nearly_all_words_and_paraphrases_do_not(split):
         return sum((Counter(words(a)) & Counter(words(b))).values()) / len(words(b))
 
     rows = scenes.rows(split, "quad", count=300)
-    near = [
-        max(shared(row[side], row["negative"][0]) for side in ("query", "positive")) for row in rows
-    ]
+    near = [max(shared(row[side], row["negative"][0]) for side in ("query", "positive")) for row in rows]
     far = [shared(row["query"], row["positive"]) for row in rows]
     assert min(near) >= 0.8
     assert sum(far) / len(far) < 0.6
@@ -152,8 +146,7 @@ def test_gold_similarity_is_a_similarity():
         assert scenes.gold_similarity(a, b) == scenes.gold_similarity(b, a)
         assert 0.0 <= scenes.gold_similarity(a, b) < 1.0
         assert (
-            scenes.gold_similarity(a, row["negative_scene"])
-            > scenes.gold_similarity(b, row["negative_scene"]) - 0.75
+            scenes.gold_similarity(a, row["negative_scene"]) > scenes.gold_similarity(b, row["negative_scene"]) - 0.75
         )
 
 
@@ -162,7 +155,8 @@ def test_references_read_back_as_true_facts(form):
     rng = random.Random(0)
     counts = Counter()
     for row in scenes.rows("transfer", count=100):
-        reading = scenes.read_facts(scenes.reference_rationale(row["scene"], form=form, rng=rng))
+        text = row["query"]
+        reading = scenes.read_facts(scenes.reference_rationale(row["scene"], form=form, rng=rng, text=text))
         counts[len(reading.facts)] += 1
         assert reading.precision(row["scene"]) == (0.0 if form == "filler" else 1.0)
         assert reading.coverage(row["scene"]) == len(reading.facts) / 8
@@ -171,7 +165,7 @@ def test_references_read_back_as_true_facts(form):
         "random_order": {8},
         "half": {4},
         "filler": {0},
-        "noisy": {4, 5, 6},
+        "noisy": {3, 4, 5, 6},
     }
     assert set(counts) == expected[form]
 
@@ -193,18 +187,17 @@ def test_a_reference_that_needs_chance_asks_for_it():
     scene = scenes.rows("test", count=1)[0]["scene"]
     with pytest.raises(ValueError, match="needs an rng"):
         scenes.reference_rationale(scene, form="noisy")
+    with pytest.raises(ValueError, match="needs the text"):
+        scenes.reference_rationale(scene, form="noisy", rng=random.Random(0))
     with pytest.raises(ValueError, match="unknown rationale form"):
         scenes.reference_rationale(scene, form="nosy", rng=random.Random(0))
 
 
 def test_sft_rows_begin_clean_and_go_on_noisy():
     rows = scenes.rows(form="sft", count=60, clean_rows=30)
-    readings = [
-        (scenes.read_facts(row["text"]).facts, scenes.read_facts(row["rationale"]).facts)
-        for row in rows
-    ]
+    readings = [(scenes.read_facts(row["text"]).facts, scenes.read_facts(row["rationale"]).facts) for row in rows]
     assert all(dict(said) == dict(truth) for truth, said in readings[:30])
-    assert all(4 <= len(said) <= 6 for _, said in readings[30:])
+    assert all(3 <= len(said) <= 6 for _, said in readings[30:])
     assert all(set(said) <= set(truth) for truth, said in readings)
 
 

@@ -110,9 +110,7 @@ def test_all_mistakes_of_all_rewards_come_together(folder):
             RewardSpec("no_such_package.rewards:Thing", label="same"),
             RewardSpec("mine.py:words", label="same", keywords={"treshold": 3}),
             RewardSpec("mine.py:number", label="a/b"),
-            RewardSpec(
-                "mine.py:Brevity", keywords={"scale": True, "limit": 1.5, "names": ["a", 1]}
-            ),
+            RewardSpec("mine.py:Brevity", keywords={"scale": True, "limit": 1.5, "names": ["a", 1]}),
         ],
         folder,
     )
@@ -136,9 +134,7 @@ def test_all_mistakes_of_all_rewards_come_together(folder):
 
 
 def test_nothing_is_built_while_a_keyword_is_wrong(folder):
-    (folder / "loud.py").write_text(
-        "class Loud:\n    def __init__(self):\n        raise SystemExit('built')\n"
-    )
+    (folder / "loud.py").write_text("class Loud:\n    def __init__(self):\n        raise SystemExit('built')\n")
     specs = [RewardSpec("loud.py:Loud"), RewardSpec("mine.py:Brevity", keywords={"scale": "1"})]
     assert len(problems(specs, folder)) == 1
 
@@ -188,9 +184,23 @@ def test_entry_points(monkeypatch):
     (loaded,) = load_rewards([spec], ".")
     assert loaded.label == "contrastive"
     assert loaded.function.temperature == 0.05
-    assert (
-        "did you mean 'contrastive'?; installed: contrastive, length" in problems(["contrastve"])[0]
-    )
+    assert "did you mean 'contrastive'?; installed: contrastive, length" in problems(["contrastve"])[0]
+
+
+def test_entry_points_that_lead_nowhere_or_to_two_places(monkeypatch):
+    points = Points(gone="rewards.length:Lenght")
+    points.points += Points(twice="rewards.length:Length").points
+    points.points += Points(twice="rewards.format:Format").points
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
+    found = problems(["gone", "twice"])
+    assert "rewards.length has no 'Lenght'; did you mean 'Length'?" in found[0]
+    assert "2 packages use this name; write one of rewards.format:Format, " in found[1]
+
+
+def test_the_shipped_rewards_are_installed_under_their_names():
+    names = ["contrastive", "grace_published", "consistency", "hard_negative", "length", "format"]
+    assert set(names) <= set(available_rewards())
+    assert [reward.label for reward in load_rewards(names, ".")] == names
 
 
 def test_an_uninstalled_project_is_recognised(monkeypatch):
@@ -215,9 +225,7 @@ def test_trl_functions_are_recognised_by_their_parameters():
         def __call__(self, prompts, completions, **columns):
             return prompts
 
-    loaded = load_rewards(
-        [native, plain, everything, waiting, Object(), functools.partial(plain, extra=1)], "."
-    )
+    loaded = load_rewards([native, plain, everything, waiting, Object(), functools.partial(plain, extra=1)], ".")
     assert [r.trl_parameters is None for r in loaded] == [True] + [False] * 5
     assert [r.label for r in loaded] == [
         "native", "plain", "everything", "waiting", "Object", "plain_2"
@@ -255,10 +263,7 @@ def test_annotations_that_do_not_resolve_are_not_judged(folder):
     )
     (loaded,) = load_rewards([RewardSpec("odd.py:Odd", keywords={"table": 3})], folder)
     assert loaded.function.table == 3
-    assert (
-        "unknown argument 'tabel'"
-        in problems([RewardSpec("odd.py:Odd", keywords={"tabel": 3})], folder)[0]
-    )
+    assert "unknown argument 'tabel'" in problems([RewardSpec("odd.py:Odd", keywords={"tabel": 3})], folder)[0]
 
 
 def test_torch_stays_in_float32_of_the_batch():

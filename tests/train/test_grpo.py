@@ -138,12 +138,17 @@ def test_anchor_temperature_reaches_only_anchors(policy: str, tmp_path: Path) ->
 
 
 def test_one_large_batch_equals_accumulated_small_ones(policy: str, tmp_path: Path) -> None:
-    large = build(policy, tmp_path, per_device_train_batch_size=8)
-    small = build(policy, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    # Plain gradient descent: Adam would blow rounding errors of near-zero gradients up to whole steps.
+    settings = {"optim": "sgd", "learning_rate": 0.1}
+    large = build(policy, tmp_path, per_device_train_batch_size=8, **settings)
+    small = build(policy, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings)
+    before = weights(large)
     large.train()
     small.train()
+    after = weights(small)
+    assert any(not torch.equal(before[name], p) for name, p in after.items())
     for name, p in weights(large).items():
-        torch.testing.assert_close(weights(small)[name], p, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(after[name], p, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -168,9 +173,9 @@ def test_settings_train(policy: str, tmp_path: Path, rewards: list[Any], setting
 def test_unsupervised_rows_train(policy: str, tmp_path: Path, reward: str) -> None:
     rows = scenes.rows("train", "unsupervised", 12)
     roles = {"text": {}, "anchor": {"train": False}}
-    trainer = build(policy, tmp_path, [reward], rows, roles=roles)
+    trainer = build(policy, tmp_path, [reward], rows, roles=roles, max_completion_length=32, max_steps=3)
     trainer.train()
-    assert trainer.state.log_history[0][f"rewards/{reward}/within_group_std"] > 0
+    assert any(logged.get(f"rewards/{reward}/within_group_std", 0) > 0 for logged in trainer.state.log_history)
 
 
 def test_plain_trl_reward_works_unchanged(policy: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import random
 from typing import Any, Literal
 
 from grace_rl.data.scenes.rationales import reference_rationale
-from grace_rl.data.scenes.texts import Rendering, paraphrase, render, with_facts
+from grace_rl.data.scenes.texts import paraphrase, render, with_facts
 from grace_rl.data.scenes.world import (
     SPLIT_SHARES,
     TRANSFER_WORDS,
@@ -28,9 +28,9 @@ def rows(
     count: int = 1000,
     seed: int = 0,
     clean_rows: int = 0,
-    facts: tuple[int, int] = (4, 6),
-    canonical: float = 0.0,
-    ordered: float = 0.0,
+    facts: tuple[int, int] = (3, 6),
+    copied: float = 0.3,
+    ordered: float = 0.5,
     filler: float = 0.1,
 ) -> list[dict[str, Any]]:
     """Rows of one split. The same arguments give the same rows; the first rows of a longer list are the same rows.
@@ -42,8 +42,8 @@ def rows(
         split: `train`, `validation`, `test` or `transfer`.
         form: What a row holds.
 
-            - `triplet`: `query`, `positive` (same facts, other words and sentence) and `negative`, a list with one text:
-              the query's own sentence with one fact, sometimes two, changed. Whoever compares words finds the negative.
+            - `triplet`: `query`, `positive` (same facts, other words and sentence) and `negative`, a list with one
+              text: the query's own sentence with one fact, sometimes two, changed. Whoever compares words prefers it.
             - `quad`: also `negative_positive`, the negative paraphrased. The rest is the triplet's, word for word.
             - `unsupervised`: `text`.
             - `sft`: `text` in all words, the reserved ones too, and a noisy reference `rationale`: what the cold start
@@ -54,20 +54,13 @@ def rows(
         count: Number of rows.
         seed: Another seed, other rows.
         clean_rows: The first so many references are canonical: dense and regular, soon learnt.
-        facts, canonical, ordered, filler: The noise of the later references, see `reference_rationale`.
+        facts, copied, ordered, filler: The noise of the later references, see `reference_rationale`.
 
     Raises:
         UserError: An unknown split or form, or a number out of range.
     """
-    _check(
-        split,
-        form,
-        count,
-        clean_rows,
-        facts,
-        {"canonical": canonical, "ordered": ordered, "filler": filler},
-    )
-    made = []
+    _check(split, form, count, clean_rows, facts, {"copied": copied, "ordered": ordered, "filler": filler})
+    made: list[dict[str, Any]] = []
     for index in range(count):
         # A generator of its own for each row (seeding with a string does not depend on Python's hash) keeps rows where
         # they are when the count or the form changes.
@@ -75,20 +68,23 @@ def rows(
         if form == "sft":
             scene = random_scene(split, rng)
             text = render(scene, rng, transfer=None).text
-            written = "canonical" if index < clean_rows else "noisy"
-            rationale = reference_rationale(
-                scene,
-                form=written,
-                rng=rng,
-                facts=facts,
-                canonical=canonical,
-                ordered=ordered,
-                filler=filler,
-            )
+            if index < clean_rows:
+                rationale = reference_rationale(scene)
+            else:
+                rationale = reference_rationale(
+                    scene,
+                    form="noisy",
+                    rng=rng,
+                    text=text,
+                    facts=facts,
+                    copied=copied,
+                    ordered=ordered,
+                    filler=filler,
+                )
             made.append({"text": text, "rationale": rationale})
         elif form == "unsupervised":
             scene = random_scene(split, rng)
-            text = render(scene, rng, transfer=True if split == "transfer" else False).text
+            text = render(scene, rng, transfer=split == "transfer").text
             made.append({"text": text, "scene": scene, "rationale": reference_rationale(scene)})
         else:
             made.append(_supervised_row(split, form, rng))
@@ -130,9 +126,7 @@ def _scene_and_changed(split: Split, rng: random.Random) -> tuple[Scene, Scene]:
 
 
 def _reserved_words(scene: Scene) -> set[str]:
-    return {
-        word for attribute, value in scene.items() for word in VALUES[attribute][value]
-    } & TRANSFER_WORDS
+    return {word for attribute, value in scene.items() for word in VALUES[attribute][value]} & TRANSFER_WORDS
 
 
 def _check(
@@ -153,13 +147,9 @@ def _check(
     if clean_rows < 0:
         problems.append(f"scenes: clean_rows must be at least 0, not {clean_rows}")
     if len(facts) != 2 or not 1 <= facts[0] <= facts[1] <= len(VALUES):
-        problems.append(
-            f"scenes: facts must be two numbers, fewest and most, from 1 to {len(VALUES)}, not {facts}"
-        )
+        problems.append(f"scenes: facts must be two numbers, fewest and most, from 1 to {len(VALUES)}, not {facts}")
     problems += [
-        f"scenes: {key} must be in [0, 1], not {share}"
-        for key, share in shares.items()
-        if not 0 <= share <= 1
+        f"scenes: {key} must be in [0, 1], not {share}" for key, share in shares.items() if not 0 <= share <= 1
     ]
     if problems:
         raise UserError(problems)

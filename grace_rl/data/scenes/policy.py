@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grace_rl.data.scenes.rationales import FILLER, OPENER
 from grace_rl.data.scenes.texts import NEAR, TEMPLATES, Rendering
@@ -12,6 +13,9 @@ from grace_rl.data.scenes.world import FACT_OF_WORD, VALUES
 
 COLD_START = Path(__file__).parent / "cold_start"
 """The trained policy that ships with the package; `recipes/scenes/sft.yaml` makes it."""
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -65,8 +69,8 @@ def save_untrained(path: str | Path, seed: int = 0) -> Path:
     return Path(path)
 
 
-def build_tokenizer():
-    """A `PreTrainedTokenizerFast`: every word of the world is one token, any other text is spelled in bytes."""
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer: every word of the world is one token, any other text is spelled in bytes."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -74,9 +78,7 @@ def build_tokenizer():
     tokens += sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens += [word for word in _whole_words() if word not in tokens]
     # No merges: a piece that is in the vocabulary is one token (ignore_merges), any other piece falls to bytes.
-    model = models.BPE(
-        {token: index for index, token in enumerate(tokens)}, merges=[], ignore_merges=True
-    )
+    model = models.BPE({token: index for index, token in enumerate(tokens)}, merges=[], ignore_merges=True)
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -85,9 +87,7 @@ def build_tokenizer():
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in tokens[:5]]
-    )
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens[:5]])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
     )

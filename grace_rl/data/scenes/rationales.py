@@ -24,26 +24,28 @@ def reference_rationale(
     *,
     form: RationaleForm = "canonical",
     rng: random.Random | None = None,
-    facts: tuple[int, int] = (4, 6),
-    canonical: float = 0.0,
-    ordered: float = 0.0,
+    text: str | None = None,
+    facts: tuple[int, int] = (3, 6),
+    copied: float = 0.3,
+    ordered: float = 0.5,
     filler: float = 0.1,
 ) -> str:
     """A rationale for a scene: a list of words, one for each fact it states.
 
     Args:
         scene: The facts.
-        form: `canonical` all facts, canonical words, fixed order; `random_order` the same shuffled; `half` four of
-            the facts, canonical, in order; `filler` no fact; `noisy` as a weak writer would: some facts, any of their
-            words, any order, filler in between (the other arguments say how much).
+        form: `canonical` all facts, canonical words, fixed order; `random_order` the same shuffled; `half` four of the
+            facts, canonical, in order; `filler` no fact; `noisy` as a weak writer would who half copies the text: some
+            facts, in the text's words or others, in the text's order or ours, filler in between.
         rng: Source of chance; needed for every form except `canonical`.
+        text: Noisy: a text about the scene, needed.
         facts: Noisy: fewest and most facts stated, 1 to 8, all numbers between equally likely.
-        canonical: Noisy: how likely a fact's canonical word is taken without a draw among all its words, in [0, 1].
-        ordered: Noisy: how likely the facts stay in order, in [0, 1].
+        copied: Noisy: how likely a fact keeps the text's word without a draw among all its words, in [0, 1].
+        ordered: Noisy: how likely the facts stand in the fixed order and not in the text's, in [0, 1].
         filler: Noisy: how likely a filler word stands before a fact, in [0, 1].
 
     Raises:
-        ValueError: `form` is unknown, or needs an `rng` and got none.
+        ValueError: `form` is unknown, or lacks the `rng` or the `text` that it needs.
 
     >>> scene = {attribute: next(iter(values)) for attribute, values in VALUES.items()}
     >>> reference_rationale(scene)
@@ -57,27 +59,33 @@ def reference_rationale(
     if form == "random_order":
         return _join(value for _, value in rng.sample(truth, len(truth)))
     if form == "half":
-        kept = sorted(rng.sample(range(len(truth)), len(truth) // 2))
-        return _join(truth[index][1] for index in kept)
+        return _join(value for _, value in _some(truth, len(truth) // 2, rng))
     if form == "filler":
         return _join(rng.choice(FILLER) for _ in range(rng.randint(3, 6)))
     if form != "noisy":
-        raise ValueError(
-            f"unknown rationale form {form!r}; known: canonical, random_order, half, filler, noisy"
-        )
-    stated = rng.sample(truth, rng.randint(*facts))
-    if rng.random() < ordered:
-        stated.sort(key=truth.index)
+        raise ValueError(f"unknown rationale form {form!r}; known: canonical, random_order, half, filler, noisy")
+    if text is None:
+        raise ValueError("a noisy rationale needs the text that it half copies")
+    word_of = {FACT_OF_WORD[word]: word for word in _known_words(text)}  # in the order of the text
     words = []
-    for attribute, value in stated:
+    for fact in _some(truth if rng.random() < ordered else list(word_of), rng.randint(*facts), rng):
         if rng.random() < filler:
             words.append(rng.choice(FILLER))
-        words.append(value if rng.random() < canonical else rng.choice(VALUES[attribute][value]))
+        attribute, value = fact
+        words.append(word_of[fact] if rng.random() < copied else rng.choice(VALUES[attribute][value]))
     return _join(words)
+
+
+def _some(facts: list[tuple[str, str]], count: int, rng: random.Random) -> list[tuple[str, str]]:
+    return [facts[index] for index in sorted(rng.sample(range(len(facts)), count))]
 
 
 def _join(words: Iterable[str]) -> str:
     return " ".join((OPENER, *words))
+
+
+def _known_words(text: str) -> list[str]:
+    return [word for word in re.findall(r"[a-z]+", text.lower()) if word in FACT_OF_WORD]
 
 
 @dataclass(frozen=True)
@@ -103,5 +111,4 @@ def read_facts(rationale: str) -> FactReading:
     >>> reading.facts
     (('agent', 'doctor'), ('trait', 'angry'), ('weather', 'fog'))
     """
-    words = re.findall(r"[a-z]+", rationale.lower())
-    return FactReading(tuple(FACT_OF_WORD[word] for word in words if word in FACT_OF_WORD))
+    return FactReading(tuple(FACT_OF_WORD[word] for word in _known_words(rationale)))

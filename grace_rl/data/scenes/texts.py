@@ -100,16 +100,11 @@ def choose_word(attribute: str, value: str, rng: random.Random, transfer: bool |
 
 def render(scene: Scene, rng: random.Random, *, transfer: bool | None = False) -> Rendering:
     """Say a scene in a random sentence and random words (see `choose_word` for `transfer`)."""
-    words = {
-        attribute: choose_word(attribute, value, rng, transfer)
-        for attribute, value in scene.items()
-    }
+    words = {attribute: choose_word(attribute, value, rng, transfer) for attribute, value in scene.items()}
     return Rendering(scene, words, rng.randrange(len(TEMPLATES)), rng.choice(NEAR))
 
 
-def paraphrase(
-    rendering: Rendering, rng: random.Random, *, transfer: bool | None = False
-) -> Rendering:
+def paraphrase(rendering: Rendering, rng: random.Random, *, transfer: bool | None = False) -> Rendering:
     """The same facts in another sentence, with another word for every fact that has one left."""
     words = {}
     for attribute, value in rendering.scene.items():
@@ -121,9 +116,7 @@ def paraphrase(
     return Rendering(rendering.scene, words, template, rng.choice(NEAR))
 
 
-def with_facts(
-    rendering: Rendering, scene: Scene, rng: random.Random, *, transfer: bool | None = False
-) -> Rendering:
+def with_facts(rendering: Rendering, scene: Scene, rng: random.Random, *, transfer: bool | None = False) -> Rendering:
     """The same sentence about another scene: only the words of the facts that differ are new."""
     words = {
         attribute: rendering.words[attribute]

