@@ -331,7 +331,9 @@ def _typed_values(source: RecipeSource, method: str) -> dict[str, Any]:
     values = {}
     for key, value in source.tree.items():
         if key not in hints:
-            source.problems.append(source.problem((key,), f"unknown key{_nearest(key, hints)}{_other_method(key, method)}"))
+            source.problems.append(
+                source.problem((key,), f"unknown key{_nearest(key, hints)}{_other_method(key, method)}")
+            )
             continue
         try:
             values[key] = convert(value, hints[key])
@@ -429,7 +431,7 @@ def _say(kind: Any) -> str:
     if origin is dict or kind is dict:
         return "a mapping (key: value)"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
-    return words.get(kind) or getattr(kind, "__name__", str(kind))
+    return words.get(kind) or str(getattr(kind, "__name__", kind))
 
 
 # --- one part each -----------------------------------------------------------------------------
@@ -485,9 +487,8 @@ def _data(source: RecipeSource, values: dict[str, Any]) -> DataConfig:
         _check_scenes_options(source, options, split)
         if columns:
             problem("dataset_columns", "the columns of scenes need no other names; remove it")
-    if is_file or name == SCENES:
-        if values.get("dataset_config") is not None:
-            problem("dataset_config", "only a hub data set has configurations; remove it")
+    if (is_file or name == SCENES) and values.get("dataset_config") is not None:
+        problem("dataset_config", "only a hub data set has configurations; remove it")
     if is_file and split != "train":
         problem("dataset_train_split", "a local file has no splits; remove it")
     return DataConfig(name, values.get("dataset_config"), split, rows, options, columns)
@@ -698,5 +699,7 @@ def _check_rewards(source: RecipeSource, specs: list[RewardSpec], training: dict
         source.problems.append(source.problem(("reward_weights",), message))
     gates = [reward.label for reward in loaded or [] if reward.gates and reward.weight]
     if gates and training.get("multi_objective_aggregation") == "normalize_then_sum":
-        message = f"normalize_then_sum forms no totals for the gate {', '.join(gates)} to act on; use sum_then_normalize"
+        message = (
+            f"normalize_then_sum forms no totals for the gate {', '.join(gates)} to act on; use sum_then_normalize"
+        )
         source.problems.append(source.problem(("multi_objective_aggregation",), message))

@@ -65,7 +65,9 @@ def read_rows(data: DataConfig) -> list[Row]:
         bad += bool(found)
         problems += [f"{place}: {problem}" for problem in found]
     if len(problems) > SHOWN_PROBLEMS:
-        problems[SHOWN_PROBLEMS:] = [f"... and {len(problems) - SHOWN_PROBLEMS} more like these ({bad} bad rows in all)"]
+        problems[SHOWN_PROBLEMS:] = [
+            f"... and {len(problems) - SHOWN_PROBLEMS} more like these ({bad} bad rows in all)"
+        ]
     if problems:
         raise UserError(problems)
     if not rows:
@@ -90,9 +92,8 @@ def _records(data: DataConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
     number = 0
-    with opened as lines:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():

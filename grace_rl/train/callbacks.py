@@ -316,9 +316,9 @@ def print_group(console: Console, rows: Sequence[Mapping[str, Any]], reward_labe
     about = " ".join(f"{name} {first[name]}" for name in ("step", "role") if name in first)
     table = Table(box=box.SIMPLE_HEAD, title=_shown(f"{about}: {first['text']}".lstrip(": "), console))
     table.title_justify = "left"
-    table.add_column("rationale", ratio=1)
+    table.add_column("rationale", ratio=1, overflow="fold")
     for label in [*reward_labels, "advantage"]:
-        table.add_column(_shown(label, console), justify="right", no_wrap=True)
+        table.add_column(_shown(label, console), justify="right", no_wrap=True, overflow="crop")
     ranked = sorted(rows, key=lambda row: _worth(row.get("advantage")), reverse=True)
     for row in ranked:
         numbers = [_number(row.get(f"reward/{label}")) for label in reward_labels]
@@ -332,7 +332,7 @@ def _shown(text: str, console: Console, limit: int = 800) -> Text:
     if len(text) > limit:
         text = text[:limit] + " ..."
     text = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return Text(text.encode(console.encoding, "replace").decode(console.encoding))
+    return Text(text.encode(console.encoding, "replace").decode(console.encoding), overflow="fold")
 
 
 def _mean(value: Any) -> float | None:

@@ -43,7 +43,12 @@ class CheckpointMixin:
     def load_extra_state(self, folder: Path) -> None:
         """Read them again on resuming; called on every process, after the model and before the first step."""
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """As in transformers; `True` resumes from the last complete checkpoint.
 
         Raises:
@@ -56,7 +61,8 @@ class CheckpointMixin:
                 raise UserError(f"{self.args.output_dir}: no complete checkpoint to resume from")
         elif folder is not None and not is_complete(Path(folder)):
             raise UserError(f"{folder}: the checkpoint is incomplete (its {COMPLETE} marker does not match its files)")
-        return super().train(resume_from_checkpoint=folder and str(folder), **kwargs)  # type: ignore[misc]
+        folder = folder and str(folder)
+        return super().train(folder, trial, ignore_keys_for_eval)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step

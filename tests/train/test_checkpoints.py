@@ -102,7 +102,8 @@ def test_interrupted_and_resumed_it_ends_with_the_same_weights(
     tmp_path: Path, tiny: dict[str, Any], quiet: Console
 ) -> None:
     weights = {}
-    for name, interruptions in {"whole": [None], "stopped": [3, 7, None]}.items():
+    cases: dict[str, list[int | None]] = {"whole": [None], "stopped": [3, 7, None]}
+    for name, interruptions in cases.items():
         run = RunDirectory(tmp_path / name)
         for interrupt_at in interruptions:
             opened = run.open({})
@@ -116,7 +117,7 @@ def test_interrupted_and_resumed_it_ends_with_the_same_weights(
             assert trainer.loaded == (f"step {opened.step}" if opened.checkpoint else None)
             last = last_complete_checkpoint(run.checkpoints)
             assert last is not None and last.name == f"checkpoint-{interrupt_at or 8}"
-            assert len(list_checkpoints(run.checkpoints)) == (2 if interrupt_at != 1 else 1)
+            assert len(list_checkpoints(run.checkpoints)) == 2
             run.close()
         assert [line["step"] for line in read_metrics(run.path)] == list(range(1, 9))
         weights[name] = load_file(run.checkpoints / "checkpoint-8" / "model.safetensors")

@@ -141,9 +141,9 @@ def test_one_large_batch_equals_accumulated_small_ones(policy: str, tmp_path: Pa
     # Plain gradient descent: Adam would blow rounding errors of near-zero gradients up to whole steps.
     settings = {"optim": "sgd", "learning_rate": 0.1}
     large = build(policy, tmp_path, per_device_train_batch_size=8, **settings)
-    small = build(policy, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings)
     before = weights(large)
     large.train()
+    small = build(policy, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings)
     small.train()
     after = weights(small)
     assert any(not torch.equal(before[name], p) for name, p in after.items())

