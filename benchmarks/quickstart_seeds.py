@@ -1,11 +1,14 @@
-"""Does the quickstart work for every seed? Trains it with several and prints the table with its spread.
+"""Does the quickstart work for every seed? Trains it with several and prints the table with its
+spread.
 
     python benchmarks/quickstart_seeds.py --seeds 0 1 2
-    python benchmarks/quickstart_seeds.py --seeds 0 1 2 -- --max_steps 30      # anything after -- goes to train
+    python benchmarks/quickstart_seeds.py --seeds 0 1 2 -- --max_steps 30      # anything after --
+    goes to train
 
-Each seed is a run of its own under --output. Rows of one table come from the same runs: without a rationale, the cold
-start, and after RL, greedy. The exit code is 1 if RL is not above the cold start on every similarity score of both
-splits for every seed, or gains less than 0.30 triplet accuracy on the test split.
+Each seed is a run of its own under --output. Rows of one table come from the same runs: without a
+rationale, the cold start, and after RL, greedy. The exit code is 1 if RL is not above the cold
+start on every similarity score of both splits for every seed, or gains less than 0.30 triplet
+accuracy on the test split.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ LEAST_TRIPLET_GAIN = 0.30
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--recipe", default="recipes/quickstart.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart-seeds"))
@@ -65,7 +70,11 @@ def summary(runs: list[list[dict]], seeds: list[int]) -> Table:
         cells = []
         for i in range(len(rows)):
             values = [run[i]["scores"][score] for run in runs if score in run[i]["scores"]]
-            cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "")
+            cells.append(
+                f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+                if values
+                else ""
+            )
         table.add_row(score, *cells)
     return table
 
@@ -77,10 +86,14 @@ def shortfalls(runs: list[list[dict]], seeds: list[int]) -> list[str]:
         before, after = rows[-2]["scores"], rows[-1]["scores"]
         for score, value in after.items():
             if score.split("/")[1] in SIMILARITY_SCORES and value <= before[score]:
-                found.append(f"seed {seed}: {score} is {value:.3f}, not above the cold start's {before[score]:.3f}")
+                found.append(
+                    f"seed {seed}: {score} is {value:.3f}, not above the cold start's {before[score]:.3f}"
+                )
         gain = after["scenes/triplet_accuracy"] - before["scenes/triplet_accuracy"]
         if gain < LEAST_TRIPLET_GAIN:
-            found.append(f"seed {seed}: triplet accuracy gained {gain:.3f}, expected {LEAST_TRIPLET_GAIN}")
+            found.append(
+                f"seed {seed}: triplet accuracy gained {gain:.3f}, expected {LEAST_TRIPLET_GAIN}"
+            )
     return found
 
 

@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/rollout_engines.py
 
-A Qwen3 of about 10M random parameters writes --samples rationales of exactly --tokens tokens for --prompts texts,
-through the trainer's own generation, `transformers` and vLLM in turn, --repeats times after one warm-up each. Prints
-the median of each and their ratio. Both use torch's threads, so OMP_NUM_THREADS holds for both.
+A Qwen3 of about 10M random parameters writes --samples rationales of exactly --tokens tokens for
+--prompts texts, through the trainer's own generation, `transformers` and vLLM in turn, --repeats
+times after one warm-up each. Prints the median of each and their ratio. Both use torch's threads,
+so OMP_NUM_THREADS holds for both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from grace_rl.train.grpo_config import GraceGRPOConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
@@ -36,7 +39,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         size = save_model(Path(folder))
-        trainers = {name: build_trainer(folder, options, name == "vllm") for name in ("transformers", "vllm")}
+        trainers = {
+            name: build_trainer(folder, options, name == "vllm")
+            for name in ("transformers", "vllm")
+        }
         texts = [row["text"] for row in scenes.rows(form="unsupervised", count=options.prompts)]
         prompts = [trainers["vllm"].prompt_template.render(text).token_ids for text in texts]
         prompts = [prompt for prompt in prompts for _ in range(options.samples)]
@@ -44,7 +50,9 @@ def main() -> None:
         for repeat in range(options.repeats + 1):
             for name, trainer in trainers.items():
                 start = time.perf_counter()
-                written, _ = GRPOTrainer._generate_single_turn(trainer, prompts, None, {}, options.samples)
+                written, _ = GRPOTrainer._generate_single_turn(
+                    trainer, prompts, None, {}, options.samples
+                )
                 speed = sum(map(len, written)) / (time.perf_counter() - start)
                 if repeat > 0:
                     speeds[name].append(speed)
@@ -52,12 +60,15 @@ def main() -> None:
           f"{torch.get_num_threads()} threads, median of {options.repeats}")  # fmt: skip
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     for name, values in speeds.items():
-        print(f"{name:>12}: {medians[name]:8.0f} tokens/s  (from {min(values):.0f} to {max(values):.0f})")
+        print(
+            f"{name:>12}: {medians[name]:8.0f} tokens/s  (from {min(values):.0f} to {max(values):.0f})"
+        )
     print(f"       ratio: vLLM is {medians['vllm'] / medians['transformers']:.1f} times as fast")
 
 
 def save_model(folder: Path) -> int:
-    """A random model that never ends a rationale by itself, with the tokenizer of the scenes policy."""
+    """A random model that never ends a rationale by itself, with the tokenizer of the scenes
+    policy."""
     tokenizer = AutoTokenizer.from_pretrained(scenes.COLD_START)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(

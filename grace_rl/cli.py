@@ -73,12 +73,16 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
         if name == "train":
             command.add_argument(
-                "--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop"
+                "--dry-run",
+                action="store_true",
+                help="print the resolved recipe and the plan, and stop",
             )
             command.add_argument("--overwrite", action="store_true", help="replace a finished run")
         else:
             command.add_argument(
-                "--oracle", action="store_true", help="force known rationales: can the embedding see a better one?"
+                "--oracle",
+                action="store_true",
+                help="force known rationales: can the embedding see a better one?",
             )
     return parser
 

@@ -1,7 +1,7 @@
 """Files that appear whole or not at all: write beside, fsync, rename.
 
-Names that start with a dot and end with `.writing` are unfinished; readers ignore them, and what a killed process
-left of them may be removed by whoever holds the folder.
+Names that start with a dot and end with `.writing` are unfinished; readers ignore them, and what a
+killed process left of them may be removed by whoever holds the folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ UNFINISHED = ".*.writing"  # glob pattern
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `path` when the block ends, and is removed when the block raises.
+    """A path to write to; it becomes `path` when the block ends, and is removed when the block
+    raises.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "scores.txt"

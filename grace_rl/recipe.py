@@ -54,11 +54,22 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "scale_rewards": ("group", "batch", "none"),
-    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "vllm_importance_sampling_mode": (
+        "token_truncate",
+        "token_mask",
+        "sequence_truncate",
+        "sequence_mask",
+    ),
     "vllm_mode": ("colocate", "server"),
     "vllm_model_impl": ("vllm", "transformers"),
 }
-FILE_KEYS = ("deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint", "chat_template_path")
+FILE_KEYS = (
+    "deepspeed",
+    "fsdp_config",
+    "accelerator_config",
+    "resume_from_checkpoint",
+    "chat_template_path",
+)
 
 
 @dataclass(frozen=True)
@@ -151,13 +162,19 @@ class Recipe:
             return config(**keywords)
         except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{self.path}: {getattr(config, '__name__', config)} says: {reason}") from error
+            raise UserError(
+                f"{self.path}: {getattr(config, '__name__', config)} says: {reason}"
+            ) from error
 
     def resolved(self) -> dict[str, Any]:
         """What `--dry-run` prints and the run directory keeps: everything given, and our own keys with their
         defaults. It loads to an equal recipe."""
         data = self.data
-        tree: dict[str, Any] = {"method": self.method, **self.model, "dataset_name": data.dataset_name}
+        tree: dict[str, Any] = {
+            "method": self.method,
+            **self.model,
+            "dataset_name": data.dataset_name,
+        }
         if data.config is not None:
             tree["dataset_config"] = data.config
         tree["dataset_train_split"] = data.train_split
@@ -195,7 +212,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree, problems = source.tree, source.problems
     method = tree.get("method", "grpo")
     if method not in METHODS:
-        problems.append(source.problem(("method",), f"must be one of {', '.join(METHODS)}, not {method!r}"))
+        problems.append(
+            source.problem(("method",), f"must be one of {', '.join(METHODS)}, not {method!r}")
+        )
         method = "grpo"
 
     values = _typed_values(source, method)
@@ -235,7 +254,9 @@ def check_rows(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> None:
     """
     if recipe.method == "sft":
         if not any(row.get("rationale") or row.get("rationale_positive") for row in rows):
-            raise UserError(f"{recipe.path}: method sft needs rows with a rationale, and none has one")
+            raise UserError(
+                f"{recipe.path}: method sft needs rows with a rationale, and none has one"
+            )
         return
     from grace_rl.data.bundles import Bundles, parse_roles
 
@@ -243,7 +264,9 @@ def check_rows(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> None:
     bundles = Bundles(rows, parse_roles(recipe.training["roles"], generations))
     per_batch = _batch_size(recipe.training) // (len(bundles.trained) * generations)
     if per_batch > len(rows):
-        raise UserError(f"{recipe.path}: a generation batch takes {per_batch} rows, but there are only {len(rows)}")
+        raise UserError(
+            f"{recipe.path}: a generation batch takes {per_batch} rows, but there are only {len(rows)}"
+        )
 
 
 def describe(recipe: Recipe, rows: int | None) -> list[str]:
@@ -268,7 +291,10 @@ def describe(recipe: Recipe, rows: int | None) -> list[str]:
             f"batch      {examples} rows x {len(trained)} trained roles ({', '.join(trained)}) = "
             f"{examples * len(trained)} prompts, x {generations} = {batch} rollouts per generation batch"
         )
-        lines.append("rewards    " + ", ".join(f"{r.label or r.name} (weight {r.weight:g})" for r in recipe.rewards))
+        lines.append(
+            "rewards    "
+            + ", ".join(f"{r.label or r.name} (weight {r.weight:g})" for r in recipe.rewards)
+        )
     lines.append(f"output     {recipe.training['output_dir']}")
     return lines
 
@@ -332,7 +358,9 @@ def _typed_values(source: RecipeSource, method: str) -> dict[str, Any]:
     for key, value in source.tree.items():
         if key not in hints:
             source.problems.append(
-                source.problem((key,), f"unknown key{_nearest(key, hints)}{_other_method(key, method)}")
+                source.problem(
+                    (key,), f"unknown key{_nearest(key, hints)}{_other_method(key, method)}"
+                )
             )
             continue
         try:
@@ -369,7 +397,9 @@ def convert(value: Any, annotation: Any) -> Any:
     """
     options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     if isinstance(value, str) and any(_is_enum(option) for option in options):
-        options = tuple(option for option in options if option is not str)  # TRL: the enumeration or its value
+        options = tuple(
+            option for option in options if option is not str
+        )  # TRL: the enumeration or its value
     for strict in (True, False):  # an exact match first: true stays a boolean for `bool | float`
         for option in options:
             fits, converted = _convert_one(value, option, strict)
@@ -430,7 +460,13 @@ def _say(kind: Any) -> str:
         return f"a list, each {_say(arguments[0])}" if arguments[0] is not Any else "a list"
     if origin is dict or kind is dict:
         return "a mapping (key: value)"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        type(None): "null",
+    }
     return words.get(kind) or str(getattr(kind, "__name__", kind))
 
 
@@ -478,7 +514,10 @@ def _data(source: RecipeSource, values: dict[str, Any]) -> DataConfig:
     if rows is not None and rows < 1:
         problem("dataset_rows", f"must be at least 1, not {rows}")
     if is_file and not Path(name).is_file():
-        problem("dataset_name", f"there is no file {name}; paths start at the working directory {Path.cwd()}")
+        problem(
+            "dataset_name",
+            f"there is no file {name}; paths start at the working directory {Path.cwd()}",
+        )
     elif not is_file and name != SCENES and (_looks_like_path(name) or Path(name).is_file()):
         problem("dataset_name", f"{name}: a local file must end in {', '.join(ROW_SUFFIXES)}")
     if name != SCENES and options:
@@ -501,7 +540,9 @@ def _check_scenes_options(source: RecipeSource, options: dict[str, Any], split: 
         message = f"scenes has the splits {', '.join(SCENES_SPLITS)}, not {split!r}"
         source.problems.append(source.problem(("dataset_train_split",), message))
     hints = typing.get_type_hints(scenes.rows)
-    known = [name for name in inspect.signature(scenes.rows).parameters if name not in ("split", "count")]
+    known = [
+        name for name in inspect.signature(scenes.rows).parameters if name not in ("split", "count")
+    ]
     elsewhere = {"split": "dataset_train_split", "count": "dataset_rows"}
     for key, value in options.items():
         if key in elsewhere:
@@ -517,7 +558,9 @@ def _check_scenes_options(source: RecipeSource, options: dict[str, Any], split: 
         source.problems.append(source.problem(("dataset_options", key), message))
 
 
-def _evaluation(source: RecipeSource, values: dict[str, Any], data: DataConfig) -> EvaluationConfig | None:
+def _evaluation(
+    source: RecipeSource, values: dict[str, Any], data: DataConfig
+) -> EvaluationConfig | None:
     tree = values.get("evaluation")
     if tree is None:
         return None
@@ -541,7 +584,9 @@ def _evaluation(source: RecipeSource, values: dict[str, Any], data: DataConfig) 
     splits, rows = found.get("dataset_splits", ["test", "transfer"]), found.get("rows", 200)
     for split in splits:
         if split not in SCENES_SPLITS:
-            problem("dataset_splits", f"scenes has the splits {', '.join(SCENES_SPLITS)}, not {split!r}")
+            problem(
+                "dataset_splits", f"scenes has the splits {', '.join(SCENES_SPLITS)}, not {split!r}"
+            )
     if rows < 2:
         problem("rows", f"must be at least 2, not {rows}")
     return EvaluationConfig(tuple(splits), rows)
@@ -550,7 +595,11 @@ def _evaluation(source: RecipeSource, values: dict[str, Any], data: DataConfig) 
 def _check_files(source: RecipeSource, training: dict[str, Any]) -> None:
     for key in FILE_KEYS:
         value = training.get(key)
-        if isinstance(value, str) and not value.lstrip().startswith("{") and not Path(value).exists():
+        if (
+            isinstance(value, str)
+            and not value.lstrip().startswith("{")
+            and not Path(value).exists()
+        ):
             message = f"there is no {value}; paths start at the working directory {Path.cwd()}"
             source.problems.append(source.problem((key,), message))
 
@@ -573,7 +622,9 @@ def _collect(source: RecipeSource, check: Callable[[], Any]) -> Any:
     except UserError as error:
         for problem in error.problems:
             key, colon, message = problem.partition(": ")
-            source.problems.append(source.problem(_path(key), message) if colon else f"{source.path}: {problem}")
+            source.problems.append(
+                source.problem(_path(key), message) if colon else f"{source.path}: {problem}"
+            )
         return None
 
 
@@ -592,7 +643,9 @@ def _batch_size(training: dict[str, Any]) -> int:
     given = training.get("generation_batch_size")
     if given is not None:
         return int(given)
-    steps = training.get("steps_per_generation") or _trainer_value(training, "gradient_accumulation_steps")
+    steps = training.get("steps_per_generation") or _trainer_value(
+        training, "gradient_accumulation_steps"
+    )
     return int(_trainer_value(training, "per_device_train_batch_size") * _processes() * steps)
 
 
@@ -609,16 +662,25 @@ def _check_batches(source: RecipeSource, training: dict[str, Any], data: DataCon
         if options is not None and not isinstance(options, dict):
             message = f"must be a mapping such as {{samples: 8, train: true}}, not {options!r}"
             source.problems.append(source.problem(("roles", name), message))
-    positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size")
+    positive = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "generation_batch_size",
+    )
     for key in (*positive, "steps_per_generation", "max_completion_length", "max_text_tokens"):
         value = _trainer_value(training, key)
         if value is not None and value < 1:
             source.problems.append(source.problem((key,), f"must be at least 1, not {value}"))
     generations = _trainer_value(training, "num_generations")
     if generations is None or generations < 2:
-        message = f"must be at least 2, not {generations}: an advantage compares rollouts of one text"
+        message = (
+            f"must be at least 2, not {generations}: an advantage compares rollouts of one text"
+        )
         source.problems.append(source.problem(("num_generations",), message))
-    if training.get("generation_batch_size") is not None and training.get("steps_per_generation") is not None:
+    if (
+        training.get("generation_batch_size") is not None
+        and training.get("steps_per_generation") is not None
+    ):
         message = "cannot be set together with steps_per_generation; keep one of the two"
         source.problems.append(source.problem(("generation_batch_size",), message))
     if len(source.problems) > before:
@@ -635,7 +697,11 @@ def _check_batches(source: RecipeSource, training: dict[str, Any], data: DataCon
         key, sum_ = "generation_batch_size", f"{batch}"
     else:
         key = "per_device_train_batch_size"
-        steps_key = "steps_per_generation" if training.get("steps_per_generation") else "gradient_accumulation_steps"
+        steps_key = (
+            "steps_per_generation"
+            if training.get("steps_per_generation")
+            else "gradient_accumulation_steps"
+        )
         steps = training.get("steps_per_generation") or accumulation
         sum_ = f"{device} x {processes} process{'es' if processes > 1 else ''} x {steps} {steps_key} = {batch}"
     if batch % bundle:
@@ -665,7 +731,9 @@ def _rewards(source: RecipeSource, values: dict[str, Any], method: str) -> list[
 
     entries = values.get("rewards", [])
     if method == "sft" and entries:
-        source.problems.append(source.problem(("rewards",), "method: sft trains on rationales, not rewards; remove it"))
+        source.problems.append(
+            source.problem(("rewards",), "method: sft trains on rationales, not rewards; remove it")
+        )
     if method == "grpo" and not entries:
         _check_given(source, "rewards", "give at least one, for example [{name: contrastive}]")
     specs = []
@@ -673,10 +741,13 @@ def _rewards(source: RecipeSource, values: dict[str, Any], method: str) -> list[
         entry = dict(entry)
         name = entry.pop("name", None)
         if not isinstance(name, str):
-            source.problems.append(source.problem(("rewards", i), "has no name; write {name: contrastive}"))
+            source.problems.append(
+                source.problem(("rewards", i), "has no name; write {name: contrastive}")
+            )
             name = ""
         place, colon, attribute = name.rpartition(":")
-        if colon and place.endswith(".py"):  # relative to the recipe, so that its copy in a run still finds it
+        # A file is relative to the recipe, and made absolute so that a run's copy still finds it.
+        if colon and place.endswith(".py"):
             name = f"{(source.path.parent / place).resolve()}:{attribute}"
         reserved = {key: entry.pop(key) for key in ("weight", "on_error", "label") if key in entry}
         specs.append(RewardSpec(name=name, **reserved, keywords=entry))
@@ -699,7 +770,5 @@ def _check_rewards(source: RecipeSource, specs: list[RewardSpec], training: dict
         source.problems.append(source.problem(("reward_weights",), message))
     gates = [reward.label for reward in loaded or [] if reward.gates and reward.weight]
     if gates and training.get("multi_objective_aggregation") == "normalize_then_sum":
-        message = (
-            f"normalize_then_sum forms no totals for the gate {', '.join(gates)} to act on; use sum_then_normalize"
-        )
+        message = f"normalize_then_sum forms no totals for the gate {', '.join(gates)} to act on; use sum_then_normalize"
         source.problems.append(source.problem(("multi_objective_aggregation",), message))

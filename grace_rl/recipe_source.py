@@ -35,7 +35,9 @@ for _tag, _pattern, _first in (
         list("-+.0123456789"),
     ),
 ):
-    _Yaml12.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+    _Yaml12.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
+    )
 # A decimal number also with leading zeros, which YAML 1.1 read as octal.
 _Yaml12.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
@@ -62,7 +64,9 @@ class RecipeSource:
         for length in range(len(path), 0, -1):
             place = self.places.get(path[:length])
             if place is not None:
-                return f"{place}: {message}" if place == f"--{key}" else f"{place}: {key}: {message}"
+                return (
+                    f"{place}: {message}" if place == f"--{key}" else f"{place}: {key}: {message}"
+                )
         return f"{self.path}: {key}: {message}" if key else f"{self.path}: {message}"
 
 
@@ -71,8 +75,8 @@ def read_source(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSource
 
     Args:
         path: A YAML file.
-        overrides: `--key value`, `--key=value` or `--flag`. Dots go deeper: `--reader.span context`,
-            `--rewards.0.temperature 0.05`, `--rewards.contrastive.temperature 0.05`.
+        overrides: `--key value`, `--key=value` or `--flag`. Dots go deeper: `--reader.span
+            context`, `--rewards.0.temperature 0.05`, `--rewards.contrastive.temperature 0.05`.
 
     Raises:
         UserError: The file is missing or is no YAML mapping.
@@ -97,7 +101,9 @@ def _compose(path: Path) -> yaml.MappingNode:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: is not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+        raise UserError(
+            f"{path}:{line}: is not UTF-8 (byte {error.start}); save the file as UTF-8"
+        ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     try:
@@ -126,7 +132,9 @@ def _plain(node: yaml.Node, path: KeyPath, source: RecipeSource) -> Any:
             key = key_node.value
             if key in found:
                 first = source.places[(*path, key)]
-                source.problems.append(f"{place}: {key}: is written twice (first in {first}); keep one")
+                source.problems.append(
+                    f"{place}: {key}: is written twice (first in {first}); keep one"
+                )
                 continue
             source.places[(*path, key)] = place
             found[key] = _plain(value_node, (*path, key), source)
@@ -157,7 +165,9 @@ def _split_overrides(tokens: Sequence[str], problems: list[str]) -> list[tuple[s
         token = rest.pop(0)
         key, equals, text = token.removeprefix("--").partition("=")
         if not token.startswith("--") or not key:
-            problems.append(f"{token!r}: expected --key value (a key of the recipe after two dashes)")
+            problems.append(
+                f"{token!r}: expected --key value (a key of the recipe after two dashes)"
+            )
         elif equals:
             pairs.append((key, text))
         else:
@@ -176,11 +186,15 @@ def _override(source: RecipeSource, key: str, text: str | None) -> None:
         if isinstance(container, list):
             step = _item(container, part)
             if step is None:
-                entries = ", ".join(_entry(i, item) for i, item in enumerate(container)) or "nothing"
+                entries = (
+                    ", ".join(_entry(i, item) for i, item in enumerate(container)) or "nothing"
+                )
                 source.problems.append(f"--{key}: there is no entry {part!r}; there is: {entries}")
                 return
         elif not isinstance(container, dict):
-            source.problems.append(f"--{key}: {'.'.join(parts[:depth])} is {container!r} and holds no keys")
+            source.problems.append(
+                f"--{key}: {'.'.join(parts[:depth])} is {container!r} and holds no keys"
+            )
             return
         assert step is not None
         path = (*path, step)
@@ -201,7 +215,9 @@ def _item(items: list[Any], part: str) -> int | None:
     if part.isdigit():
         return int(part) if int(part) < len(items) else None
     for key in ("label", "name"):
-        found = [i for i, item in enumerate(items) if isinstance(item, dict) and item.get(key) == part]
+        found = [
+            i for i, item in enumerate(items) if isinstance(item, dict) and item.get(key) == part
+        ]
         if len(found) == 1:
             return found[0]
     return None
@@ -213,14 +229,17 @@ def _entry(i: int, item: Any) -> str:
 
 
 def _override_value(source: RecipeSource, path: KeyPath, text: str | None) -> Any:
-    """An override's text as YAML: a scalar, or a list or mapping in brackets; else the text itself."""
+    """An override's text as YAML: a scalar, or a list or mapping in brackets; else the text
+    itself."""
     if text is None:
         return True
     try:
         node = yaml.compose(text, Loader=_Yaml12)
     except yaml.YAMLError as error:
         if text.startswith(("[", "{")):
-            source.problems.append(source.problem(path, f"{text!r} is not valid YAML: {error}".splitlines()[0]))
+            source.problems.append(
+                source.problem(path, f"{text!r} is not valid YAML: {error}".splitlines()[0])
+            )
         return text
     if isinstance(node, yaml.CollectionNode) and node.flow_style:
         inner = RecipeSource(source.path)

@@ -46,7 +46,9 @@ class Format:
 
     gates = True
 
-    def __init__(self, pattern: str = r"\S", tags: list[str] | None = None, margin: float = 1.0) -> None:
+    def __init__(
+        self, pattern: str = r"\S", tags: list[str] | None = None, margin: float = 1.0
+    ) -> None:
         try:
             self.pattern = re.compile(pattern, re.DOTALL)
         except re.error as error:
@@ -63,7 +65,9 @@ class Format:
             [self.passes(rationale) for rationale in batch.rationales],
             device=batch.embeddings.device,
         )
-        return RewardOutput(values=torch.zeros_like(batch.embeddings[:, 0]), gate=passed, margin=self.margin)
+        return RewardOutput(
+            values=torch.zeros_like(batch.embeddings[:, 0]), gate=passed, margin=self.margin
+        )
 
     def passes(self, rationale: str) -> bool:
         """Whether one rationale has the form.
@@ -71,5 +75,8 @@ class Format:
         >>> Format(tags=["think"]).passes("<think> </think>")
         False
         """
-        once = all(rationale.count(f"<{tag}>") == 1 and rationale.count(f"</{tag}>") == 1 for tag in self.tags)
+        once = all(
+            rationale.count(f"<{tag}>") == 1 and rationale.count(f"</{tag}>") == 1
+            for tag in self.tags
+        )
         return bool(self.pattern.search(rationale) and once and self.tagged.search(rationale))

@@ -140,7 +140,9 @@ def _anchors(batch: RewardBatch, role: str) -> Tensor:
     texts = batch.pool.by_text
     mine = _has_role(texts.roles, role, batch) & _same_row(batch, texts.example)  # (B, G)
     if not bool(mine.any(dim=1).all()):
-        raise ValueError(f"grace_published needs the role {role!r}; add `{role}: {{samples: 1, train: false}}`")
+        raise ValueError(
+            f"grace_published needs the role {role!r}; add `{role}: {{samples: 1, train: false}}`"
+        )
     mean = mine.to(texts.centroids.dtype) @ texts.centroids / mine.sum(dim=1, keepdim=True)
     return torch.nn.functional.normalize(mean, dim=1)
 

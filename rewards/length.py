@@ -46,7 +46,9 @@ class Length:
 
     gates = True
 
-    def __init__(self, margin: float = 1.0, cost_per_token: float = 0.0, free_tokens: int = 0) -> None:
+    def __init__(
+        self, margin: float = 1.0, cost_per_token: float = 0.0, free_tokens: int = 0
+    ) -> None:
         if margin <= 0:
             raise ValueError(f"margin must be above 0, not {margin}")
         if cost_per_token < 0 or free_tokens < 0:

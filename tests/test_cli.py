@@ -30,12 +30,17 @@ def recipe(tmp_path):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "grace_rl", *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "grace_rl", *arguments], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_importing_the_command_line_loads_no_torch():
     code = "import sys, grace_rl.cli, grace_rl.recipe; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "set()"
+    )
 
 
 def test_help_names_the_verbs_and_how_to_find_keys():

@@ -33,7 +33,13 @@ def test_every_shipped_reward_is_an_entry_point():
 
 
 def test_the_extras_are_those_promised():
-    assert set(config()["options.extras_require"]) == {"vllm", "deepspeed", "mteb", "inspect", "dev"}
+    assert set(config()["options.extras_require"]) == {
+        "vllm",
+        "deepspeed",
+        "mteb",
+        "inspect",
+        "dev",
+    }
 
 
 def test_lazy_names_are_all_there():

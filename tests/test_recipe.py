@@ -52,7 +52,11 @@ def problems_of(path, *overrides: str) -> list[str]:
 
 def test_a_recipe_is_typed(small):
     recipe = load_recipe(small)
-    assert (recipe.method, recipe.name, recipe.training["output_dir"]) == ("grpo", "mine", "runs/mine")
+    assert (recipe.method, recipe.name, recipe.training["output_dir"]) == (
+        "grpo",
+        "mine",
+        "runs/mine",
+    )
     assert [(r.name, r.weight, r.keywords) for r in recipe.rewards] == [
         ("contrastive", 1.0, {"temperature": 0.1}),
         ("length", 0.5, {}),
@@ -65,17 +69,24 @@ def test_a_recipe_is_typed(small):
 def test_shipped_recipes_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    needs = [tree[key] for key in ("model_name_or_path", "dataset_name") if str(tree[key]).startswith("../shared")]
+    needs = [
+        tree[key]
+        for key in ("model_name_or_path", "dataset_name")
+        if str(tree[key]).startswith("../shared")
+    ]
     missing = [name for name in needs if not Path(name).exists()]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}, which is not here")
     recipe = load_recipe(path)
     assert recipe == load_recipe(path)
-    assert recipe.name == (path.stem if path.parent.name == "recipes" else f"{path.parent.name}-{path.stem}")
+    assert recipe.name == (
+        path.stem if path.parent.name == "recipes" else f"{path.parent.name}-{path.stem}"
+    )
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["--dataset_rows", "9", "--evaluation", "{rows: 20}", "--rewards.1.label", "short"]]
+    "extra",
+    [[], ["--dataset_rows", "9", "--evaluation", "{rows: 20}", "--rewards.1.label", "short"]],
 )
 def test_the_resolved_recipe_loads_to_an_equal_one(small, tmp_path, extra):
     recipe = load_recipe(small, extra)
@@ -92,9 +103,23 @@ def test_overrides(small):
     recipe = load_recipe(
         small,
         [
-            *("--learning_rate", "2e-4", "--beta=-0.5", "--use_vllm", "--run_name", "a: b", "--max_steps=7"),
+            *(
+                "--learning_rate",
+                "2e-4",
+                "--beta=-0.5",
+                "--use_vllm",
+                "--run_name",
+                "a: b",
+                "--max_steps=7",
+            ),
             *("--reader.span", "context", "--reader.layers", "[-1]", "--roles.query.samples", "4"),
-            *("--roles.positive", "{}", "--rewards.0.temperature", "1", "--rewards.length.weight=2"),
+            *(
+                "--roles.positive",
+                "{}",
+                "--rewards.0.temperature",
+                "1",
+                "--rewards.length.weight=2",
+            ),
         ],
     )
     training = recipe.training
@@ -109,7 +134,9 @@ def test_overrides(small):
 
 
 def test_yaml_1_2_scalars(write):
-    recipe = load_recipe(write(SMALL + "learning_rate: 1e-4\nsave_strategy: no\nmax_grad_norm: 1\nrun_name: '5'\n"))
+    recipe = load_recipe(
+        write(SMALL + "learning_rate: 1e-4\nsave_strategy: no\nmax_grad_norm: 1\nrun_name: '5'\n")
+    )
     training = recipe.training
     assert training["learning_rate"] == 1e-4 and training["save_strategy"] == "no"
     assert training["max_grad_norm"] == 1 and training["run_name"] == "5"
@@ -236,7 +263,9 @@ def test_impossible_settings(small, overrides, place, words):
 
 
 def test_gates_cannot_be_normalised_first(small):
-    problems = problems_of(small, "--rewards.1.name", "format", "--multi_objective_aggregation", "normalize_then_sum")
+    problems = problems_of(
+        small, "--rewards.1.name", "format", "--multi_objective_aggregation", "normalize_then_sum"
+    )
     assert any("--multi_objective_aggregation" in p and "gate" in p for p in problems), problems
 
 
@@ -256,7 +285,10 @@ def test_a_reward_file_is_found_beside_the_recipe_and_from_its_copy(small, tmp_p
     kept.parent.mkdir()
     kept.write_text(yaml.safe_dump(recipe.resolved()), encoding="utf-8")
     assert load_recipe(kept) == recipe
-    assert any("k must be a whole number" in p for p in problems_of(small, "--rewards", "[{name: 'own.py:Own', k: x}]"))
+    assert any(
+        "k must be a whole number" in p
+        for p in problems_of(small, "--rewards", "[{name: 'own.py:Own', k: x}]")
+    )
 
 
 def test_what_trl_refuses_is_a_problem_of_the_recipe(small):
@@ -273,11 +305,17 @@ def test_missing_engine_packages_are_named(small, monkeypatch):
 
 
 def test_sft_takes_the_prompt_and_no_rewards(write):
-    path = write("method: sft\nmodel_name_or_path: scenes\ndataset_name: scenes\ndataset_options: {form: sft}\n")
-    recipe = load_recipe(path, ["--max_text_tokens", "64", "--use_cpu", "--bf16", "false", "--packing", "false"])
+    path = write(
+        "method: sft\nmodel_name_or_path: scenes\ndataset_name: scenes\ndataset_options: {form: sft}\n"
+    )
+    recipe = load_recipe(
+        path, ["--max_text_tokens", "64", "--use_cpu", "--bf16", "false", "--packing", "false"]
+    )
     assert recipe.training["max_text_tokens"] == 64 and recipe.training["instruction"]
     assert recipe.training_arguments().packing is False
-    assert any("not rewards" in problem for problem in problems_of(path, "--rewards", "[{name: length}]"))
+    assert any(
+        "not rewards" in problem for problem in problems_of(path, "--rewards", "[{name: length}]")
+    )
 
 
 @pytest.mark.parametrize(
@@ -296,7 +334,15 @@ def test_safe_conversions(value, kind, expected):
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [(True, float), (1, bool), ("1", int), (1.0, int), (1, str), (["a", 1], list[str]), ({"a": 1}, dict[str, bool])],
+    [
+        (True, float),
+        (1, bool),
+        ("1", int),
+        (1.0, int),
+        (1, str),
+        (["a", 1], list[str]),
+        ({"a": 1}, dict[str, bool]),
+    ],
 )
 def test_unsafe_conversions_are_refused(value, kind):
     with pytest.raises(TypeError, match="must be"):
@@ -324,7 +370,10 @@ def test_docs_list_every_key_of_ours_with_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", text, flags=re.M))
     trl = {f.name for f in fields(GRPOConfig)}
     ours = [f for f in fields(GraceGRPOConfig) if f.name not in trl]
-    assert set(OWN_KEYS) | {f.name for f in ours} == set(rows) - {"model_name_or_path", "output_dir"}
+    assert set(OWN_KEYS) | {f.name for f in ours} == set(rows) - {
+        "model_name_or_path",
+        "output_dir",
+    }
     for f in ours:
         if f.name == "instruction":
             continue  # a sentence
@@ -334,6 +383,9 @@ def test_docs_list_every_key_of_ours_with_its_default():
 
 def test_every_key_of_ours_arrives_in_the_recipe():
     arrives = {"method", "rewards", "evaluation"}
-    data = {"dataset_name", *(f"dataset_{name}" for name in ("config", "train_split", "rows", "options", "columns"))}
+    data = {
+        "dataset_name",
+        *(f"dataset_{name}" for name in ("config", "train_split", "rows", "options", "columns")),
+    }
     assert set(OWN_KEYS) == arrives | data
     assert arrives <= set(Recipe.__dataclass_fields__)

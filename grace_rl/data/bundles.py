@@ -1,8 +1,10 @@
 """From rows to the rollouts of one generation batch.
 
-A row's texts play roles. The texts of trained roles are rolled out `num_generations` times each; all of a row's rollouts
-form its bundle, and a bundle never leaves its generation batch, so that rewards find every counterpart in the pool.
-Texts of untrained roles are anchors: written once per row and batch, compared with, never trained on.
+A row's texts play roles. The texts of trained roles are rolled out `num_generations` times each;
+all of a row's rollouts form its bundle, and a bundle never leaves its generation batch, so that
+rewards find every counterpart in the pool.
+Texts of untrained roles are anchors: written once per row and batch, compared with, never trained
+on.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ UNSUPERVISED_ROLES = ("text", "anchor")
 
 @dataclass(frozen=True)
 class Role:
-    """One role: how many rationales each of its texts gets, and whether the policy learns from them."""
+    """One role: how many rationales each of its texts gets, and whether the policy learns from
+    them."""
 
     name: str
     samples: int
@@ -39,8 +42,8 @@ class RoleText:
         text: The text itself.
         example: Row number in the data set.
         group: Number of this text, unique over the data set: rollouts of one text share it.
-        side: Texts of one row with the same side mean the same: 0 for query, positive, text and anchor, 1 + i for the
-            i-th negative, 1 for its paraphrase.
+        side: Texts of one row with the same side mean the same: 0 for query, positive, text and
+            anchor, 1 + i for the i-th negative, 1 for its paraphrase.
     """
 
     role: str
@@ -54,8 +57,9 @@ def parse_roles(roles: dict[str, Any], num_generations: int) -> list[Role]:
     """Checked roles, in the order of the recipe.
 
     Raises:
-        UserError: With every mistake: unknown role or key, supervised and unsupervised roles mixed, no trained role,
-            `samples` below 1, or a trained role whose `samples` is not `num_generations`.
+        UserError: With every mistake: unknown role or key, supervised and unsupervised roles mixed,
+            no trained role, `samples` below 1, or a trained role whose `samples` is not
+            `num_generations`.
     """
     problems, parsed = [], []
     known = SUPERVISED_ROLES + UNSUPERVISED_ROLES
@@ -66,11 +70,15 @@ def parse_roles(roles: dict[str, Any], num_generations: int) -> list[Role]:
         if name not in known:
             problems.append(f"roles.{name}: unknown role; roles are {', '.join(known)}")
         if options:
-            problems.append(f"roles.{name}: unknown keys {sorted(options)}; a role has 'samples' and 'train'")
+            problems.append(
+                f"roles.{name}: unknown keys {sorted(options)}; a role has 'samples' and 'train'"
+            )
         if not isinstance(train, bool):
             problems.append(f"roles.{name}.train: must be true or false, not {train!r}")
         elif not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-            problems.append(f"roles.{name}.samples: must be a whole number of at least 1, not {samples!r}")
+            problems.append(
+                f"roles.{name}.samples: must be a whole number of at least 1, not {samples!r}"
+            )
         elif train and samples != num_generations:
             problems.append(
                 f"roles.{name}.samples: is {samples}, but trained roles are rolled out num_generations = "
@@ -79,7 +87,9 @@ def parse_roles(roles: dict[str, Any], num_generations: int) -> list[Role]:
         else:
             parsed.append(Role(name, samples, train))
     if set(roles) & set(SUPERVISED_ROLES) and set(roles) & set(UNSUPERVISED_ROLES):
-        problems.append("roles: text and anchor belong to unsupervised rows and cannot be mixed with the others")
+        problems.append(
+            "roles: text and anchor belong to unsupervised rows and cannot be mixed with the others"
+        )
     if not problems and not any(role.train for role in parsed):
         problems.append("roles: no role is trained; leave out train: false for at least one")
     if problems:
@@ -115,13 +125,23 @@ class Bundles:
             for role in self.trained:
                 found = [t for t in numbered if t.role == role.name]
                 if not found:
-                    problems.append(f"row {example}: has no '{role.name}', a trained role needs one in every row")
+                    problems.append(
+                        f"row {example}: has no '{role.name}', a trained role needs one in every row"
+                    )
                 self.prompts.extend(found[:1])
             self.anchors.append(
-                [(t, role.samples) for role in self.roles if not role.train for t in numbered if t.role == role.name]
+                [
+                    (t, role.samples)
+                    for role in self.roles
+                    if not role.train
+                    for t in numbered
+                    if t.role == role.name
+                ]
             )
         if problems:
-            shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+            shown = problems[:20] + (
+                [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+            )
             raise UserError(shown)
 
     def _texts(self, example: int, row: dict[str, Any]) -> list[tuple[str, str, int]]:
@@ -151,10 +171,10 @@ class Bundles:
 class BundleSampler(Sampler[int]):
     """Yields prompt numbers so that every generation batch holds whole bundles.
 
-    Rows are shuffled per epoch; a generation batch is `rows_per_batch` rows, each row's texts `samples` times in a
-    row. Each batch is repeated `repeat_count` times in all, because TRL uses one generation batch for several steps.
-    Rows that do not fill a last batch are left out of that epoch. The order depends on `seed` and epoch only, so a
-    resumed run continues in the same order.
+    Rows are shuffled per epoch; a generation batch is `rows_per_batch` rows, each row's texts
+    `samples` times in a row. Each batch is repeated `repeat_count` times in all, because TRL uses
+    one generation batch for several steps. Rows that do not fill a last batch are left out of that
+    epoch. The order depends on `seed` and epoch only, so a resumed run continues in the same order.
 
     >>> list(BundleSampler(rows=2, texts_per_row=2, samples=2, rows_per_batch=1, repeat_count=1, shuffle=False))
     [0, 0, 1, 1, 2, 2, 3, 3]

@@ -1,7 +1,8 @@
 """Rows from a file, a hub data set or the built-in world, checked before anything starts.
 
 A row is supervised, `{query, positive, negative?, negative_positive?, id?, source?}`, or
-unsupervised, `{text}`. `negative` may be a text or a list of texts and becomes a list. Other columns
+unsupervised, `{text}`. `negative` may be a text or a list of texts and becomes a list. Other
+columns
 are kept: rewards see them, and the cold start reads `rationale` and `rationale_positive`.
 Every process reads the same rows in the same order.
 """
@@ -59,7 +60,9 @@ def read_rows(data: DataConfig) -> list[Row]:
             if not found and first_kind is None:
                 first_kind = (kind, place)
             if not found and first_kind is not None and kind != first_kind[0]:
-                found = [f"is {kind}, but the rows before it are {first_kind[0]} ({first_kind[1]}); keep one kind"]
+                found = [
+                    f"is {kind}, but the rows before it are {first_kind[0]} ({first_kind[1]}); keep one kind"
+                ]
             if not found:
                 rows.append(row)
         bad += bool(found)
@@ -88,7 +91,9 @@ def _records(data: DataConfig) -> Iterator[tuple[str, Any]]:
         else:
             yield from _hub(data)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; paths start at the working directory {Path.cwd()}") from error
+        raise UserError(
+            f"{path}: there is no such file; paths start at the working directory {Path.cwd()}"
+        ) from error
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -99,7 +104,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"{path}:{number}", _json(line, first=number == 1)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: the gzip file is damaged after line {number}: {error}") from error
+            raise UserError(
+                f"{path}: the gzip file is damaged after line {number}: {error}"
+            ) from error
 
 
 def _json(line: bytes, first: bool) -> Any:
@@ -114,7 +121,11 @@ def _json(line: bytes, first: bool) -> Any:
 
 
 def _object(value: Any) -> Any:
-    return value if isinstance(value, dict) else f"is not an object with keys but a {type(value).__name__}"
+    return (
+        value
+        if isinstance(value, dict)
+        else f"is not an object with keys but a {type(value).__name__}"
+    )
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -145,7 +156,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"{path}: row {number}", record
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not parquet that can be read: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{path}: is not parquet that can be read: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _hub(data: DataConfig) -> Iterator[tuple[str, Any]]:
@@ -157,9 +170,19 @@ def _hub(data: DataConfig) -> Iterator[tuple[str, Any]]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         offline = datasets.config.HF_HUB_OFFLINE
-        hint = "HF_HUB_OFFLINE is set, so only data sets in the cache are found" if offline else "check name and split"
-        where = f"{data.dataset_name} ({data.config}, {split})" if data.config else f"{data.dataset_name} ({split})"
-        raise UserError(f"dataset_name: cannot load {where} from the hub: {reason}; {hint}") from error
+        hint = (
+            "HF_HUB_OFFLINE is set, so only data sets in the cache are found"
+            if offline
+            else "check name and split"
+        )
+        where = (
+            f"{data.dataset_name} ({data.config}, {split})"
+            if data.config
+            else f"{data.dataset_name} ({split})"
+        )
+        raise UserError(
+            f"dataset_name: cannot load {where} from the hub: {reason}; {hint}"
+        ) from error
     for number, record in enumerate(found):
         yield f"{data.dataset_name}: row {number}", record
 
@@ -180,15 +203,21 @@ def _checked(record: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Row
         return row, ["has both text and query or positive; a row is one or the other"]
     if not supervised and "text" not in row:
         there = ", ".join(map(str, row)) or "nothing"
-        return row, [f"has neither query and positive nor text, but {there}; dataset_columns gives columns other names"]
+        return row, [
+            f"has neither query and positive nor text, but {there}; dataset_columns gives columns other names"
+        ]
     required = ("query", "positive") if supervised else ("text",)
     for key in required:
-        problems += _text_problems(key, row[key]) if row.get(key) is not None else [f"{key} is missing"]
+        problems += (
+            _text_problems(key, row[key]) if row.get(key) is not None else [f"{key} is missing"]
+        )
     if not supervised:
         return row, problems
 
     negatives = row.get("negative")
-    negatives = [] if negatives is None else [negatives] if isinstance(negatives, str) else negatives
+    negatives = (
+        [] if negatives is None else [negatives] if isinstance(negatives, str) else negatives
+    )
     if isinstance(negatives, list):
         many = len(negatives) > 1
         for i, negative in enumerate(negatives):

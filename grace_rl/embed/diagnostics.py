@@ -26,7 +26,8 @@ def effective_rank(vectors: Tensor) -> float:
 
 
 def mean_cosine(unit: Tensor, example: Tensor) -> float:
-    """Mean cosine over pairs of vectors from different examples, -1 to 1; NaN with fewer than two examples.
+    """Mean cosine over pairs of vectors from different examples, -1 to 1; NaN with fewer than two
+    examples.
 
     Args:
         unit: (N, H), unit length.
@@ -37,7 +38,8 @@ def mean_cosine(unit: Tensor, example: Tensor) -> float:
 
 
 def collapse_metrics(unit: Tensor, raw: Tensor, example: Tensor) -> dict[str, float]:
-    """Collapse of a batch: of the vectors that rewards see (centred), and of the raw ones, which centring would hide.
+    """Collapse of a batch: of the vectors that rewards see (centred), and of the raw ones, which
+    centring would hide.
 
     Args:
         unit: (N, H) embeddings as rewards see them.

@@ -11,7 +11,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
 from grace_rl.errors import UserError
@@ -45,7 +50,8 @@ class EncoderSettings:
         """Read them back.
 
         Raises:
-            UserError: The folder holds no `grace.json`, so it is not known how its rationales are read.
+            UserError: The folder holds no `grace.json`, so it is not known how its rationales are
+            read.
         """
         if not (folder / "grace.json").exists():
             raise UserError(f"{folder}: has no grace.json; give the model/ folder of a run")
@@ -55,7 +61,8 @@ class EncoderSettings:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Texts as a policy sees them: `written` (N) and unit `vectors` (N, H), float32, in the order of the texts."""
+    """Texts as a policy sees them: `written` (N) and unit `vectors` (N, H), float32, in the order
+    of the texts."""
 
     written: list[Written]
     vectors: Tensor
@@ -115,25 +122,42 @@ class RationaleEncoder:
         reader.load(folder)
         return cls(model, tokenizer, template, reader, end_ids, settings.max_rationale_tokens)
 
+    def save(self, folder: Path) -> None:
+        """Write what `from_pretrained` needs besides the model and the tokenizer."""
+        settings = EncoderSettings(
+            reader=self.reader.config,
+            instruction=self.template.instruction,
+            max_text_tokens=self.template.max_text_tokens,
+            max_rationale_tokens=self.max_rationale_tokens,
+            chat_template_kwargs=self.template.chat_template_kwargs,
+        )
+        settings.save(folder)
+        self.reader.save(folder)
+
     @torch.no_grad()
     def write(self, texts: Sequence[str], rationale: RationaleMode = "greedy") -> list[Written]:
-        """Rationales for texts, greedy. `none` writes nothing: the text itself stands in the rationale's place."""
+        """Rationales for texts, greedy. `none` writes nothing: the text itself stands in the
+        rationale's place."""
         prompts = [self.template.render(text) for text in texts]
         if rationale == "none":
             return [
-                Written(prompt, prompt.token_ids[slice(*prompt.span)], prompt.text) for prompt in prompts
+                Written(prompt, prompt.token_ids[slice(*prompt.span)], prompt.text)
+                for prompt in prompts
             ]
         token_ids: list[list[int]] = [[] for _ in prompts]
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         for start in range(0, len(prompts), self.batch_size):
             chosen = by_length[start : start + self.batch_size]
-            for i, ids in zip(chosen, self._continue([prompts[i].token_ids for i in chosen]), strict=True):
+            for i, ids in zip(
+                chosen, self._continue([prompts[i].token_ids for i in chosen]), strict=True
+            ):
                 token_ids[i] = ids
         rationales = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [Written(*item) for item in zip(prompts, token_ids, rationales, strict=True)]
 
     def encode(self, texts: Sequence[str], rationale: RationaleMode = "greedy") -> Encoded:
-        """Write rationales and read them. The reader's centre must be set, or be fitted with `fit_centre`."""
+        """Write rationales and read them. The reader's centre must be set, or be fitted with
+        `fit_centre`."""
         written = self.write(texts, rationale)
         return Encoded(written, self.reader.finish(self.reader.read(written)))
 
@@ -143,7 +167,9 @@ class RationaleEncoder:
         pad = self.tokenizer.pad_token_id
         device = self.model.device
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        attention = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device
+        )
         was_training = self.model.training
         self.model.eval()
         generated = self.model.generate(  # type: ignore[operator]
@@ -163,7 +189,8 @@ class RationaleEncoder:
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token id that ends a completion: the tokenizer's end token and those the model declares."""
+    """Every token id that ends a completion: the tokenizer's end token and those the model
+    declares."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     declared = [declared] if isinstance(declared, int) else list(declared or [])
     return list(dict.fromkeys([tokenizer.eos_token_id, *declared]))

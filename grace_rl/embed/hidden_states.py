@@ -1,4 +1,5 @@
-"""Hidden states by forward hooks: from the decoder stack, without logits and without keeping all layers."""
+"""Hidden states by forward hooks: from the decoder stack, without logits and without keeping all
+layers."""
 
 from __future__ import annotations
 
@@ -22,14 +23,18 @@ def decoder_stack(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def tap_layers(stack: nn.Module, layers: Sequence[int], receive: Callable[[Tensor], None]) -> Iterator[None]:
-    """While active, every forward of `stack` hands `receive` its mixed hidden states (B, T, H), float32.
+def tap_layers(
+    stack: nn.Module, layers: Sequence[int], receive: Callable[[Tensor], None]
+) -> Iterator[None]:
+    """While active, every forward of `stack` hands `receive` its mixed hidden states (B, T, H),
+    float32.
 
     Args:
         stack: From `decoder_stack`.
-        layers: Numbers as in `output_hidden_states`: 0 are the input embeddings, -1 (or the number of layers) is the
-            output after the final norm. One layer is taken as it is; several are each layer-normalised (no learned
-            scale) and added, so that none drowns the others (findings of the bottleneck reader).
+        layers: Numbers as in `output_hidden_states`: 0 are the input embeddings, -1 (or the number
+            of layers) is the output after the final norm. One layer is taken as it is; several are
+            each layer-normalised (no learned scale) and added, so that none drowns the others
+            (findings of the bottleneck reader).
         receive: Called once per forward.
     """
     count = len(stack.layers)  # type: ignore[arg-type]
@@ -83,7 +88,8 @@ def pool_states(states: Tensor, mask: Tensor, pool: str = "mean") -> Tensor:
 
 
 def pool_prefixes(states: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
-    """Mean over the marked tokens before each end: every prefix's embedding from one cumulative sum.
+    """Mean over the marked tokens before each end: every prefix's embedding from one cumulative
+    sum.
 
     Valid because the attention mask is causal: states do not change when the text goes on.
 

@@ -2,14 +2,15 @@
 
 Three spans (`ReaderConfig.span`):
 
-- `context`: the mean over the user's text, the chat glue and the rationale up to and including its end token, as in
-  GRACE (arXiv 2510.04506, eq. 9-11).
+- `context`: the mean over the user's text, the chat glue and the rationale up to and including its
+  end token, as in GRACE (arXiv 2510.04506, eq. 9-11).
 - `rationale`: the rationale's tokens only; the model still sees the text.
-- `bottleneck`: the rationale is read again alone, the text hidden. The vector is a function of the words that were
-  written and of nothing else. Costs one more backbone pass over the short rationale.
+- `bottleneck`: the rationale is read again alone, the text hidden. The vector is a function of the
+  words that were written and of nothing else. Costs one more backbone pass over the short
+  rationale.
 
-Raw vectors of mean-pooled states share one large common direction; `centre` subtracts its running mean, which is
-stored with the model.
+Raw vectors of mean-pooled states share one large common direction; `centre` subtracts its running
+mean, which is stored with the model.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class ReaderConfig:
 
     Args:
         span: `context`, `rationale` or `bottleneck`.
-        layers: Hidden layers, 0 (input embeddings) to -1 (after the final norm). `None` is `(0, -1)` for the bottleneck
-            and `(-1,)` otherwise. Several layers are normalised and added.
+        layers: Hidden layers, 0 (input embeddings) to -1 (after the final norm). `None` is `(0,
+            -1)` for the bottleneck and `(-1,)` otherwise. Several layers are normalised and added.
         centre: Subtract the running mean.
         pool: `mean` over the span's tokens, or its `last` token.
-        weights: `policy` (the current weights), `frozen` (a copy from before training), or the name or path of a
-            sentence-transformers model that embeds the written strings.
+        weights: `policy` (the current weights), `frozen` (a copy from before training), or the name
+            or path of a sentence-transformers model that embeds the written strings.
 
     Raises:
         UserError: With every mistake in the values.
@@ -63,14 +64,26 @@ class ReaderConfig:
     def __post_init__(self) -> None:
         problems = []
         if self.span not in get_args(Span):
-            problems.append(f"reader.span: must be one of {', '.join(get_args(Span))}, not {self.span!r}")
+            problems.append(
+                f"reader.span: must be one of {', '.join(get_args(Span))}, not {self.span!r}"
+            )
         if self.pool not in get_args(Pool):
             problems.append(f"reader.pool: must be mean or last, not {self.pool!r}")
         if not isinstance(self.centre, bool):
             problems.append(f"reader.centre: must be true or false, not {self.centre!r}")
-        layers = self.layers if self.layers is not None else ((0, -1) if self.span == "bottleneck" else (-1,))
-        if not isinstance(layers, (list, tuple)) or not layers or not all(isinstance(i, int) for i in layers):
-            problems.append(f"reader.layers: must be a list of layer numbers such as [0, -1], not {self.layers!r}")
+        layers = (
+            self.layers
+            if self.layers is not None
+            else ((0, -1) if self.span == "bottleneck" else (-1,))
+        )
+        if (
+            not isinstance(layers, (list, tuple))
+            or not layers
+            or not all(isinstance(i, int) for i in layers)
+        ):
+            problems.append(
+                f"reader.layers: must be a list of layer numbers such as [0, -1], not {self.layers!r}"
+            )
         if not self.reads_with_language_model and self.span == "rationale":
             problems.append(
                 "reader.span: a sentence encoder cannot read the rationale's tokens with the text in view; "
@@ -92,7 +105,8 @@ class ReaderConfig:
 
 @dataclass(frozen=True)
 class Written:
-    """A rationale as it was written: its prompt, its token ids up to and including the end token, and its text."""
+    """A rationale as it was written: its prompt, its token ids up to and including the end token,
+    and its text."""
 
     prompt: Prompt
     token_ids: list[int]
@@ -105,9 +119,10 @@ class Reader:
     Args:
         config: What to read.
         tokenizer: The policy's.
-        end_ids: Token ids that end a rationale; the bottleneck leaves them out, as they are no words.
-        model: The policy as it is now; `weights: frozen` copies it here, `policy` reads with whatever backbone the
-            caller passes later.
+        end_ids: Token ids that end a rationale; the bottleneck leaves them out, as they are no
+            words.
+        model: The policy as it is now; `weights: frozen` copies it here, `policy` reads with
+            whatever backbone the caller passes later.
         device: Where frozen weights and sentence encoders live.
         batch_size: Rationales per forward.
     """
@@ -138,13 +153,16 @@ class Reader:
         try:
             return SentenceTransformer(self.config.weights, device=str(self.device))
         except (OSError, ValueError) as error:
-            raise UserError(f"reader.weights: cannot load {self.config.weights!r}: {error}") from error
+            raise UserError(
+                f"reader.weights: cannot load {self.config.weights!r}: {error}"
+            ) from error
 
-    # -- raw vectors -------------------------------------------------------------------------------------------------
+    # -- raw vectors ---------------------------------
 
     @torch.no_grad()
     def read(self, written: Sequence[Written]) -> Tensor:
-        """Raw vectors (N, H), float32, neither centred nor normalised, with a forward pass of its own."""
+        """Raw vectors (N, H), float32, neither centred nor normalised, with a forward pass of its
+        own."""
         if not self.config.reads_with_language_model:
             return self._read_strings(written)
         rows = [self.tokens_to_read(item) for item in written]
@@ -169,7 +187,9 @@ class Reader:
                 vectors.append(pool_states(states, mask, self.config.pool))
 
             with tap_layers(stack, self._layers, receive):
-                stack(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False)
+                stack(
+                    input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False
+                )
         self._policy.train(was_training)
         return torch.cat(vectors)
 
@@ -182,11 +202,13 @@ class Reader:
         return item.prompt.token_ids + item.token_ids, first
 
     def tap(self, model: nn.Module, masks: Callable[[int], Tensor], vectors: list[Tensor]) -> Any:
-        """A context in which the policy's own forwards over prompt and rationale also yield raw vectors.
+        """A context in which the policy's own forwards over prompt and rationale also yield raw
+        vectors.
 
         Args:
             model: The unwrapped policy.
-            masks: Gives the (B, T) pooling mask of the forward with the given number, counted from 0.
+            masks: Gives the (B, T) pooling mask of the forward with the given number, counted from
+                0.
             vectors: Receives one (B, H) tensor per forward.
         """
 
@@ -215,17 +237,19 @@ class Reader:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
-    # -- centring ----------------------------------------------------------------------------------------------------
+    # -- centring ---------------------------------
 
     def update_centre(self, mean: Tensor) -> None:
-        """Move the running mean towards the mean (H,) of a batch of raw vectors; the first batch sets it."""
+        """Move the running mean towards the mean (H,) of a batch of raw vectors; the first batch
+        sets it."""
         if self.config.centre:
             momentum = 0.0 if self.centre is None else CENTRE_MOMENTUM
             old = mean if self.centre is None else self.centre.to(mean.device)
             self.centre = momentum * old + (1 - momentum) * mean
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Unit vectors from raw ones: centred if the reader has a centre, then L2-normalised. (N, H) -> (N, H)."""
+        """Unit vectors from raw ones: centred if the reader has a centre, then L2-normalised. (N,
+        H) -> (N, H)."""
         if self.config.centre and self.centre is not None:
             raw = raw - self.centre.to(raw.device)
         return normalize(raw, dim=-1)

@@ -1,7 +1,10 @@
-"""Can the embedding see a better rationale? Force known rationales into the untrained policy and look.
+"""Can the embedding see a better rationale? Force known rationales into the untrained policy and
+look.
 
-Reinforcement learning can only improve what the reader can tell apart. If the perfect rationale does not score far
-above filler here, no reward will find it: choose another reader first (`grace-rl check RECIPE --oracle`).
+Reinforcement learning can only improve what the reader can tell apart. If the perfect rationale
+does not score far
+above filler here, no reward will find it: choose another reader first (`grace-rl check RECIPE
+--oracle`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import normalize
@@ -35,7 +37,9 @@ READERS = {
     "rationale": ReaderConfig(span="rationale", layers=(-1,)),
     "bottleneck": ReaderConfig(span="bottleneck"),
 }
-Forced = dict[str, list[str]]  # name of the rationale -> one per text: queries, then positives, then negatives
+Forced = dict[
+    str, list[str]
+]  # name of the rationale -> one per text: queries, then positives, then negatives
 
 
 def print_oracle_table(recipe: Recipe, console: Console | None = None) -> None:
@@ -47,13 +51,16 @@ def print_oracle_table(recipe: Recipe, console: Console | None = None) -> None:
     for reader in readers:
         table.add_column(reader, justify="right")
     for name, by_reader in scores.items():
-        cells = [f"{s['recall_at_1']:.3f} / {s['triplet_accuracy']:.3f}" for s in by_reader.values()]
+        cells = [
+            f"{s['recall_at_1']:.3f} / {s['triplet_accuracy']:.3f}" for s in by_reader.values()
+        ]
         table.add_row(name, *cells)
     (console or Console()).print(table)
 
 
 def oracle_scores(recipe: Recipe) -> dict[str, dict[str, dict[str, float]]]:
-    """`{forced rationale: {reader: {"recall_at_1", "triplet_accuracy"}}}`; all readers centre on the corpus.
+    """`{forced rationale: {reader: {"recall_at_1", "triplet_accuracy"}}}`; all readers centre on
+    the corpus.
 
     Raises:
         UserError: The recipe's data gives no reference rationales.
@@ -74,7 +81,11 @@ def oracle_scores(recipe: Recipe) -> dict[str, dict[str, dict[str, float]]]:
         model.eval()
     template = PromptTemplate(
         tokenizer,
-        **{k: recipe.training[k] for k in ("instruction", "max_text_tokens") if k in recipe.training},
+        **{
+            k: recipe.training[k]
+            for k in ("instruction", "max_text_tokens")
+            if k in recipe.training
+        },
         chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
     )
     prompts = [template.render(text) for text in _texts(rows)]
@@ -95,7 +106,11 @@ def oracle_scores(recipe: Recipe) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def _texts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    return [row[role] if role != "negative" else row[role][0] for role in ("query", "positive", "negative") for row in rows]
+    return [
+        row[role] if role != "negative" else row[role][0]
+        for role in ("query", "positive", "negative")
+        for row in rows
+    ]
 
 
 def _scene_rationales(rows: Sequence[dict[str, Any]]) -> Forced:
@@ -114,9 +129,12 @@ def _scene_rationales(rows: Sequence[dict[str, Any]]) -> Forced:
 
 
 def _row_rationales(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], Forced]:
-    """Rows that have a negative and a rationale for each text: `rationale`, `positive_rationale`, `negative_rationale`."""
+    """Rows that have a negative and a rationale for each text: `rationale`, `positive_rationale`,
+    `negative_rationale`."""
     fields = ("rationale", "positive_rationale", "negative_rationale")
-    usable = [row for row in rows if row.get("negative") and all(row.get(field) for field in fields)][:ROWS]
+    usable = [
+        row for row in rows if row.get("negative") and all(row.get(field) for field in fields)
+    ][:ROWS]
     if len(usable) < 2:
         raise UserError(
             f"--oracle needs reference rationales: at least two rows with a negative and the fields {', '.join(fields)}"

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from scipy.stats import spearmanr
-from torch import Tensor
+from torch.nn.functional import normalize
 
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder, RationaleMode
-from grace_rl.embed.reader import Written
-from grace_rl.evaluate.similarity import retrieval_scores
+from grace_rl.evaluate.similarity import rank_correlation, retrieval_scores
 
 SIMILARITY_SCORES = ("recall_at_1", "triplet_accuracy", "spearman")
 FACT_SCORES = ("coverage", "precision")
@@ -25,73 +21,54 @@ def task_name(split: str) -> str:
 
 
 def score_policy(
-    encoder: RationaleEncoder, splits: Sequence[str], count: int, rationale: RationaleMode = "greedy"
+    encoder: RationaleEncoder,
+    splits: Sequence[str],
+    count: int,
+    rationale: RationaleMode = "greedy",
 ) -> dict[str, float]:
-    """Scores on the first `count` triplets of each split.
+    """Scores on `count` triplets and `count` graded pairs of each split.
+
+    - `recall_at_1`: the query's positive beats every other positive and every hard negative.
+    - `triplet_accuracy`: it beats the query's own hard negative. Ties are errors in both.
+    - `spearman`: of the similarities of graded pairs with the share of facts they have in common.
+    - `coverage`, `precision`: share of true facts that rationales state, and of statements that are
+      true; only where rationales are written.
+
+    Every split's texts are centred by their own mean, so that policies compare on equal terms
+    whether or not they have trained a centre.
 
     Returns:
-        `{"scenes/recall_at_1": ..., ...}`; all scores in 0 to 1 but Spearman (-1 to 1). Fact scores only where
-        rationales are written.
+        `{"scenes/recall_at_1": ..., ...}`, in 0 to 1, Spearman in -1 to 1.
     """
     scores: dict[str, float] = {}
     for split in splits:
-        rows = scenes.rows(split=split, form="triplet", count=count)
-        written = encoder.write(_texts(rows), rationale)
-        scores |= {f"{task_name(split)}/{k}": v for k, v in score_written(encoder, rows, written).items()}
+        triplets = scenes.rows(split=split, form="triplet", count=count)
+        pairs = scenes.rows(split=split, form="pair", count=count)
+        texts = [row["query"] for row in triplets] + [row["positive"] for row in triplets]
+        texts += [row["negative"][0] for row in triplets]
+        texts += [row["sentence1"] for row in pairs] + [row["sentence2"] for row in pairs]
+        written = encoder.write(texts, rationale)
+        raw = encoder.reader.read(written)
+        unit = normalize(raw - raw.mean(0) if encoder.reader.config.centre else raw, dim=-1)
+        queries, positives, negatives, first, second = unit.split(count)
+        found = retrieval_scores(queries, positives, negatives)
+        gold = [row["score"] for row in pairs]
+        found["spearman"] = rank_correlation((first * second).sum(-1).tolist(), gold)
         if rationale != "none":
-            facts = score_facts(rows, [item.rationale for item in written])
-            scores |= {f"{task_name(split)}/{k}": v for k, v in facts.items()}
+            found |= score_facts(triplets, [item.rationale for item in written[: 3 * count]])
+        scores |= {f"{task_name(split)}/{name}": value for name, value in found.items()}
     return scores
 
 
-def score_written(encoder: RationaleEncoder, rows: Sequence[dict[str, Any]], written: list[Written]) -> dict[str, float]:
-    """Similarity scores of given rationales for `_texts(rows)`.
-
-    The corpus is centred by its own mean, so that policies which never trained a centre compare on equal terms.
-    """
-    raw = encoder.reader.read(written)
-    if encoder.reader.config.centre:
-        raw = raw - raw.mean(0)
-    vectors = torch.nn.functional.normalize(raw, dim=-1)
-    return similarity_scores(rows, *vectors.chunk(3))
-
-
-def similarity_scores(
-    rows: Sequence[dict[str, Any]], queries: Tensor, positives: Tensor, negatives: Tensor
-) -> dict[str, float]:
-    """Recall@1, triplet accuracy, and Spearman of all query-document pairs with gold similarity.
-
-    Args:
-        rows: N triplets with their scenes.
-        queries, positives, negatives: (N, H) unit vectors.
-    """
-    similarity = queries @ torch.cat([positives, negatives]).T  # (N, 2N)
-    documents = [row["scene"] for row in rows] + [row["negative_scene"] for row in rows]
-    gold = [scenes.gold_similarity(row["scene"], document) for row in rows for document in documents]
-    correlation = float(spearmanr(similarity.flatten().cpu().numpy(), gold).statistic)
-    return retrieval_scores(queries, positives, negatives) | {
-        "spearman": 0.0 if math.isnan(correlation) else correlation
-    }
-
-
 def score_facts(rows: Sequence[dict[str, Any]], rationales: Sequence[str]) -> dict[str, float]:
-    """Mean share of true facts that are stated (coverage) and of statements that are true (precision)."""
+    """Mean share of true facts that are stated (coverage) and of statements that are true
+    (precision)."""
     truth = [row["scene"] for row in rows] * 2 + [row["negative_scene"] for row in rows]
     readings = [scenes.read_facts(rationale) for rationale in rationales]
     return {
         "coverage": sum(r.coverage(t) for r, t in zip(readings, truth, strict=True)) / len(truth),
         "precision": sum(r.precision(t) for r, t in zip(readings, truth, strict=True)) / len(truth),
     }
-
-
-def _texts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Queries, then positives, then first negatives."""
-    return [row["query"] for row in rows] + [row["positive"] for row in rows] + [_first_negative(row) for row in rows]
-
-
-def _first_negative(row: dict[str, Any]) -> str:
-    negative = row["negative"]
-    return negative if isinstance(negative, str) else str(negative[0])
 
 
 def example_rationales(encoder: RationaleEncoder, count: int = 3) -> list[dict[str, str]]:

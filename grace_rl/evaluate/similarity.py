@@ -1,14 +1,21 @@
-"""Scores of vectors on triplets. Ties are errors: vectors that cannot tell two texts apart earn nothing."""
+"""Scores of vectors on triplets. Ties are errors: vectors that cannot tell two texts apart earn
+nothing."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 TIE = 1e-6  # equal vectors may differ in their last bits
 
+
 def retrieval_scores(queries: Tensor, positives: Tensor, negatives: Tensor) -> dict[str, float]:
-    """Recall@1 of the positive among all positives and hard negatives, and triplet accuracy, each in 0 to 1.
+    """Recall@1 of the positive among all positives and hard negatives, and triplet accuracy, each
+    in 0 to 1.
 
     Args:
         queries, positives, negatives: (N, H) unit vectors.
@@ -25,3 +32,15 @@ def retrieval_scores(queries: Tensor, positives: Tensor, negatives: Tensor) -> d
         "recall_at_1": float((own > similarity.amax(1)).float().mean()),
         "triplet_accuracy": float((own > negative).float().mean()),
     }
+
+
+def rank_correlation(found: Sequence[float], gold: Sequence[float]) -> float:
+    """Spearman's rank correlation, -1 to 1; 0 where all of `found` are equal, which ranks nothing.
+
+    >>> rank_correlation([0.1, 0.2, 0.9], [0, 1, 5]), rank_correlation([0.5, 0.5, 0.5], [0, 1, 5])
+    (1.0, 0.0)
+    """
+    if max(found) == min(found):
+        return 0.0
+    correlation = float(spearmanr(found, gold).statistic)
+    return 0.0 if math.isnan(correlation) else correlation

@@ -18,10 +18,14 @@ def _check_lists(owner: object, names: tuple[str, ...], length: int) -> None:
     for name in names:
         found = len(getattr(owner, name))
         if found != length:
-            raise ValueError(f"{type(owner).__name__}.{name} has {found} entries, expected {length}")
+            raise ValueError(
+                f"{type(owner).__name__}.{name} has {found} entries, expected {length}"
+            )
 
 
-def _check_tensor(owner: object, name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:
+def _check_tensor(
+    owner: object, name: str, shape: tuple[int | None, ...], dtype: torch.dtype
+) -> None:
     """`None` in `shape` allows any size."""
     tensor = getattr(owner, name)
     fits = tensor.dim() == len(shape) and all(
@@ -178,7 +182,9 @@ class RewardBatch(Rollouts):
         _check_lists(self, ("prompts",), count)
         for name, values in self.columns.items():
             if len(values) != count:
-                raise ValueError(f"RewardBatch.columns['{name}'] has {len(values)} entries, expected {count}")
+                raise ValueError(
+                    f"RewardBatch.columns['{name}'] has {len(values)} entries, expected {count}"
+                )
         if self.pool.embeddings.shape[1] != dim:
             raise ValueError(
                 f"RewardBatch.pool.embeddings has {self.pool.embeddings.shape[1]} dimensions, "

@@ -101,7 +101,9 @@ def random_batch(
         sides = [scene, scene + noise(dim)]  # a hard negative is not far
         made.append(
             {
-                role: (sides[role.startswith("negative")] + noise(samples if trained else 1, dim)).tolist()
+                role: (
+                    sides[role.startswith("negative")] + noise(samples if trained else 1, dim)
+                ).tolist()
                 for role, trained in FORMS[form].items()
             }
         )

@@ -153,7 +153,10 @@ def load_rewards(
 
 def available_rewards() -> dict[str, str]:
     """The entry points of the group `grace_rl.rewards`: name -> `package.module:Name`."""
-    return {point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+    return {
+        point.name: point.value
+        for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    }
 
 
 def _load(spec: Any, target: Any, label: str) -> LoadedReward:
@@ -300,7 +303,9 @@ def _keyword_problems(target: Any, keywords: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} must be {_say(hints[name])}, not {value!r}")
     if isinstance(target, type) or not plain_trl:
         problems += [
-            f"the argument {p.name!r} is missing" for p in named if p.default is p.empty and p.name not in keywords
+            f"the argument {p.name!r} is missing"
+            for p in named
+            if p.default is p.empty and p.name not in keywords
         ]
     return problems
 
@@ -331,7 +336,11 @@ def _trl_parameters(function: Any) -> frozenset[str] | None:
 
 def _required(signature: inspect.Signature) -> set[str]:
     skip = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {name for name, p in signature.parameters.items() if p.default is p.empty and p.kind not in skip}
+    return {
+        name
+        for name, p in signature.parameters.items()
+        if p.default is p.empty and p.kind not in skip
+    }
 
 
 def _labels(wanted: Sequence[Any], problems: list[str]) -> list[str]:

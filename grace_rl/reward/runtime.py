@@ -107,7 +107,9 @@ class RewardRuntime:
         self._flat_batches = dict.fromkeys(self.labels, 0)
         self._warned: set[str] = set()
 
-    def score(self, batch: RewardBatch, trainer_arguments: Mapping[str, Any] | None = None) -> Scored:
+    def score(
+        self, batch: RewardBatch, trainer_arguments: Mapping[str, Any] | None = None
+    ) -> Scored:
         """Score one batch; every process calls it together.
 
         Args:
@@ -298,7 +300,9 @@ class RewardRuntime:
         flat = bool(std.nan_to_num().max() <= 1e-6 * scale)  # 1e-6: float32 rounding of a constant
         self._flat_batches[reward.label] = self._flat_batches[reward.label] + 1 if flat else 0
         if self._flat_batches[reward.label] >= FLAT_BATCHES:
-            why = "scored nothing" if bool(scored.isnan().all()) else "did not vary inside any group"
+            why = (
+                "scored nothing" if bool(scored.isnan().all()) else "did not vary inside any group"
+            )
             self._warn_once(
                 f"flat {reward.label}",
                 f"the reward {reward.label!r} (weight {reward.weight:g}) {why} for {FLAT_BATCHES} "
@@ -424,7 +428,9 @@ def _read(result: Any, reward: LoadedReward, batch: RewardBatch) -> _Output:
         steps = torch.as_tensor(result.steps, device=batch.embeddings.device).detach()
         steps = steps.to(torch.float32, copy=True)
         if steps.dim() != 2 or len(steps) != len(batch):
-            raise ValueError(f"RewardOutput.steps has shape {tuple(steps.shape)}, expected ({len(batch)}, K)")
+            raise ValueError(
+                f"RewardOutput.steps has shape {tuple(steps.shape)}, expected ({len(batch)}, K)"
+            )
     failed = None
     if result.gate is not None:
         gate = torch.as_tensor(result.gate, device=batch.embeddings.device)
@@ -438,7 +444,8 @@ def _read(result: Any, reward: LoadedReward, batch: RewardBatch) -> _Output:
         values=_column("RewardOutput.values", result.values, batch),
         steps=steps,
         components={
-            name: _column(f"the component {name!r}", column, batch) for name, column in result.components.items()
+            name: _column(f"the component {name!r}", column, batch)
+            for name, column in result.components.items()
         },
         failed=failed,
         margin=result.margin,

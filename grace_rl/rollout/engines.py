@@ -2,10 +2,11 @@
 
 TRL's own vLLM path is used as it is. On a CPU it needs two repairs (vLLM 0.31, TRL 1.16):
 
-- vLLM's CPU linear layers repack their weights after loading and lose the loader that TRL's push calls, so weights are
-  pushed through the model runner's `reload_weights` with an explicit iterator. (Without an iterator that call would
-  reload the first checkpoint from disk; with one it takes what it is given.) A head tied to the input embeddings gets
-  no weights of its own in that push and would go on sampling from its old packed copy, so it is packed again.
+- vLLM's CPU linear layers repack their weights after loading and lose the loader that TRL's push
+  calls, so weights are pushed through the model runner's `reload_weights` with an explicit
+  iterator. (Without an iterator that call would reload the first checkpoint from disk; with one it
+  takes what it is given.) A head tied to the input embeddings gets no weights of its own in that
+  push and would go on sampling from its old packed copy, so it is packed again.
 - Compiling for the CPU takes most of a minute at start; small models run as fast without.
 """
 
@@ -23,8 +24,9 @@ from trl.generation import vllm_generation
 
 CPU_DEFAULTS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    # One thread per core, each bound to its core, waits for the slowest at every layer: on a machine that is also busy
-    # with something else this is tens of times slower. Unbound, vLLM uses torch's threads (OMP_NUM_THREADS).
+    # One thread per core, each bound to its core, waits for the slowest at every layer: on a
+    # machine that is also busy with something else this is tens of times slower. Unbound, vLLM uses
+    # torch's threads (OMP_NUM_THREADS).
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
@@ -56,7 +58,8 @@ def vllm_start() -> Iterator[None]:
 
 
 def repair_weight_push(generation: Any) -> None:
-    """Replace the weight push of TRL's `VLLMGeneration` where vLLM runs on a CPU; elsewhere leave it alone."""
+    """Replace the weight push of TRL's `VLLMGeneration` where vLLM runs on a CPU; elsewhere leave
+    it alone."""
     if generation.mode == "colocate" and vllm_runs_on_cpu():
         generation.sync_weights = partial(_push_weights_on_cpu, generation)
 

@@ -18,8 +18,8 @@ SCENES_UNTRAINED = "scenes/untrained"
 def resolve_model(name: str, scratch: Path, seed: int = 0) -> str:
     """The path or hub id behind a recipe's `model_name_or_path`.
 
-    `scenes` is the cold start that ships with the package. `scenes/untrained` is built with random weights under
-    `scratch`, the same for the same seed.
+    `scenes` is the cold start that ships with the package. `scenes/untrained` is built with random
+    weights under `scratch`, the same for the same seed.
     """
     if name == SCENES_COLD_START:
         return str(scenes.COLD_START)
@@ -31,7 +31,9 @@ def resolve_model(name: str, scratch: Path, seed: int = 0) -> str:
     return name
 
 
-def load_policy(path: str, **model_init_kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(
+    path: str, **model_init_kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from a path or hub id, as TRL loads them.
 
     Raises:

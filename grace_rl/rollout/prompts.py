@@ -1,7 +1,8 @@
 """The one place that turns a text into the prompt a policy continues.
 
-A prompt is `prefix + text + suffix`. Prefix and suffix come from the model's own chat template and do not depend on
-the text, so the text's place is known by counting characters, and the tokenizer's offsets turn characters into tokens.
+A prompt is `prefix + text + suffix`. Prefix and suffix come from the model's own chat template and
+do not depend on the text, so the text's place is known by counting characters, and the tokenizer's
+offsets turn characters into tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class PromptTemplate:
 
     Args:
         tokenizer: A fast tokenizer (offsets are needed).
-        instruction: System message; `None` for none. Templates without a system role get it before the text.
+        instruction: System message; `None` for none. Templates without a system role get it before
+            the text.
         max_text_tokens: Texts are cut to this many tokens, at least 1.
         chat_template_kwargs: Passed on to the template, e.g. `{"enable_thinking": False}`.
 
@@ -59,7 +61,9 @@ class PromptTemplate:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if not tokenizer.is_fast:
-            raise UserError(f"{tokenizer.name_or_path}: prompts need a fast tokenizer (one with a tokenizer.json)")
+            raise UserError(
+                f"{tokenizer.name_or_path}: prompts need a fast tokenizer (one with a tokenizer.json)"
+            )
         if max_text_tokens < 1:
             raise UserError(f"max_text_tokens must be at least 1, not {max_text_tokens}")
         self.tokenizer = tokenizer
@@ -85,11 +89,17 @@ class PromptTemplate:
         return Prompt(text, self.prefix + text + self.suffix, token_ids, span)
 
     def _tokenize(self, text: str) -> tuple[list[int], list[int], tuple[int, int]]:
-        """Token ids, for each token its end as a character of the text, and the text's span in tokens."""
+        """Token ids, for each token its end as a character of the text, and the text's span in
+        tokens."""
         start, stop = len(self.prefix), len(self.prefix) + len(text)
         if any(token in text for token in self._special):
-            # A text that spells a control token must not become one: tokenize it apart, as plain characters.
-            parts = [self._encode(self.prefix), self._encode(text, split_special_tokens=True), self._encode(self.suffix)]
+            # A text that spells a control token must not become one: tokenize it apart, as plain
+            # characters.
+            parts = [
+                self._encode(self.prefix),
+                self._encode(text, split_special_tokens=True),
+                self._encode(self.suffix),
+            ]
             ids = [token for part in parts for token in part["input_ids"]]
             first = len(parts[0]["input_ids"])
             ends = [0] * first + [end for _, end in parts[1]["offset_mapping"]]
@@ -100,16 +110,21 @@ class PromptTemplate:
         return encoded["input_ids"], [b - start for _, b in offsets], (inside[0], inside[-1] + 1)
 
     def _encode(self, string: str, **kwargs: Any) -> Any:
-        return self.tokenizer(string, add_special_tokens=False, return_offsets_mapping=True, **kwargs)
+        return self.tokenizer(
+            string, add_special_tokens=False, return_offsets_mapping=True, **kwargs
+        )
 
     def _surroundings(self) -> tuple[str, str]:
-        """What stands before and after the text. Two different texts show where the template stops depending on it."""
+        """What stands before and after the text. Two different texts show where the template stops
+        depending on it."""
         if self.tokenizer.chat_template is None:
             return self._plain_surroundings()
         first, second = self._fill("a"), self._fill("b")
         prefix = os.path.commonprefix([first, second])
         suffix = os.path.commonprefix([first[::-1], second[::-1]])[::-1]
-        if prefix + "a" + suffix != first or prefix + "some longer text" + suffix != self._fill("some longer text"):
+        if prefix + "a" + suffix != first or prefix + "some longer text" + suffix != self._fill(
+            "some longer text"
+        ):
             raise UserError(
                 f"{self.tokenizer.name_or_path}: the chat template does not insert a user message unchanged and once; "
                 "set another chat template"
@@ -135,8 +150,11 @@ class PromptTemplate:
         return str(rendered)
 
     def _plain_surroundings(self) -> tuple[str, str]:
-        """A base model's prompt: begin token where the tokenizer uses one, instruction, text, a cue to write."""
+        """A base model's prompt: begin token where the tokenizer uses one, instruction, text, a cue
+        to write."""
         bos = self.tokenizer.bos_token
-        begins = bos is not None and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        begins = bos is not None and self.tokenizer("a")["input_ids"][:1] == [
+            self.tokenizer.bos_token_id
+        ]
         head = "" if self.instruction is None else f"{self.instruction}\n\n"
         return (bos if begins else "") + head + "Text: ", "\n\nRationale:"

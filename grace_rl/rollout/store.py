@@ -1,4 +1,5 @@
-"""The rollout store: one parquet file per logged step, `<run>/rollouts/step-000010.parquet`, one row per rationale.
+"""The rollout store: one parquet file per logged step, `<run>/rollouts/step-000010.parquet`, one
+row per rationale.
 
 | column | type | |
 |---|---|---|
@@ -13,7 +14,8 @@
 | `embedding` | list of float32 | L2-normalised |
 | `reward/<label>` | float32 | null: not scored |
 
-Embeddings are float32 and not float16: not every parquet reader knows half precision, and only logged steps are kept.
+Embeddings are float32 and not float16: not every parquet reader knows half precision, and only
+logged steps are kept.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ def write_rollouts(run: str | Path, step: int, columns: Mapping[str, Sequence[An
     Args:
         run: The run directory.
         step: Optimizer step, at least 0; goes into the file's name and its `step` column.
-        columns: The other columns by name, all equally long. Nullable ones may be left out; NaN in `advantage` and in
-            `reward/<label>` is stored as null.
+        columns: The other columns by name, all equally long. Nullable ones may be left out; NaN in
+            `advantage` and in `reward/<label>` is stored as null.
 
     Returns:
         The file, which appears whole or not at all.
@@ -68,7 +70,9 @@ def write_rollouts(run: str | Path, step: int, columns: Mapping[str, Sequence[An
     fields = [*SCHEMA, *_reward_fields(columns)]
     arrays = []
     for field in fields:
-        values: Any = [step] * count if field.name == "step" else columns.get(field.name, [None] * count)
+        values: Any = (
+            [step] * count if field.name == "step" else columns.get(field.name, [None] * count)
+        )
         if field.type == pa.string():
             # A lone surrogate (JSON can hold one) has no UTF-8 form.
             values = [value.encode("utf-8", "replace").decode("utf-8") for value in values]
@@ -81,7 +85,9 @@ def write_rollouts(run: str | Path, step: int, columns: Mapping[str, Sequence[An
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}.parquet"
     with whole_file(path) as unfinished:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(fields)), unfinished, compression="zstd")
+        pq.write_table(
+            pa.Table.from_arrays(arrays, schema=pa.schema(fields)), unfinished, compression="zstd"
+        )
     return path
 
 
@@ -93,8 +99,8 @@ def read_rollouts(
     Args:
         run: The run directory.
         steps: Only these steps.
-        columns: Only these columns, in this order. The default is all, rewards last; a reward that some steps do not
-            have is null there.
+        columns: Only these columns, in this order. The default is all, rewards last; a reward that
+            some steps do not have is null there.
 
     Raises:
         UserError: The folder does not exist, or a step or a column is not there.
@@ -104,7 +110,9 @@ def read_rollouts(
         wanted = sorted(set(steps))
         if missing := [step for step in wanted if step not in files]:
             there = _some(sorted(files))
-            raise UserError(f"{run}: no rollouts of step {', '.join(map(str, missing))}; there are: {there}")
+            raise UserError(
+                f"{run}: no rollouts of step {', '.join(map(str, missing))}; there are: {there}"
+            )
         files = {step: files[step] for step in wanted}
     opened = []
     for path in files.values():
@@ -116,7 +124,9 @@ def read_rollouts(
     schema = pa.schema([*SCHEMA, *_reward_fields(names)])
     if columns is not None:
         if unknown := [name for name in columns if name not in schema.names]:
-            raise UserError(f"{run}: no column {', '.join(unknown)}; there are: {', '.join(schema.names)}")
+            raise UserError(
+                f"{run}: no column {', '.join(unknown)}; there are: {', '.join(schema.names)}"
+            )
         schema = pa.schema([schema.field(name) for name in columns])
     tables = [schema.empty_table()]
     for file in opened:
@@ -136,7 +146,10 @@ def rollout_files(run: str | Path) -> dict[int, Path]:
     """
     if not Path(run).is_dir():
         raise UserError(f"{run}: no such run directory")
-    found = ((_FILE.fullmatch(path.name), path) for path in (Path(run) / "rollouts").glob("step-*.parquet"))
+    found = (
+        (_FILE.fullmatch(path.name), path)
+        for path in (Path(run) / "rollouts").glob("step-*.parquet")
+    )
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
@@ -157,7 +170,9 @@ def _check(step: int, columns: Mapping[str, Sequence[Any]]) -> None:
         problems.append(f"step must be at least 0, not {step}")
     given = [field for field in SCHEMA if field.name != "step"]
     names = [field.name for field in given]
-    problems += [f"missing column {f.name!r}" for f in given if not f.nullable and f.name not in columns]
+    problems += [
+        f"missing column {f.name!r}" for f in given if not f.nullable and f.name not in columns
+    ]
     problems += [
         f"unknown column {name!r}; known are {', '.join(names)} and reward/<label>"
         for name in columns

@@ -1,4 +1,5 @@
-"""What happens beside the training steps: metrics, progress, the stale-engine alarm, and stopping in order.
+"""What happens beside the training steps: metrics, progress, the stale-engine alarm, and stopping
+in order.
 
 `follow` attaches all of it to a trainer, and takes it down again however the training ends.
 """
@@ -17,13 +18,24 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from grace_rl.train.run_directory import RunDirectory, command_line, plain_numbers, read_metrics
 
@@ -35,7 +47,8 @@ SHOWN = {
     "embedding/mean_cosine": "cosine",
     "mean_token_accuracy": "accuracy",
 }
-"""Metrics in the progress line, and their short names; those that a run does not log are left out."""
+"""Metrics in the progress line, and their short names; those that a run does not log are left
+out."""
 
 ENGINE_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
@@ -49,7 +62,8 @@ def follow(
     steps_between_generations: int = 1,
     stale_engine_threshold: float = 0.1,
 ) -> Iterator[StopOnSignal]:
-    """Write metrics, show progress, watch the engine, and stop in order on Ctrl-C or SIGTERM while the block runs.
+    """Write metrics, show progress, watch the engine, and stop in order on Ctrl-C or SIGTERM while
+    the block runs.
 
         with follow(trainer, run) as stop:
             trainer.train(resume_from_checkpoint=opened.checkpoint)
@@ -85,10 +99,11 @@ def follow(
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends every log to metrics.jsonl under TRL's names, with `step` and `seconds` since the run began.
+    """Appends every log to metrics.jsonl under TRL's names, with `step` and `seconds` since the run
+    began.
 
-    A resumed run goes on counting `seconds` where the kept metrics end. transformers' closing summary is no step and
-    goes to status.json.
+    A resumed run goes on counting `seconds` where the kept metrics end. transformers' closing
+    summary is no step and goes to status.json.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -115,13 +130,20 @@ class MetricsWriter(TrainerCallback):
         if "train_runtime" in logs:
             self.run.record_summary(logs)
             return
-        line = {"step": state.global_step, "seconds": round(time.monotonic() - self._began, 3), **plain_numbers(logs)}
-        with self.run.metrics.open("a", encoding="utf-8") as file:  # closed, so flushed, for each line
+        line = {
+            "step": state.global_step,
+            "seconds": round(time.monotonic() - self._began, 3),
+            **plain_numbers(logs),
+        }
+        with self.run.metrics.open(
+            "a", encoding="utf-8"
+        ) as file:  # closed, so flushed, for each line
             file.write(json.dumps(line, default=str) + "\n")
 
 
 class ProgressLine(TrainerCallback):
-    """A bar with step, speed, time left and the last metrics; without a terminal, one plain line per log.
+    """A bar with step, speed, time left and the last metrics; without a terminal, one plain line
+    per log.
 
     Quiet on all processes but the main one.
     """
@@ -148,12 +170,18 @@ class ProgressLine(TrainerCallback):
             TextColumn("{task.fields[metrics]}", markup=False),
             console=self.console,
         )
-        self._bar.add_task("train", total=state.max_steps, completed=state.global_step, speed="", metrics="")
+        self._bar.add_task(
+            "train", total=state.max_steps, completed=state.global_step, speed="", metrics=""
+        )
         self._bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=state.global_step, speed=self._speed(state))
+            self._bar.update(
+                self._bar.task_ids[0], completed=state.global_step, speed=self._speed(state)
+            )
 
     def on_log(
         self,
@@ -166,7 +194,9 @@ class ProgressLine(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         shown = [(name, plain_numbers(logs.get(key))) for key, name in SHOWN.items()]
-        metrics = "  ".join(f"{name} {value:.3g}" for name, value in shown if isinstance(value, (int, float)))
+        metrics = "  ".join(
+            f"{name} {value:.3g}" for name, value in shown if isinstance(value, (int, float))
+        )
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], metrics=metrics)
         else:
@@ -188,17 +218,20 @@ class ProgressLine(TrainerCallback):
         steps, seconds = state.global_step - self._first_step, time.monotonic() - self._began
         if not steps:
             return ""
-        return f"{seconds / steps:.1f} s/step" if seconds > steps else f"{steps / seconds:.1f} steps/s"
+        return (
+            f"{seconds / steps:.1f} s/step" if seconds > steps else f"{steps / seconds:.1f} steps/s"
+        )
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second signal ends at once (KeyboardInterrupt).
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second signal ends at once
+    (KeyboardInterrupt).
 
     With several processes all stop at the same step, whichever of them was told.
 
     Args:
-        steps_between_generations: Optimizer steps that one batch of rollouts serves. A checkpoint between them would
-            lose the rest of the batch, so the stop waits for the next multiple.
+        steps_between_generations: Optimizer steps that one batch of rollouts serves. A checkpoint
+            between them would lose the rest of the batch, so the stop waits for the next multiple.
         console: Where to say what happens.
 
     Attributes:
@@ -216,7 +249,8 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # The terminal tells every process and the launcher, which tells them again: that is one signal.
+        # The terminal tells every process and the launcher, which tells them again: that is one
+        # signal.
         self._grace = 2.0 if args.world_size > 1 else 0.0
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -227,15 +261,23 @@ class StopOnSignal(TrainerCallback):
         if self._first_signal is None:
             self._first_signal = now
             # print() may be what the signal interrupted
-            os.write(2, b"\nStopping after this step and saving a checkpoint; once more to end at once.\n")
+            os.write(
+                2,
+                b"\nStopping after this step and saving a checkpoint; once more to end at once.\n",
+            )
         elif now - self._first_signal >= self._grace:
             self.restore_handlers()
             raise KeyboardInterrupt
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.global_step % self.steps_between_generations:
             return
-        if _any_process(self._first_signal is not None, args) and state.global_step < state.max_steps:
+        if (
+            _any_process(self._first_signal is not None, args)
+            and state.global_step < state.max_steps
+        ):
             self.interrupted = True
             control.should_log = control.should_save = control.should_training_stop = True
 
@@ -245,8 +287,12 @@ class StopOnSignal(TrainerCallback):
         self.restore_handlers()
         if self.interrupted and state.is_world_process_zero:
             command = command_line(without=("--overwrite",))
-            done = f"Stopped at step {state.global_step} of {state.max_steps}; a checkpoint is saved."
-            self.console.print(f"{done} To resume:\n  {command}", markup=False, highlight=False, soft_wrap=True)
+            done = (
+                f"Stopped at step {state.global_step} of {state.max_steps}; a checkpoint is saved."
+            )
+            self.console.print(
+                f"{done} To resume:\n  {command}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def restore_handlers(self) -> None:
         """Put back the signal handlers from before the training; may be called more than once."""
@@ -258,9 +304,10 @@ class StopOnSignal(TrainerCallback):
 class StaleEngineAlarm(TrainerCallback):
     """Warns when the generation engine samples from other weights than those that are trained.
 
-    TRL compares the log-probabilities of each sampled token in the engine and in the trainer. They differ a little by
-    rounding; a mean difference above the threshold means stale or wrong weights, and rewards that stay flat. Adds the
-    metric `alarms/stale_engine`, 1 or 0, wherever the difference is logged.
+    TRL compares the log-probabilities of each sampled token in the engine and in the trainer. They
+    differ a little by rounding; a mean difference above the threshold means stale or wrong weights,
+    and rewards that stay flat. Adds the metric `alarms/stale_engine`, 1 or 0, wherever the
+    difference is logged.
 
     Args:
         threshold: In nats per token, above 0.
@@ -301,20 +348,26 @@ class StaleEngineAlarm(TrainerCallback):
         self.console.print(Text(text, style="bold red"))
 
 
-def print_group(console: Console, rows: Sequence[Mapping[str, Any]], reward_labels: Sequence[str]) -> None:
-    """Print one group's rationales, best first, each with its rewards and its advantage, under the text they are about.
+def print_group(
+    console: Console, rows: Sequence[Mapping[str, Any]], reward_labels: Sequence[str]
+) -> None:
+    """Print one group's rationales, best first, each with its rewards and its advantage, under the
+    text they are about.
 
     Args:
         console: Where to print.
-        rows: The rollouts of one group, as in the store (at least `text`, `rationale`, `advantage`, `reward/<label>`;
-            `role` and `step` are shown if they are there). Advantages may be numbers, a list of one per token, or None.
+        rows: The rollouts of one group, as in the store (at least `text`, `rationale`, `advantage`,
+            `reward/<label>`; `role` and `step` are shown if they are there). Advantages may be
+            numbers, a list of one per token, or None.
         reward_labels: Which rewards, in the order of the columns.
     """
     if not rows:
         return
     first = rows[0]
     about = " ".join(f"{name} {first[name]}" for name in ("step", "role") if name in first)
-    table = Table(box=box.SIMPLE_HEAD, title=_shown(f"{about}: {first['text']}".lstrip(": "), console))
+    table = Table(
+        box=box.SIMPLE_HEAD, title=_shown(f"{about}: {first['text']}".lstrip(": "), console)
+    )
     table.title_justify = "left"
     table.add_column("rationale", ratio=1, overflow="fold")
     for label in [*reward_labels, "advantage"]:
@@ -328,10 +381,13 @@ def print_group(console: Console, rows: Sequence[Mapping[str, Any]], reward_labe
 
 
 def _shown(text: str, console: Console, limit: int = 800) -> Text:
-    """Foreign text as it may go to a terminal: no markup, no control or direction characters, what the encoding has."""
+    """Foreign text as it may go to a terminal: no markup, no control or direction characters, what
+    the encoding has."""
     if len(text) > limit:
         text = text[:limit] + " ..."
-    text = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text = "".join(
+        c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
     return Text(text.encode(console.encoding, "replace").decode(console.encoding), overflow="fold")
 
 

@@ -1,11 +1,11 @@
 """Checkpoints that a kill at any moment cannot spoil.
 
-transformers writes `checkpoint-N/` in place and deletes old ones in the same call: killed there, a run would resume
-from half a checkpoint. Here a checkpoint counts only with its `COMPLETE` marker, written last, which lists every file
-and its size; older ones are deleted after that.
+transformers writes `checkpoint-N/` in place and deletes old ones in the same call: killed there, a
+run would resume from half a checkpoint. Here a checkpoint counts only with its `COMPLETE` marker,
+written last, which lists every file and its size; older ones are deleted after that.
 
-Optimizer, scheduler and random states are loaded by transformers with `weights_only=True`, so a checkpoint from
-elsewhere cannot run code. DeepSpeed loads its own shards without that guard.
+Optimizer, scheduler and random states are loaded by transformers with `weights_only=True`, so a
+checkpoint from elsewhere cannot run code. DeepSpeed loads its own shards without that guard.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class CheckpointMixin:
         """Write further files into a checkpoint; called on the main process only."""
 
     def load_extra_state(self, folder: Path) -> None:
-        """Read them again on resuming; called on every process, after the model and before the first step."""
+        """Read them again on resuming; called on every process, after the model and before the
+        first step."""
 
     def train(
         self,
@@ -60,7 +61,9 @@ class CheckpointMixin:
             if folder is None:
                 raise UserError(f"{self.args.output_dir}: no complete checkpoint to resume from")
         elif folder is not None and not is_complete(Path(folder)):
-            raise UserError(f"{folder}: the checkpoint is incomplete (its {COMPLETE} marker does not match its files)")
+            raise UserError(
+                f"{folder}: the checkpoint is incomplete (its {COMPLETE} marker does not match its files)"
+            )
         folder = folder and str(folder)
         return super().train(folder, trial, ignore_keys_for_eval)  # type: ignore[misc]
 
@@ -94,7 +97,8 @@ class CheckpointMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.args.device == torch.device("cpu", 0):
-            # Several processes on the CPU: transformers hands this device to torch.load, which only knows plain "cpu".
+            # Several processes on the CPU: transformers hands this device to torch.load, which only
+            # knows plain "cpu".
             self.args.__dict__["_setup_devices"] = torch.device("cpu")
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None:
@@ -105,7 +109,11 @@ def mark_complete(folder: Path) -> None:
     """Bring all files to the disk, then write the marker that lists them."""
     (folder / COMPLETE).unlink(missing_ok=True)
     sync_tree(folder)
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     write_text(folder / COMPLETE, json.dumps({"files": files}, indent=1) + "\n")
 
 
@@ -132,7 +140,11 @@ def checkpoint_step(folder: Path) -> int:
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """All `checkpoint-N` folders, complete or not, by rising step."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if _FOLDER.fullmatch(path.name) and path.is_dir()]
+    found = [
+        path
+        for path in Path(folder).glob("checkpoint-*")
+        if _FOLDER.fullmatch(path.name) and path.is_dir()
+    ]
     return sorted(found, key=checkpoint_step)
 
 
@@ -142,14 +154,16 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 
 
 def remove_incomplete_checkpoints(folder: str | Path) -> None:
-    """Delete what a killed process left half written or half deleted. Only for the one process that owns the folder."""
+    """Delete what a killed process left half written or half deleted. Only for the one process that
+    owns the folder."""
     for path in list_checkpoints(folder):
         if not is_complete(path):
             shutil.rmtree(path)
 
 
 def rotate_checkpoints(folder: Path, limit: int | None, best: str | None = None) -> None:
-    """Delete the oldest complete checkpoints until `limit` are left, never the newest nor the best one.
+    """Delete the oldest complete checkpoints until `limit` are left, never the newest nor the best
+    one.
 
     `None` or 0 keeps all.
     """

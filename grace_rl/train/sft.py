@@ -14,14 +14,18 @@ It reads top to bottom: rows -> examples -> tokens -> trainer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from grace_rl.embed.encoder import RationaleEncoder, end_token_ids
+from grace_rl.embed.reader import Reader, ReaderConfig
 from grace_rl.errors import UserError
 from grace_rl.rollout.prompts import PromptTemplate
+from grace_rl.train.checkpoints import CheckpointMixin
 
 Example = tuple[str, str]
 """(text, rationale)"""
@@ -38,10 +42,11 @@ def sft_examples(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Example], int]
     Returns:
         The examples in the order of the rows, and the number of rows that had none.
 
-    >>> rows = [{"query": "A man walks.", "positive": "Someone moves.", "rationale_positive": ["Walking is moving."]}]
-    >>> examples, skipped = sft_examples([*rows, {"text": "A cat sleeps.", "rationale": ""}])
+    >>> pair = {"query": "A man walks.", "positive": "Someone moves."}
+    >>> rows = [pair | {"rationale_positive": ["To walk is to move."]}, {"text": "A cat sleeps."}]
+    >>> examples, skipped = sft_examples(rows)
     >>> examples
-    [('A man walks.', 'Walking is moving.'), ('Someone moves.', 'Walking is moving.')]
+    [('A man walks.', 'To walk is to move.'), ('Someone moves.', 'To walk is to move.')]
     >>> skipped
     1
     """
@@ -73,7 +78,8 @@ def tokenize_examples(
     Prompt and rationale are tokenized apart, because that is how a policy writes: the prompt is
     given, and its own tokens follow.
     """
-    rationales = tokenizer([rationale for _, rationale in examples], add_special_tokens=False)["input_ids"]
+    written_texts = [rationale for _, rationale in examples]
+    rationales = tokenizer(written_texts, add_special_tokens=False)["input_ids"]
     columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
     for (text, _), written in zip(examples, rationales, strict=True):
         prompt = template.render(text).token_ids
@@ -82,7 +88,7 @@ def tokenize_examples(
     return Dataset.from_dict(columns)
 
 
-class GraceSFTTrainer(SFTTrainer):
+class GraceSFTTrainer(CheckpointMixin, SFTTrainer):
     """TRL's `SFTTrainer` on rows of texts and rationales.
 
     Args:
@@ -92,11 +98,13 @@ class GraceSFTTrainer(SFTTrainer):
         prompt_template: Renders texts as rollouts will see them.
         processing_class: The policy's tokenizer, with an end token; its padding token must be
             another one.
-        callbacks: Passed on.
+        reader: How the policy's rationales will be read; kept beside the weights.
+        callbacks, peft_config: As in TRL.
 
     Attributes:
         examples: Number of examples trained on.
         skipped_rows: Number of rows without a rationale.
+        longest_rationale: Tokens of the longest rationale, its end token among them.
 
     Raises:
         UserError: No row has a rationale, or the tokenizer has no end token.
@@ -109,25 +117,46 @@ class GraceSFTTrainer(SFTTrainer):
         rows: Sequence[Mapping[str, Any]],
         prompt_template: PromptTemplate,
         processing_class: PreTrainedTokenizerBase,
+        reader: ReaderConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        peft_config: Any = None,
     ) -> None:
         if processing_class.eos_token_id is None:
             raise UserError(
-                f"{processing_class.name_or_path}: the tokenizer has no end token, so no rationale could end"
+                f"{processing_class.name_or_path}: the tokenizer has no end token, "
+                "so no rationale could end"
             )
         examples, self.skipped_rows = sft_examples(rows)
         self.examples = len(examples)
         if not examples:
             raise UserError(
-                f"method sft: none of the {len(rows)} rows has a rationale; give rows with text and rationale, or with "
-                "query, positive and rationale_positive"
+                f"method sft: none of the {len(rows)} rows has a rationale; give rows with text "
+                "and rationale, or with query, positive and rationale_positive"
             )
         if args.completion_only_loss is None:
             args.completion_only_loss = True
+        self.prompt_template = prompt_template
+        self.reader_config = reader or ReaderConfig()
+        dataset = tokenize_examples(examples, prompt_template, processing_class)
+        self.longest_rationale = max(sum(mask) for mask in dataset["completion_mask"])
         super().__init__(
             model=model,
             args=args,
-            train_dataset=tokenize_examples(examples, prompt_template, processing_class),
+            train_dataset=dataset,
             processing_class=processing_class,
             callbacks=callbacks,
+            peft_config=peft_config,
         )
+
+    def encoder(self) -> RationaleEncoder:
+        """The policy as it is now, as an encoder."""
+        policy, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
+        end_ids = end_token_ids(policy, tokenizer)
+        reader = Reader(self.reader_config, tokenizer, end_ids, policy, self.accelerator.device)
+        return RationaleEncoder(
+            policy, tokenizer, self.prompt_template, reader, end_ids, self.longest_rationale
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.encoder().save(Path(output_dir or self.args.output_dir))

@@ -10,35 +10,50 @@ from grace_rl.data.bundles import Bundles, BundleSampler, parse_roles
 from grace_rl.errors import UserError
 
 ROWS = [
-    {"query": f"q{i}", "positive": f"p{i}", "negative": [f"n{i}", f"m{i}"], "negative_positive": f"np{i}"}
+    {
+        "query": f"q{i}",
+        "positive": f"p{i}",
+        "negative": [f"n{i}", f"m{i}"],
+        "negative_positive": f"np{i}",
+    }
     for i in range(5)
 ]
 
 
 def test_trained_texts_stand_together_and_anchors_apart() -> None:
-    roles = parse_roles({"query": {}, "positive": {"samples": 4}, "negative": {"samples": 2, "train": False}}, 4)
+    roles = parse_roles(
+        {"query": {}, "positive": {"samples": 4}, "negative": {"samples": 2, "train": False}}, 4
+    )
     bundles = Bundles(ROWS, roles)
     assert [t.text for t in bundles.prompts[:4]] == ["q0", "p0", "q1", "p1"]
     assert [(t.text, samples) for t, samples in bundles.anchors[1]] == [("n1", 2), ("m1", 2)]
-    sides = {t.text: t.side for t in bundles.prompts} | {t.text: t.side for a in bundles.anchors for t, _ in a}
+    sides = {t.text: t.side for t in bundles.prompts} | {
+        t.text: t.side for a in bundles.anchors for t, _ in a
+    }
     assert (sides["q0"], sides["p0"], sides["n0"], sides["m0"]) == (0, 0, 1, 2)
 
 
 def test_groups_are_unique_over_the_data_set() -> None:
-    bundles = Bundles(ROWS, parse_roles({"query": {}, "negative": {"train": False}, "negative_positive": {}}, 2))
+    bundles = Bundles(
+        ROWS, parse_roles({"query": {}, "negative": {"train": False}, "negative_positive": {}}, 2)
+    )
     texts = bundles.prompts + [t for row in bundles.anchors for t, _ in row]
     assert len({t.group for t in texts}) == len(texts)
 
 
 def test_unsupervised_rows_pair_a_text_with_itself() -> None:
-    bundles = Bundles([{"text": "a"}, {"text": "b"}], parse_roles({"text": {}, "anchor": {"train": False}}, 2))
+    bundles = Bundles(
+        [{"text": "a"}, {"text": "b"}], parse_roles({"text": {}, "anchor": {"train": False}}, 2)
+    )
     text, (anchor, _) = bundles.prompts[0], bundles.anchors[0][0]
     assert text.text == anchor.text and text.side == anchor.side and text.group != anchor.group
 
 
 def test_every_mistake_in_roles_is_reported() -> None:
     with pytest.raises(UserError) as error:
-        parse_roles({"querry": {}, "positive": {"samples": 3}, "negative": {"trian": False}, "text": {}}, 4)
+        parse_roles(
+            {"querry": {}, "positive": {"samples": 3}, "negative": {"trian": False}, "text": {}}, 4
+        )
     message = str(error.value)
     for part in ("roles.querry", "roles.positive.samples", "trian", "cannot be mixed"):
         assert part in message
@@ -57,7 +72,9 @@ def test_rows_without_a_trained_role_are_named() -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bundles_stay_in_one_generation_batch(processes: int) -> None:
-    sampler = BundleSampler(rows=5, texts_per_row=2, samples=4, rows_per_batch=2, repeat_count=2, seed=3)
+    sampler = BundleSampler(
+        rows=5, texts_per_row=2, samples=4, rows_per_batch=2, repeat_count=2, seed=3
+    )
     order = list(sampler)
     assert len(order) == len(sampler) == 2 * 2 * 8 * 2
     batch = 2 * 2 * 4
@@ -72,7 +89,9 @@ def test_bundles_stay_in_one_generation_batch(processes: int) -> None:
 
 def test_order_depends_on_seed_and_epoch_only() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        sampler = BundleSampler(rows=20, texts_per_row=1, samples=1, rows_per_batch=4, repeat_count=1, seed=seed)
+        sampler = BundleSampler(
+            rows=20, texts_per_row=1, samples=1, rows_per_batch=4, repeat_count=1, seed=seed
+        )
         sampler.set_epoch(epoch)
         return list(sampler)
 

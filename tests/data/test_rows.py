@@ -14,13 +14,25 @@ from grace_rl.errors import UserError
 from grace_rl.recipe import DataConfig
 
 ROWS = [
-    {"query": "A man walks.", "positive": "Someone moves.", "negative": ["A man sits."], "source": "a"},
-    {"query": "Ein Café.", "positive": "Ein Kaffeehaus.", "negative": ["Kein Café."], "source": "b"},
+    {
+        "query": "A man walks.",
+        "positive": "Someone moves.",
+        "negative": ["A man sits."],
+        "source": "a",
+    },
+    {
+        "query": "Ein Café.",
+        "positive": "Ein Kaffeehaus.",
+        "negative": ["Kein Café."],
+        "source": "b",
+    },
 ]
 
 
 def write_lines(path, lines):
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n")
+    path.write_bytes(
+        b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n"
+    )
     return DataConfig(str(path))
 
 
@@ -154,10 +166,14 @@ def test_missing_file_and_hub_data_set_without_a_hub(tmp_path):
 
 
 def test_scenes_rows_follow_the_recipe():
-    rows = read_rows(DataConfig("scenes", train_split="validation", rows=3, options={"form": "quad"}))
+    rows = read_rows(
+        DataConfig("scenes", train_split="validation", rows=3, options={"form": "quad"})
+    )
     assert len(rows) == 3
     assert all(isinstance(row["negative"], list) and row["negative_positive"] for row in rows)
-    assert rows == read_rows(DataConfig("scenes", train_split="validation", rows=3, options={"form": "quad"}))
+    assert rows == read_rows(
+        DataConfig("scenes", train_split="validation", rows=3, options={"form": "quad"})
+    )
 
 
 def test_real_triplets(shared):

@@ -1,4 +1,4 @@
-"""The cold start that ships: what it writes, and what is left for RL. Its embeddings are read here by the naive book.
+"""The cold start that ships: what it writes, and what is left for RL. Read by a naive reader.
 
 The slow test repeats the training of `recipes/scenes/sft.yaml` and asks the same of its result.
 """
@@ -45,13 +45,19 @@ class Policy:
 
     @torch.no_grad()
     def read(self, rationale: str) -> torch.Tensor:
-        """(H,): the rationale alone, mean over tokens of LayerNorm(input embeddings) + LayerNorm(last hidden state)."""
-        states = self.model(**self.tokenizer(rationale, return_tensors="pt"), output_hidden_states=True).hidden_states
-        return sum(layer_norm(state[0], state.shape[-1:]) for state in (states[0], states[-1])).mean(0)
+        """(H,): the rationale alone, mean over tokens of LayerNorm(input embeddings) +
+        LayerNorm(last hidden state)."""
+        states = self.model(
+            **self.tokenizer(rationale, return_tensors="pt"), output_hidden_states=True
+        ).hidden_states
+        return sum(
+            layer_norm(state[0], state.shape[-1:]) for state in (states[0], states[-1])
+        ).mean(0)
 
 
 def similarity_scores(policy: Policy, rationales: list[str]) -> tuple[float, float]:
-    """Recall@1 and triplet accuracy of rationales of queries, positives and hard negatives. Ties are errors."""
+    """Recall@1 and triplet accuracy of rationales of queries, positives and hard negatives. Ties
+    are errors."""
     vectors = torch.stack([policy.read(rationale) for rationale in rationales])
     queries, positives, negatives = normalize(vectors - vectors.mean(0), dim=-1).chunk(3)
     similarity = queries @ torch.cat([positives, negatives]).T
@@ -76,12 +82,18 @@ class Quality:
 
 def quality(policy: Policy, split: str, count: int = 200) -> Quality:
     rows = scenes.rows(split, "triplet", count)
-    texts = [row["query"] for row in rows] + [row["positive"] for row in rows] + [row["negative"][0] for row in rows]
+    texts = (
+        [row["query"] for row in rows]
+        + [row["positive"] for row in rows]
+        + [row["negative"][0] for row in rows]
+    )
     truth = [row["scene"] for row in rows] * 2 + [row["negative_scene"] for row in rows]
     rationales, ended = policy.write(texts)
     readings = [scenes.read_facts(rationale) for rationale in rationales]
     precisions = [reading.precision(scene) for reading, scene in zip(readings, truth, strict=True)]
-    reserved = [bool(scenes.TRANSFER_WORDS & set(re.findall(r"\w+", text.lower()))) for text in texts]
+    reserved = [
+        bool(scenes.TRANSFER_WORDS & set(re.findall(r"\w+", text.lower()))) for text in texts
+    ]
     return Quality(
         mean(reading.coverage(scene) for reading, scene in zip(readings, truth, strict=True)),
         mean(precisions),
@@ -141,7 +153,11 @@ def test_its_recipe_makes_it_again(tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(untrained)
     rows = scenes.rows(recipe.data.train_split, count=recipe.data.rows, **recipe.data.options)
     trainer = GraceSFTTrainer(
-        AutoModelForCausalLM.from_pretrained(untrained), args, rows, PromptTemplate(tokenizer, None), tokenizer
+        AutoModelForCausalLM.from_pretrained(untrained),
+        args,
+        rows,
+        PromptTemplate(tokenizer, None),
+        tokenizer,
     )
     trainer.train()
     trainer.save_model(tmp_path / "model")

@@ -64,9 +64,13 @@ def test_a_rationale_has_one_token_for_each_fact(untrained: Path):
     rng = random.Random(0)
     for row in scenes.rows("train", count=50):
         for form in ("canonical", "random_order", "half", "noisy"):
-            rationale = scenes.reference_rationale(row["scene"], form=form, rng=rng, text=row["query"], filler=0.0)
+            rationale = scenes.reference_rationale(
+                row["scene"], form=form, rng=rng, text=row["query"], filler=0.0
+            )
             stated = len(scenes.read_facts(rationale).facts)
-            assert len(tokenizer(rationale)["input_ids"]) == 1 + stated  # the opener, then the facts
+            assert (
+                len(tokenizer(rationale)["input_ids"]) == 1 + stated
+            )  # the opener, then the facts
 
 
 @pytest.mark.parametrize("split", ["train", "test", "transfer"])
@@ -94,7 +98,8 @@ def test_any_text_can_be_encoded_and_comes_back():
     ]
     for _ in range(300):
         points = [
-            rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0xE000, 0x110000)]) for _ in range(20)
+            rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0xE000, 0x110000)])
+            for _ in range(20)
         ]
         samples.append("".join(map(chr, points)))
     for text in samples:
@@ -108,5 +113,7 @@ def test_the_chat_template_marks_turns_with_single_tokens(untrained: Path):
     assert prompt == "<|user|>A man walks.<|end|><|assistant|>"
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(prompt)["input_ids"])
     assert [tokens[0], *tokens[-2:]] == ["<|user|>", "<|end|>", "<|assistant|>"]
-    whole = tokenizer.apply_chat_template([*turn, {"role": "assistant", "content": "Facts: man"}], tokenize=False)
+    whole = tokenizer.apply_chat_template(
+        [*turn, {"role": "assistant", "content": "Facts: man"}], tokenize=False
+    )
     assert whole == f"{prompt}Facts: man{tokenizer.eos_token}"

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [path for path in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"] if path.exists()]
+PAGES = [
+    path for path in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"] if path.exists()
+]
 BLOCK = re.compile(r"^```python *\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

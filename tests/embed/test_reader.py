@@ -70,7 +70,9 @@ def naive(model: Qwen3ForCausalLM, config: ReaderConfig, item: Written) -> torch
 @pytest.mark.parametrize("span", ["context", "rationale", "bottleneck"])
 @pytest.mark.parametrize("layers", [None, (-1,), (0, -1), (1, 2)])
 @pytest.mark.parametrize("pool", ["mean", "last"])
-def test_equals_naive_reference(model: Qwen3ForCausalLM, span: str, layers: object, pool: str) -> None:
+def test_equals_naive_reference(
+    model: Qwen3ForCausalLM, span: str, layers: object, pool: str
+) -> None:
     built = reader(model, span=span, layers=layers, pool=pool)
     expected = torch.stack([naive(model, built.config, item) for item in ROWS])
     torch.testing.assert_close(built.read(ROWS), expected, atol=1e-5, rtol=1e-5)
@@ -114,7 +116,10 @@ def test_prefixes_equal_reading_the_cut_text(model: Qwen3ForCausalLM) -> None:
 
 
 def test_bottleneck_knows_only_the_words(model: Qwen3ForCausalLM) -> None:
-    same_words = [written([5, 6, 9], (1, 2), [10, 11, END]), written([5, 30, 31, 9], (1, 3), [10, 11])]
+    same_words = [
+        written([5, 6, 9], (1, 2), [10, 11, END]),
+        written([5, 30, 31, 9], (1, 3), [10, 11]),
+    ]
     first, second = reader(model, span="bottleneck").read(same_words)
     torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-6)
     first, second = reader(model, span="context").read(same_words)

@@ -54,9 +54,18 @@ def test_collapse_shows_in_raw_vectors_that_centring_hides() -> None:
 
 
 def test_tables_show_every_row_and_hostile_text_as_text() -> None:
-    rows = [{"name": "cold_start", "rationale": "greedy", "scores": {"scenes/recall_at_1": 0.25, "scenes_x/spearman": 0.5}}]
+    rows = [
+        {
+            "name": "cold_start",
+            "rationale": "greedy",
+            "scores": {"scenes/recall_at_1": 0.25, "scenes_x/spearman": 0.5},
+        }
+    ]
     assert score_table(rows).row_count == 2
-    examples = {"cold_start": [{"text": "[bold]x", "rationale": "[/]"}], "grpo": [{"text": "[bold]x", "rationale": "y"}]}
+    examples = {
+        "cold_start": [{"text": "[bold]x", "rationale": "[/]"}],
+        "grpo": [{"text": "[bold]x", "rationale": "y"}],
+    }
     assert rationale_table(examples).row_count == 1
 
 

@@ -130,5 +130,7 @@ def test_group_statistics_leave_unscored_rows_out():
     torch.testing.assert_close(means[:, 0], torch.tensor([2.0, 2.0, 2.0, 5.0]))
     torch.testing.assert_close(means[:, 1], torch.tensor([2.0, 2.0, 2.0, 4.0]))
     stds = group_stds(values, group)
-    torch.testing.assert_close(stds[:, 0], torch.tensor([2**0.5, 2**0.5, 2**0.5, nan]), equal_nan=True)
+    torch.testing.assert_close(
+        stds[:, 0], torch.tensor([2**0.5, 2**0.5, 2**0.5, nan]), equal_nan=True
+    )
     assert stds[:, 1].isnan().all()

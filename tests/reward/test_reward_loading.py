@@ -110,7 +110,9 @@ def test_all_mistakes_of_all_rewards_come_together(folder):
             RewardSpec("no_such_package.rewards:Thing", label="same"),
             RewardSpec("mine.py:words", label="same", keywords={"treshold": 3}),
             RewardSpec("mine.py:number", label="a/b"),
-            RewardSpec("mine.py:Brevity", keywords={"scale": True, "limit": 1.5, "names": ["a", 1]}),
+            RewardSpec(
+                "mine.py:Brevity", keywords={"scale": True, "limit": 1.5, "names": ["a", 1]}
+            ),
         ],
         folder,
     )
@@ -134,7 +136,9 @@ def test_all_mistakes_of_all_rewards_come_together(folder):
 
 
 def test_nothing_is_built_while_a_keyword_is_wrong(folder):
-    (folder / "loud.py").write_text("class Loud:\n    def __init__(self):\n        raise SystemExit('built')\n")
+    (folder / "loud.py").write_text(
+        "class Loud:\n    def __init__(self):\n        raise SystemExit('built')\n"
+    )
     specs = [RewardSpec("loud.py:Loud"), RewardSpec("mine.py:Brevity", keywords={"scale": "1"})]
     assert len(problems(specs, folder)) == 1
 
@@ -184,7 +188,9 @@ def test_entry_points(monkeypatch):
     (loaded,) = load_rewards([spec], ".")
     assert loaded.label == "contrastive"
     assert loaded.function.temperature == 0.05
-    assert "did you mean 'contrastive'?; installed: contrastive, length" in problems(["contrastve"])[0]
+    assert (
+        "did you mean 'contrastive'?; installed: contrastive, length" in problems(["contrastve"])[0]
+    )
 
 
 def test_entry_points_that_lead_nowhere_or_to_two_places(monkeypatch):
@@ -225,7 +231,9 @@ def test_trl_functions_are_recognised_by_their_parameters():
         def __call__(self, prompts, completions, **columns):
             return prompts
 
-    loaded = load_rewards([native, plain, everything, waiting, Object(), functools.partial(plain, extra=1)], ".")
+    loaded = load_rewards(
+        [native, plain, everything, waiting, Object(), functools.partial(plain, extra=1)], "."
+    )
     assert [r.trl_parameters is None for r in loaded] == [True] + [False] * 5
     assert [r.label for r in loaded] == [
         "native", "plain", "everything", "waiting", "Object", "plain_2"
@@ -263,7 +271,10 @@ def test_annotations_that_do_not_resolve_are_not_judged(folder):
     )
     (loaded,) = load_rewards([RewardSpec("odd.py:Odd", keywords={"table": 3})], folder)
     assert loaded.function.table == 3
-    assert "unknown argument 'tabel'" in problems([RewardSpec("odd.py:Odd", keywords={"tabel": 3})], folder)[0]
+    assert (
+        "unknown argument 'tabel'"
+        in problems([RewardSpec("odd.py:Odd", keywords={"tabel": 3})], folder)[0]
+    )
 
 
 def test_torch_stays_in_float32_of_the_batch():

@@ -23,7 +23,10 @@ def runtime_of(*rewards, weights=None, on_error="raise"):
     loaded = load_rewards(list(rewards), ".")
     weights = weights or [1.0] * len(loaded)
     return RewardRuntime(
-        [dataclasses.replace(r, weight=w, on_error=on_error) for r, w in zip(loaded, weights, strict=True)]
+        [
+            dataclasses.replace(r, weight=w, on_error=on_error)
+            for r, w in zip(loaded, weights, strict=True)
+        ]
     )
 
 
@@ -41,7 +44,9 @@ def returns(values, name="given", gates=False):
 @pytest.fixture
 def batch():
     """Two texts with two rollouts each: groups 0, 0, 1, 1."""
-    return example_batch([{"query": [[1, 0], [3, 4]], "positive": [[1, 0], [0, 1]]}], ["query", "positive"])
+    return example_batch(
+        [{"query": [[1, 0], [3, 4]], "positive": [[1, 0], [0, 1]]}], ["query", "positive"]
+    )
 
 
 def same(tensor, expected):
@@ -132,7 +137,9 @@ def test_an_exception_on_one_process_reaches_all_alike(batch, world, on_error):
         results = simulated.score(parts)
         assert [type(result) for result in results] == [RewardError] * 2
         assert str(results[0]) == str(results[1])
-        assert "the reward 'fails_on_positives' failed on process 1 of 2 at step 0" in str(results[0])
+        assert "the reward 'fails_on_positives' failed on process 1 of 2 at step 0" in str(
+            results[0]
+        )
         assert "OSError: the judge is away" in str(results[0])
         return
     with warnings.catch_warnings(record=True) as caught:
@@ -187,7 +194,9 @@ def test_plain_trl_functions_work_unchanged(batch):
         assert kwargs["trainer_state"].global_step == 7
         kwargs["log_metric"]("seen", 1.0)
         assert kwargs["completion_ids"] == batch.token_ids
-        return [None if s == "a" else float(len(c)) for c, s in zip(completions, solution, strict=True)]
+        return [
+            None if s == "a" else float(len(c)) for c, s in zip(completions, solution, strict=True)
+        ]
 
     scored = runtime_of(from_the_docs).score(batch)
     same(scored.rewards[:, 0], [nan, 11.0, 11.0, 11.0])
@@ -253,7 +262,9 @@ def test_a_gate_never_raises_a_total(batch):
 
 
 def test_a_gate_of_weight_zero_is_only_logged(batch):
-    runtime = runtime_of(returns([5.0, 3.0, 1.0, 2.0]), gate([False, True, True, True]), weights=[1.0, 0.0])
+    runtime = runtime_of(
+        returns([5.0, 3.0, 1.0, 2.0]), gate([False, True, True, True]), weights=[1.0, 0.0]
+    )
     assert runtime.gates == []
     same(runtime.score(batch).rewards[:, 0], [5.0, 3.0, 1.0, 2.0])
 
@@ -328,7 +339,9 @@ def test_a_reward_that_never_varies_inside_groups_is_named_once(batch):
     assert flat_warnings(runtime, batch, FLAT_BATCHES - 1) == []
     messages = flat_warnings(runtime, batch, 2 * FLAT_BATCHES)
     assert len(messages) == 2
-    assert "the reward 'flat' (weight 1) did not vary inside any group for 10 batches" in messages[0]
+    assert (
+        "the reward 'flat' (weight 1) did not vary inside any group for 10 batches" in messages[0]
+    )
     assert "the reward 'silent' (weight 1) scored nothing" in messages[1]
 
 

@@ -69,7 +69,9 @@ def moved(batch, rows):
     embeddings = batch.pool.embeddings.clone()
     new = torch.randn(len(rows), embeddings.shape[1], generator=torch.Generator().manual_seed(5))
     embeddings[rows] = torch.nn.functional.normalize(new, dim=1)
-    return batch_of_pool(dataclasses.replace(batch.pool, embeddings=embeddings), torch.arange(len(batch)))
+    return batch_of_pool(
+        dataclasses.replace(batch.pool, embeddings=embeddings), torch.arange(len(batch))
+    )
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -86,7 +88,11 @@ def test_changing_a_negative_text_changes_the_advantages(name, form):
         pytest.skip("grace_published is defined on its own roles only")
     batch = ordinary(form)
     batch = dataclasses.replace(batch, truncated=torch.zeros_like(batch.truncated))
-    negative = [i for i, role in enumerate(batch.pool.roles) if role == "negative" and batch.pool.example[i] == 0]
+    negative = [
+        i
+        for i, role in enumerate(batch.pool.roles)
+        if role == "negative" and batch.pool.example[i] == 0
+    ]
     kept = [i not in negative for i in range(len(batch))]  # what the others feel of it
     before = advantages(name, batch)[kept]
     changed = moved(batch, negative)
@@ -127,7 +133,9 @@ def test_the_order_of_rows_does_not_matter(name, form):
         **{f.name: getattr(mixed, f.name) for f in dataclasses.fields(batch.pool)},
     )
     for other in (shuffled, batch_of_pool(pool, torch.arange(count))):
-        torch.testing.assert_close(advantages(name, other), advantages(name, batch)[order], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            advantages(name, other), advantages(name, batch)[order], atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -142,7 +150,9 @@ def test_splitting_a_batch_over_processes_changes_no_value(name, form, processes
         return torch.stack([output.values, gate, *output.components.values()])
 
     split = [parts_of(reward(part)) for part in split_batch(batch, processes)]
-    torch.testing.assert_close(torch.cat(split, dim=1), parts_of(reward(batch)), atol=1e-4, rtol=1e-4, equal_nan=True)
+    torch.testing.assert_close(
+        torch.cat(split, dim=1), parts_of(reward(batch)), atol=1e-4, rtol=1e-4, equal_nan=True
+    )
 
 
 # contrastive
@@ -191,7 +201,9 @@ NEGATIVE = ([0.0, 1.0], [1.0, 0.0])
 
 
 def golden(truncated=None):
-    rows = [{"query": [QUERY[i]], "positive": DOCUMENT[i], "negative": [NEGATIVE[i]]} for i in (0, 1)]
+    rows = [
+        {"query": [QUERY[i]], "positive": DOCUMENT[i], "negative": [NEGATIVE[i]]} for i in (0, 1)
+    ]
     return example_batch(rows, ["positive"], truncated=truncated)
 
 
@@ -203,14 +215,18 @@ def test_golden_values_with_labels():
     assert parts["negative"] == [0.0, 0.0]
     assert parts["consistency"] == pytest.approx([0.6, 0.6])
     assert parts["cross"] == pytest.approx([0.8, 0.8])
-    torch.testing.assert_close(advantages("grace_published", golden()), torch.tensor([2.0, -2.0, 2.0, -2.0]))
+    torch.testing.assert_close(
+        advantages("grace_published", golden()), torch.tensor([2.0, -2.0, 2.0, -2.0])
+    )
 
 
 def test_golden_values_without_labels():
     rows = [{"text": DOCUMENT[i], "anchor": [QUERY[i]]} for i in (0, 1)]
     batch = example_batch(rows, ["text"])
     torch.testing.assert_close(GracePublished()(batch).values, torch.tensor([11.2, 5.6, 11.2, 5.6]))
-    torch.testing.assert_close(advantages("grace_published", batch), torch.tensor([2.8, -2.8, 2.8, -2.8]))
+    torch.testing.assert_close(
+        advantages("grace_published", batch), torch.tensor([2.8, -2.8, 2.8, -2.8])
+    )
 
 
 def test_a_truncated_rollout_gets_the_constant_even_where_that_is_the_best():
@@ -347,5 +363,7 @@ def test_plugins_import_the_contract_only():
 
     for path in Path(rewards.__path__[0]).glob("*.py"):
         lines = path.read_text().splitlines()
-        ours = {line.split()[1] for line in lines if line.startswith(("from grace", "import grace"))}
+        ours = {
+            line.split()[1] for line in lines if line.startswith(("from grace", "import grace"))
+        }
         assert ours <= {"grace_rl.reward"}, path

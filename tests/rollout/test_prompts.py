@@ -18,7 +18,9 @@ NO_SYSTEM = (
     "{{ raise_exception('System role not supported') }}{% endif %}"
     "<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}<|im_start|>model\n"
 )
-SILENT_SYSTEM = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+SILENT_SYSTEM = CHATML.replace(
+    "{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -29,13 +31,22 @@ def byte_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIAL)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|endoftext|>"
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
     )
     tokenizer.chat_template = chat_template
     return tokenizer
 
 
-TEXTS = ["A dog barks.", "  spaces around  ", "ünïcode 🐕 text\nwith lines", "a", "system\nassistant\nuser"]
+TEXTS = [
+    "A dog barks.",
+    "  spaces around  ",
+    "ünïcode 🐕 text\nwith lines",
+    "a",
+    "system\nassistant\nuser",
+]
 
 
 @pytest.mark.parametrize("template", [CHATML, NO_SYSTEM, SILENT_SYSTEM, None])
@@ -53,7 +64,10 @@ def test_span_decodes_to_the_text(template: str | None, instruction: str | None,
 def test_chat_prompt_is_what_the_template_gives() -> None:
     tokenizer = byte_tokenizer(CHATML)
     prompt = PromptTemplate(tokenizer, "Think.").render("A dog barks.")
-    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "A dog barks."}]
+    messages = [
+        {"role": "system", "content": "Think."},
+        {"role": "user", "content": "A dog barks."},
+    ]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     assert prompt.token_ids == expected["input_ids"]
 

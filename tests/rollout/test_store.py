@@ -1,4 +1,5 @@
-"""The rollout store: what is written is read back, whole, also from a run that is still writing or was killed."""
+"""The rollout store: what is written is read back, whole, also from a run that is still writing or
+was killed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from grace_rl.errors import UserError
-from grace_rl.rollout.store import SCHEMA, cut_rollouts, read_rollouts, rollout_files, write_rollouts
+from grace_rl.rollout.store import (
+    SCHEMA,
+    cut_rollouts,
+    read_rollouts,
+    rollout_files,
+    write_rollouts,
+)
 
 
 def rollouts(count: int = 3, **changes: Any) -> dict[str, list[Any]]:
@@ -33,7 +40,9 @@ def rollouts(count: int = 3, **changes: Any) -> dict[str, list[Any]]:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    columns = rollouts(2, step_scores=[[0.25, 0.5], None], advantage=[0.5, None]) | {"reward/length": [0.5, None]}
+    columns = rollouts(2, step_scores=[[0.25, 0.5], None], advantage=[0.5, None]) | {
+        "reward/length": [0.5, None]
+    }
     path = write_rollouts(tmp_path, 10, columns)
     assert path == tmp_path / "rollouts" / "step-000010.parquet"
     table = read_rollouts(tmp_path)
@@ -86,7 +95,13 @@ def test_all_mistakes_are_told_together(tmp_path: Path) -> None:
     del columns["role"]
     with pytest.raises(ValueError) as caught:
         write_rollouts(tmp_path, 4, columns)
-    for part in ("step 4", "missing column 'role'", "unknown column 'rewards'", "equally long", "text 1"):
+    for part in (
+        "step 4",
+        "missing column 'role'",
+        "unknown column 'rewards'",
+        "equally long",
+        "text 1",
+    ):
         assert part in str(caught.value)
     assert not (tmp_path / "rollouts").exists()
 
@@ -106,8 +121,9 @@ import sys
 from grace_rl.rollout.store import write_rollouts
 n = 2000
 columns = dict(
-    example=[0] * n, group=[0] * n, role=["query"] * n, text=["text " * 20] * n, rationale=["words " * 20] * n,
-    token_ids=[[1] * 32] * n, truncated=[False] * n, advantage=[0.0] * n, embedding=[[0.5] * 32] * n,
+    example=[0] * n, group=[0] * n, role=["query"] * n, text=["text " * 20] * n,
+    rationale=["words " * 20] * n, token_ids=[[1] * 32] * n, truncated=[False] * n,
+    advantage=[0.0] * n, embedding=[[0.5] * 32] * n,
 )
 print("ready", flush=True)
 for step in range(1, 10_000):
@@ -119,7 +135,9 @@ def test_killed_while_writing_every_visible_file_is_whole(tmp_path: Path) -> Non
     moments = random.Random(0)
     for _ in range(4):
         with subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+            [sys.executable, "-c", WRITER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
         ) as writer:
             assert writer.stdout is not None and writer.stdout.readline()
             time.sleep(moments.uniform(0.05, 0.3))

@@ -43,25 +43,42 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-# -- metrics ---------------------------------------------------------------------------------------------------------
+# -- metrics ---------------------------------
 
 
 def test_metrics_are_lines_that_can_be_followed(run: RunDirectory) -> None:
     writer = MetricsWriter(run)
     writer.on_train_begin(ARGS, at_step(0), TrainerControl())
     for step in (1, 2):
-        writer.on_log(ARGS, at_step(step), TrainerControl(), logs={"reward": 0.5, "kl": float("nan"), "none": None})
+        writer.on_log(
+            ARGS,
+            at_step(step),
+            TrainerControl(),
+            logs={"reward": 0.5, "kl": float("nan"), "none": None},
+        )
         lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, step + 1))
-    assert lines[-1] | {"seconds": 0} == {"step": 2, "seconds": 0, "reward": 0.5, "kl": None, "none": None}
+    assert lines[-1] | {"seconds": 0} == {
+        "step": 2,
+        "seconds": 0,
+        "reward": 0.5,
+        "kl": None,
+        "none": None,
+    }
     assert lines[1]["seconds"] >= lines[0]["seconds"] >= 0
 
 
 def test_the_closing_summary_is_no_step(run: RunDirectory) -> None:
-    MetricsWriter(run).on_log(ARGS, at_step(10), TrainerControl(), logs={"train_runtime": 3.0, "train_loss": 0.1})
+    MetricsWriter(run).on_log(
+        ARGS, at_step(10), TrainerControl(), logs={"train_runtime": 3.0, "train_loss": 0.1}
+    )
     assert read_metrics(run.path) == []
     status = read_status(run.path)
-    assert status is not None and status["summary"]["train_runtime"] == 3.0 and status["status"] == "running"
+    assert (
+        status is not None
+        and status["summary"]["train_runtime"] == 3.0
+        and status["status"] == "running"
+    )
 
 
 def test_other_processes_write_no_metrics(run: RunDirectory) -> None:
@@ -78,7 +95,7 @@ def test_seconds_go_on_where_the_kept_metrics_end(run: RunDirectory) -> None:
     assert 100 <= read_metrics(run.path)[-1]["seconds"] < 110
 
 
-# -- progress --------------------------------------------------------------------------------------------------------
+# -- progress ---------------------------------
 
 
 def test_without_a_terminal_there_is_one_plain_line_per_log() -> None:
@@ -87,11 +104,20 @@ def test_without_a_terminal_there_is_one_plain_line_per_log() -> None:
     progress.on_train_begin(ARGS, at_step(0), TrainerControl())
     for step in (1, 2):
         progress.on_step_end(ARGS, at_step(step), TrainerControl())
-        logs = {"reward": 0.51234, "completions/mean_length": 12.0, "entropy": float("nan"), "unknown": 1.0}
+        logs = {
+            "reward": 0.51234,
+            "completions/mean_length": 12.0,
+            "entropy": float("nan"),
+            "unknown": 1.0,
+        }
         progress.on_log(ARGS, at_step(step), TrainerControl(), logs=logs)
     progress.on_train_end(ARGS, at_step(2), TrainerControl())
     lines = out.getvalue().splitlines()
-    assert len(lines) == 2 and lines[1].startswith("step 2/10 ") and lines[1].endswith("reward 0.512  tokens 12")
+    assert (
+        len(lines) == 2
+        and lines[1].startswith("step 2/10 ")
+        and lines[1].endswith("reward 0.512  tokens 12")
+    )
 
 
 def test_a_terminal_gets_a_bar_and_gets_its_cursor_back() -> None:
@@ -115,7 +141,7 @@ def test_other_processes_are_quiet() -> None:
     assert out.getvalue() == ""
 
 
-# -- stopping --------------------------------------------------------------------------------------------------------
+# -- stopping ---------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -145,7 +171,9 @@ def test_a_second_signal_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_with_several_processes_the_launchers_echo_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_several_processes_the_launchers_echo_is_no_second_signal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     stop = StopOnSignal()
     stop.on_train_begin(SimpleNamespace(world_size=2, device="cpu"), at_step(0), TrainerControl())  # type: ignore[arg-type]
     try:
@@ -167,7 +195,7 @@ def test_a_signal_in_the_last_step_is_no_interruption() -> None:
     assert not stop.interrupted
 
 
-# -- the alarm -------------------------------------------------------------------------------------------------------
+# -- the alarm ---------------------------------
 
 
 def test_the_alarm_is_a_metric_and_warns_once_in_ten_steps() -> None:
@@ -179,7 +207,10 @@ def test_the_alarm_is_a_metric_and_warns_once_in_ten_steps() -> None:
         alarm.on_log(ARGS, at_step(step), TrainerControl(), logs=logs)
         raised.append(logs["alarms/stale_engine"])
     assert raised == [0.0] * 4 + [1.0] * 17
-    assert [line.split(":")[0] for line in out.getvalue().splitlines() if "Step" in line] == ["Step 5", "Step 15"]
+    assert [line.split(":")[0] for line in out.getvalue().splitlines() if "Step" in line] == [
+        "Step 5",
+        "Step 15",
+    ]
     logs = {ENGINE_DIFFERENCE: float("nan")}
     alarm.on_log(ARGS, at_step(30), TrainerControl(), logs=logs)
     assert logs["alarms/stale_engine"] == 1.0
@@ -191,20 +222,37 @@ def test_no_engine_no_alarm() -> None:
     assert logs == {"reward": 1.0}
 
 
-# -- groups ----------------------------------------------------------------------------------------------------------
+# -- groups ---------------------------------
 
 
-def row(rationale: str, advantage: Any, reward: float | None = 0.5, **fields: Any) -> dict[str, Any]:
-    return {"text": "a fox", "rationale": rationale, "advantage": advantage, "reward/length": reward, **fields}
+def row(
+    rationale: str, advantage: Any, reward: float | None = 0.5, **fields: Any
+) -> dict[str, Any]:
+    return {
+        "text": "a fox",
+        "rationale": rationale,
+        "advantage": advantage,
+        "reward/length": reward,
+        **fields,
+    }
 
 
 def test_a_group_is_printed_best_first() -> None:
     console, out = plain_console()
-    rows = [row("middling", 0.0), row("worst", [-1.0, -0.5], None), row("unscored", None), row("best", 1.25)]
+    rows = [
+        row("middling", 0.0),
+        row("worst", [-1.0, -0.5], None),
+        row("unscored", None),
+        row("best", 1.25),
+    ]
     print_group(console, [{"role": "query", **r} for r in rows], ["length"])
     lines = out.getvalue().splitlines()
     assert lines[0].strip() == "role query: a fox"
-    order = [line.split()[0] for line in lines if line.split() and line.split()[0] in {r["rationale"] for r in rows}]
+    order = [
+        line.split()[0]
+        for line in lines
+        if line.split() and line.split()[0] in {r["rationale"] for r in rows}
+    ]
     assert order == ["best", "middling", "worst", "unscored"]
     assert "-0.750" in out.getvalue() and "1.250" in out.getvalue()
 

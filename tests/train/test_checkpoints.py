@@ -1,4 +1,5 @@
-"""Checkpoints of a real TRL trainer: complete or invisible, resumed exactly, stopped in order, killed at any moment."""
+"""Checkpoints of a real TRL trainer: complete or invisible, resumed exactly, stopped in order,
+killed at any moment."""
 
 from __future__ import annotations
 
@@ -47,10 +48,19 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-def start(run: RunDirectory, *flags: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def start(
+    run: RunDirectory, *flags: str, launcher: tuple[str, ...] = ()
+) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, *launcher, str(SCRIPT), str(run.path), *flags]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def make(folder: Path, *steps: int) -> list[Path]:
@@ -62,7 +72,7 @@ def make(folder: Path, *steps: int) -> list[Path]:
     return made
 
 
-# -- folders ---------------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------
 
 
 def test_half_written_and_half_deleted_checkpoints_do_not_count(tmp_path: Path) -> None:
@@ -95,7 +105,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == [five]
 
 
-# -- a real trainer --------------------------------------------------------------------------------------------------
+# -- a real trainer ---------------------------------
 
 
 def test_interrupted_and_resumed_it_ends_with_the_same_weights(
@@ -125,7 +135,9 @@ def test_interrupted_and_resumed_it_ends_with_the_same_weights(
         assert torch.equal(tensor, weights["stopped"][name]), name
 
 
-def test_resumed_after_its_last_step_it_trains_no_further(tmp_path: Path, tiny: dict[str, Any], quiet: Console) -> None:
+def test_resumed_after_its_last_step_it_trains_no_further(
+    tmp_path: Path, tiny: dict[str, Any], quiet: Console
+) -> None:
     run = RunDirectory(tmp_path / "run")
     run.open({})
     tiny["tiny_trainer"](run, max_steps=3, lr_scheduler_type="constant").train()
@@ -143,7 +155,13 @@ def test_the_marker_is_last_and_lists_every_file(tmp_path: Path, tiny: dict[str,
     folder = run.checkpoints / "checkpoint-1"
     listed = set(json.loads((folder / "COMPLETE").read_text())["files"])
     assert listed == {path.name for path in folder.iterdir()} - {"COMPLETE"}
-    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "extra.txt"} <= listed
+    assert {
+        "model.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+        "scheduler.pt",
+        "extra.txt",
+    } <= listed
     marker = (folder / "COMPLETE").stat().st_mtime_ns
     assert all(path.stat().st_mtime_ns <= marker for path in folder.iterdir())
 
@@ -178,7 +196,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, tiny: dict[str, Any],
         tiny["tiny_trainer"](run, max_steps=2).train(resume_from_checkpoint=True)
 
 
-# -- other processes -------------------------------------------------------------------------------------------------
+# -- other processes ---------------------------------
 
 
 @pytest.mark.slow
@@ -198,7 +216,9 @@ def test_killed_at_any_moment_only_whole_things_are_visible(tmp_path: Path) -> N
         assert last is not None
         load_file(last / "model.safetensors")
         torch.load(last / "optimizer.pt", weights_only=True)
-        assert json.loads((last / "trainer_state.json").read_text())["global_step"] == int(last.name[11:])
+        assert json.loads((last / "trainer_state.json").read_text())["global_step"] == int(
+            last.name[11:]
+        )
         assert read_rollouts(run.path).num_rows > 0
 
         opened = run.open({"max_steps": 2000, "learning_rate": 1e-2})
@@ -207,7 +227,9 @@ def test_killed_at_any_moment_only_whole_things_are_visible(tmp_path: Path) -> N
         assert all(is_complete(path) for path in list_checkpoints(run.checkpoints))
         assert [line["step"] for line in read_metrics(run.path)] == list(range(1, opened.step + 1))
         steps = read_rollouts(run.path, columns=["step"])["step"].to_pylist()
-        assert sorted(set(steps)) == list(range(1, opened.step + 1)) and len(steps) == 4 * opened.step
+        assert (
+            sorted(set(steps)) == list(range(1, opened.step + 1)) and len(steps) == 4 * opened.step
+        )
         assert not list(run.path.rglob("*.writing"))
         reached = opened.step
 
@@ -231,7 +253,11 @@ def test_ctrl_c_saves_and_says_how_to_resume_and_the_same_command_finishes(tmp_p
     assert process.returncode == 0, output
     assert [line["step"] for line in read_metrics(run.path)] == list(range(1, 9))
     status = read_status(run.path)
-    assert status is not None and status["status"] == "finished" and (run.model / "model.safetensors").is_file()
+    assert (
+        status is not None
+        and status["status"] == "finished"
+        and (run.model / "model.safetensors").is_file()
+    )
 
 
 @pytest.mark.slow

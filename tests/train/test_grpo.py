@@ -21,7 +21,12 @@ from grace_rl.train.grpo import GraceGRPOTrainer
 from grace_rl.train.grpo_config import GraceGRPOConfig
 
 ROWS = scenes.rows("train", "quad", 12)
-ROLES = {"query": {}, "positive": {}, "negative": {"train": False}, "negative_positive": {"train": False}}
+ROLES = {
+    "query": {},
+    "positive": {},
+    "negative": {"train": False},
+    "negative_positive": {"train": False},
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +36,12 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def build(policy: str, folder: Path, rewards: list[Any] | None = None, rows: Any = None, **settings: Any) -> Any:
-    extra = {k: settings.pop(k) for k in ("peft_config", "eval_dataset", "run_folder") if k in settings}
+def build(
+    policy: str, folder: Path, rewards: list[Any] | None = None, rows: Any = None, **settings: Any
+) -> Any:
+    extra = {
+        k: settings.pop(k) for k in ("peft_config", "eval_dataset", "run_folder") if k in settings
+    }
     args = GraceGRPOConfig(
         **{
             "output_dir": str(folder),
@@ -77,8 +86,12 @@ def test_training_moves_the_policy_and_logs(policy: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("span", ["context", "rationale"])
-def test_embeddings_come_from_the_forward_that_trl_makes(policy: str, tmp_path: Path, span: str) -> None:
-    trainer = build(policy, tmp_path, reader={"span": span}, num_iterations=2, gradient_accumulation_steps=1)
+def test_embeddings_come_from_the_forward_that_trl_makes(
+    policy: str, tmp_path: Path, span: str
+) -> None:
+    trainer = build(
+        policy, tmp_path, reader={"span": span}, num_iterations=2, gradient_accumulation_steps=1
+    )
     reads: list[int] = []
     compared: list[float] = []
     own_read = trainer.reader.read
@@ -90,7 +103,9 @@ def test_embeddings_come_from_the_forward_that_trl_makes(policy: str, tmp_path: 
 
     def compare(inputs: Any, prompts: Any, completions: Any, ids: Any) -> torch.Tensor:
         batch = trainer._batch
-        written = [Written(*item) for item in zip(batch.prompts, batch.token_ids, completions, strict=True)]
+        written = [
+            Written(*item) for item in zip(batch.prompts, batch.token_ids, completions, strict=True)
+        ]
         compared.append(float((batch.raw - own_read(written)).abs().max()))
         return score(inputs, prompts, completions, ids)
 
@@ -99,7 +114,9 @@ def test_embeddings_come_from_the_forward_that_trl_makes(policy: str, tmp_path: 
     trainer.train()
     assert compared and max(compared) < 1e-4
     rows_per_batch, anchors_per_row = 2, 2
-    assert set(reads) == {rows_per_batch * anchors_per_row}, "only anchors need a forward of their own"
+    assert set(reads) == {rows_per_batch * anchors_per_row}, (
+        "only anchors need a forward of their own"
+    )
 
 
 def test_pool_holds_every_counterpart_and_each_anchor_once(policy: str, tmp_path: Path) -> None:
@@ -114,10 +131,23 @@ def test_pool_holds_every_counterpart_and_each_anchor_once(policy: str, tmp_path
         pool = batch.pool
         assert len(batch) == 8 and len(pool) == 8 + 2 * 2
         for example in set(batch.example.tolist()):
-            roles = sorted(role for role, e in zip(pool.roles, pool.example.tolist(), strict=True) if e == example)
-            assert roles == ["negative", "negative_positive", "positive", "positive", "query", "query"]
+            roles = sorted(
+                role
+                for role, e in zip(pool.roles, pool.example.tolist(), strict=True)
+                if e == example
+            )
+            assert roles == [
+                "negative",
+                "negative_positive",
+                "positive",
+                "positive",
+                "query",
+                "query",
+            ]
         row = ROWS[int(batch.example[0])]
-        assert batch.columns["query"][0] == row["query"] and batch.columns["scene"][0] == row["scene"]
+        assert (
+            batch.columns["query"][0] == row["query"] and batch.columns["scene"][0] == row["scene"]
+        )
         norms = pool.embeddings.norm(dim=1)
         torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-4, rtol=1e-4)
 
@@ -138,12 +168,15 @@ def test_anchor_temperature_reaches_only_anchors(policy: str, tmp_path: Path) ->
 
 
 def test_one_large_batch_equals_accumulated_small_ones(policy: str, tmp_path: Path) -> None:
-    # Plain gradient descent: Adam would blow rounding errors of near-zero gradients up to whole steps.
+    # Plain gradient descent: Adam would blow rounding errors of near-zero gradients up to whole
+    # steps.
     settings = {"optim": "sgd", "learning_rate": 0.1}
     large = build(policy, tmp_path, per_device_train_batch_size=8, **settings)
     before = weights(large)
     large.train()
-    small = build(policy, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings)
+    small = build(
+        policy, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings
+    )
     small.train()
     after = weights(small)
     assert any(not torch.equal(before[name], p) for name, p in after.items())
@@ -154,7 +187,10 @@ def test_one_large_batch_equals_accumulated_small_ones(policy: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("rewards", "settings"),
     [
-        (["grace_published"], {"roles": {"positive": {}, "query": {"train": False}, "negative": {"train": False}}}),
+        (
+            ["grace_published"],
+            {"roles": {"positive": {}, "query": {"train": False}, "negative": {"train": False}}},
+        ),
         (["contrastive", "consistency", "hard_negative", "length", "format"], {}),
         (["contrastive"], {"roles": {r: {} for r in ROLES}, "per_device_train_batch_size": 16}),
         (["contrastive"], {"reader": {"span": "bottleneck", "weights": "frozen"}}),
@@ -162,7 +198,9 @@ def test_one_large_batch_equals_accumulated_small_ones(policy: str, tmp_path: Pa
         (["contrastive"], {"multi_objective_aggregation": "normalize_then_sum"}),
     ],
 )
-def test_settings_train(policy: str, tmp_path: Path, rewards: list[Any], settings: dict[str, Any]) -> None:
+def test_settings_train(
+    policy: str, tmp_path: Path, rewards: list[Any], settings: dict[str, Any]
+) -> None:
     trainer = build(policy, tmp_path, rewards, **settings)
     trainer.train()
     assert trainer.state.global_step == 2
@@ -173,14 +211,21 @@ def test_settings_train(policy: str, tmp_path: Path, rewards: list[Any], setting
 def test_unsupervised_rows_train(policy: str, tmp_path: Path, reward: str) -> None:
     rows = scenes.rows("train", "unsupervised", 12)
     roles = {"text": {}, "anchor": {"train": False}}
-    trainer = build(policy, tmp_path, [reward], rows, roles=roles, max_completion_length=32, max_steps=3)
+    trainer = build(
+        policy, tmp_path, [reward], rows, roles=roles, max_completion_length=32, max_steps=3
+    )
     trainer.train()
-    assert any(logged.get(f"rewards/{reward}/within_group_std", 0) > 0 for logged in trainer.state.log_history)
+    assert any(
+        logged.get(f"rewards/{reward}/within_group_std", 0) > 0
+        for logged in trainer.state.log_history
+    )
 
 
 def test_plain_trl_reward_works_unchanged(policy: str, tmp_path: Path) -> None:
     def shorter(completions: list[str], query: list[str], **_: Any) -> list[float | None]:
-        return [None if not c else -len(c) / len(q) for c, q in zip(completions, query, strict=True)]
+        return [
+            None if not c else -len(c) / len(q) for c, q in zip(completions, query, strict=True)
+        ]
 
     trainer = build(policy, tmp_path, [shorter])
     trainer.train()
@@ -199,7 +244,9 @@ def test_rollouts_are_stored_with_rewards_and_advantages(policy: str, tmp_path: 
         assert len(row["embedding"]) == 96 or len(row["embedding"]) > 0
     for group in {row["group"] for row in trained}:
         for step in (1, 2):
-            advantages = [r["advantage"] for r in trained if r["group"] == group and r["step"] == step]
+            advantages = [
+                r["advantage"] for r in trained if r["group"] == group and r["step"] == step
+            ]
             assert abs(sum(advantages)) < 1e-3
 
 
@@ -231,14 +278,21 @@ def test_saved_model_encodes_as_the_trainer_does(policy: str, tmp_path: Path) ->
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2"),
     ],
 )
-def test_impossible_settings_are_refused(policy: str, tmp_path: Path, settings: Any, message: str) -> None:
+def test_impossible_settings_are_refused(
+    policy: str, tmp_path: Path, settings: Any, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         build("no/such/model", tmp_path, **settings)
 
 
 def test_gates_need_totals(policy: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="normalize_then_sum"):
-        build(policy, tmp_path, ["contrastive", "length"], multi_objective_aggregation="normalize_then_sum")
+        build(
+            policy,
+            tmp_path,
+            ["contrastive", "length"],
+            multi_objective_aggregation="normalize_then_sum",
+        )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +304,14 @@ def test_gates_need_totals(policy: str, tmp_path: Path) -> None:
         ("_tokenize_prompts", ["self", "prompts"]),
         (
             "_generate_single_turn",
-            ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+            [
+                "self",
+                "prompt_ids",
+                "images",
+                "multimodal_fields",
+                "num_generations",
+                "has_tool_images",
+            ],
         ),
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
     ],
@@ -261,4 +322,11 @@ def test_trl_still_has_what_we_override(method: str, parameters: list[str]) -> N
 
 def test_trl_forward_still_starts_with_the_same_arguments() -> None:
     names = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-    assert names[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    assert names[:6] == [
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+    ]

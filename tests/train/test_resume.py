@@ -70,7 +70,9 @@ def uninterrupted(policy: str, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 @pytest.mark.parametrize("stop", [3, 6, 7])
-def test_resumed_equals_uninterrupted(policy: str, tmp_path: Path, uninterrupted: Any, stop: int) -> None:
+def test_resumed_equals_uninterrupted(
+    policy: str, tmp_path: Path, uninterrupted: Any, stop: int
+) -> None:
     first = build(policy, tmp_path)
     first.add_callback(StopAt(stop))
     first.train()
@@ -85,7 +87,9 @@ def test_resumed_equals_uninterrupted(policy: str, tmp_path: Path, uninterrupted
     assert second.reader.centre is not None
 
 
-def test_another_seed_writes_other_rollouts(policy: str, tmp_path: Path, uninterrupted: Any) -> None:
+def test_another_seed_writes_other_rollouts(
+    policy: str, tmp_path: Path, uninterrupted: Any
+) -> None:
     trainer = build(policy, tmp_path, seed=1)
     trainer.train()
     assert rollouts(tmp_path) != uninterrupted[1]

@@ -16,7 +16,13 @@ import yaml
 from grace_rl.errors import UserError
 from grace_rl.rollout.store import rollout_files, write_rollouts
 from grace_rl.train.checkpoints import mark_complete
-from grace_rl.train.run_directory import Opened, RunDirectory, command_line, read_metrics, read_status
+from grace_rl.train.run_directory import (
+    Opened,
+    RunDirectory,
+    command_line,
+    read_metrics,
+    read_status,
+)
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
@@ -63,7 +69,7 @@ def tree(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-# -- opening ---------------------------------------------------------------------------------------------------------
+# -- opening ---------------------------------
 
 
 def test_a_new_and_an_empty_directory_start(run: RunDirectory) -> None:
@@ -175,17 +181,21 @@ time.sleep(60)
 """
 
 
-def test_two_processes_never_train_in_one_directory_but_a_killed_one_does_not_block(run: RunDirectory) -> None:
+def test_two_processes_never_train_in_one_directory_but_a_killed_one_does_not_block(
+    run: RunDirectory,
+) -> None:
     command = [sys.executable, "-c", HOLDER, str(run.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as holder:
         assert holder.stdout is not None and holder.stdout.readline()
-        with pytest.raises(UserError, match=rf"process {holder.pid} on .* is training in this directory"):
+        with pytest.raises(
+            UserError, match=rf"process {holder.pid} on .* is training in this directory"
+        ):
             run.open({})
         holder.kill()
     assert run.open({}).action == "resume"
 
 
-# -- kills -----------------------------------------------------------------------------------------------------------
+# -- kills ---------------------------------
 
 
 class Killed(BaseException):
@@ -205,7 +215,13 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
         return call
 
-    for owner, name in [(os, "replace"), (Path, "rename"), (Path, "unlink"), (Path, "mkdir"), (shutil, "rmtree")]:
+    for owner, name in [
+        (os, "replace"),
+        (Path, "rename"),
+        (Path, "unlink"),
+        (Path, "mkdir"),
+        (shutil, "rmtree"),
+    ]:
         monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
 
 
@@ -251,16 +267,20 @@ def test_killed_at_any_point_of_starting_over_the_next_start_is_clean(run: RunDi
             continue
         opened = run.open(RECIPE)
         assert opened.checkpoint is None and opened.step == 0
-        assert read_metrics(run.path) == [] and not rollout_files(run.path) and not run.model.exists()
+        assert (
+            read_metrics(run.path) == [] and not rollout_files(run.path) and not run.model.exists()
+        )
     assert number > 8
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------
 
 
 def test_json_has_null_for_what_is_not_finite(run: RunDirectory) -> None:
     run.open(RECIPE)
-    run.write_evaluation({"rows": [{"name": "cold_start", "scores": {"a": float("nan"), "b": 0.5}}]})
+    run.write_evaluation(
+        {"rows": [{"name": "cold_start", "scores": {"a": float("nan"), "b": 0.5}}]}
+    )
     run.record_summary({"train_loss": float("inf"), "train_runtime": 2.0})
     assert json.loads(run.evaluation.read_text())["rows"][0]["scores"] == {"a": None, "b": 0.5}
     status = read_status(run.path)
@@ -268,7 +288,11 @@ def test_json_has_null_for_what_is_not_finite(run: RunDirectory) -> None:
 
 
 def test_the_command_to_resume_leaves_overwrite_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/env/bin/grace-rl", "train", "my recipe.yaml", "--overwrite", "--beta", "0.1"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["/env/bin/grace-rl", "train", "my recipe.yaml", "--overwrite", "--beta", "0.1"],
+    )
     assert command_line(without=("--overwrite",)) == "grace-rl train 'my recipe.yaml' --beta 0.1"
     monkeypatch.setattr(sys, "argv", ["/lib/grace_rl/__main__.py", "train", "a.yaml"])
     assert command_line() == "python -m grace_rl train a.yaml"

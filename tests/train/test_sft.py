@@ -70,7 +70,9 @@ def test_pairs_with_explanations_become_examples_and_rows_without_are_counted():
     assert skipped == 3
 
 
-def test_the_prompt_is_the_rollouts_and_the_loss_covers_the_rationale_and_its_end(folder: Path, tmp_path: Path):
+def test_the_prompt_is_the_rollouts_and_the_loss_covers_the_rationale_and_its_end(
+    folder: Path, tmp_path: Path
+):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = PromptTemplate(tokenizer, "Be short.")
     rows = scenes.rows(form="sft", count=8)
@@ -78,7 +80,9 @@ def test_the_prompt_is_the_rollouts_and_the_loss_covers_the_rationale_and_its_en
     for row, example in zip(rows, tokenize_examples(examples, template, tokenizer), strict=True):
         prompt = template.render(row["text"]).token_ids
         assert example["input_ids"][: len(prompt)] == prompt
-        assert example["completion_mask"] == [0] * len(prompt) + [1] * (len(example["input_ids"]) - len(prompt))
+        assert example["completion_mask"] == [0] * len(prompt) + [1] * (
+            len(example["input_ids"]) - len(prompt)
+        )
         written = example["input_ids"][len(prompt) :]
         assert tokenizer.decode(written) == row["rationale"] + tokenizer.eos_token
 

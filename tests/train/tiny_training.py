@@ -1,4 +1,5 @@
-"""A real SFT run on a random model of a few thousand parameters; started as a program by the tests beside it.
+"""A real SFT run on a random model of a few thousand parameters; started as a program by the tests
+beside it.
 
 python tiny_training.py RUN [--max_steps 8] [--save_steps 2] [--pause 0] [--interrupt_at STEP]
 """
@@ -41,7 +42,9 @@ class TinyTrainer(CheckpointMixin, SFTTrainer):
 class EachStep(TrainerCallback):
     """Rollouts for every step, and the signal or pause that a test asks for."""
 
-    def __init__(self, run: RunDirectory, pause: float = 0.0, interrupt_at: int | None = None) -> None:
+    def __init__(
+        self, run: RunDirectory, pause: float = 0.0, interrupt_at: int | None = None
+    ) -> None:
         self.run, self.pause, self.interrupt_at = run, pause, interrupt_at
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -72,12 +75,18 @@ def some_rollouts(seed: int, count: int = 4) -> dict[str, list[Any]]:
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
 
 
-def tiny_trainer(run: RunDirectory, max_steps: int = 8, save_steps: int = 2, **arguments: Any) -> TinyTrainer:
+def tiny_trainer(
+    run: RunDirectory, max_steps: int = 8, save_steps: int = 2, **arguments: Any
+) -> TinyTrainer:
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -108,10 +117,16 @@ def tiny_trainer(run: RunDirectory, max_steps: int = 8, save_steps: int = 2, **a
         "max_length": 16,
     }
     args = SFTConfig(
-        output_dir=str(run.checkpoints), max_steps=max_steps, save_steps=save_steps, **defaults | arguments
+        output_dir=str(run.checkpoints),
+        max_steps=max_steps,
+        save_steps=save_steps,
+        **defaults | arguments,
     )
     return TinyTrainer(
-        model=model, args=args, train_dataset=Dataset.from_dict({"input_ids": rows}), processing_class=tiny_tokenizer()
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        processing_class=tiny_tokenizer(),
     )
 
 

@@ -1,4 +1,5 @@
-"""The built-in world of small scenes: rows, rationales, gold similarity, and a tiny policy that can write in it."""
+"""The built-in world of small scenes: rows, rationales, gold similarity, and a tiny policy for
+it."""
 
 from grace_rl.data.scenes.dataset import rows
 from grace_rl.data.scenes.policy import COLD_START, save_untrained

@@ -13,13 +13,14 @@ from grace_rl.data.scenes.world import (
     VALUES,
     Scene,
     change_facts,
+    gold_similarity,
     random_scene,
 )
 from grace_rl.errors import UserError
 
 Split = Literal["train", "validation", "test", "transfer"]
-Form = Literal["triplet", "quad", "unsupervised", "sft"]
-FORMS = ("triplet", "quad", "unsupervised", "sft")
+Form = Literal["triplet", "quad", "pair", "unsupervised", "sft"]
+FORMS = ("triplet", "quad", "pair", "unsupervised", "sft")
 
 
 def rows(
@@ -33,37 +34,51 @@ def rows(
     ordered: float = 0.5,
     filler: float = 0.1,
 ) -> list[dict[str, Any]]:
-    """Rows of one split. The same arguments give the same rows; the first rows of a longer list are the same rows.
+    """Rows of one split, the same for the same arguments. A longer list begins with the same rows.
 
-    No scene occurs in two splits, neither as a row's own nor as a negative's. The texts of train, validation and test
-    never hold a word of `TRANSFER_WORDS`; a transfer row has them on one side only: in the query, or in the positive.
+    No scene occurs in two splits, neither as a row's own nor as a negative's. The texts of train,
+    validation and test never hold a word of `TRANSFER_WORDS`; a transfer row has them on one side
+    only: in the query, or in the positive.
 
     Args:
         split: `train`, `validation`, `test` or `transfer`.
         form: What a row holds.
 
-            - `triplet`: `query`, `positive` (same facts, other words and sentence) and `negative`, a list with one
-              text: the query's own sentence with one fact, sometimes two, changed. Whoever compares words prefers it.
-            - `quad`: also `negative_positive`, the negative paraphrased. The rest is the triplet's, word for word.
+            - `triplet`: `query`, `positive` (same facts, other words and sentence) and `negative`,
+              a list with one text: the query's own sentence with one fact, sometimes two, changed.
+              Whoever compares words prefers it.
+            - `quad`: also `negative_positive`, the negative paraphrased. The rest is the triplet's,
+              word for word.
+            - `pair`: `sentence1`, `sentence2` and `score`, their gold similarity. From none to all
+              of the facts differ, every number equally often. For evaluation only.
             - `unsupervised`: `text`.
-            - `sft`: `text` in all words, the reserved ones too, and a noisy reference `rationale`: what the cold start
-              learns from. The arguments below belong to this form.
+            - `sft`: `text` in all words, the reserved ones too, and a noisy reference `rationale`:
+              what the cold start learns from. The arguments below belong to this form.
 
-            For evaluation, all rows but `sft` also have `scene` (attribute -> value) and the canonical `rationale` of
-            it; triplets and quads have `negative_scene`, `positive_rationale` and `negative_rationale` as well.
+            For evaluation, all rows but `sft` also have `scene` (attribute -> value) and the
+            canonical `rationale` of it; triplets and quads have `negative_scene`,
+            `positive_rationale` and `negative_rationale` as well.
         count: Number of rows.
         seed: Another seed, other rows.
         clean_rows: The first so many references are canonical: dense and regular, soon learnt.
-        facts, copied, ordered, filler: The noise of the later references, see `reference_rationale`.
+        facts, copied, ordered, filler: The noise of the later references, see
+            `reference_rationale`.
 
     Raises:
         UserError: An unknown split or form, or a number out of range.
     """
-    _check(split, form, count, clean_rows, facts, {"copied": copied, "ordered": ordered, "filler": filler})
+    _check(
+        split,
+        form,
+        count,
+        clean_rows,
+        facts,
+        {"copied": copied, "ordered": ordered, "filler": filler},
+    )
     made: list[dict[str, Any]] = []
     for index in range(count):
-        # A generator of its own for each row (seeding with a string does not depend on Python's hash) keeps rows where
-        # they are when the count or the form changes.
+        # A generator of its own for each row (seeding with a string does not depend on Python's
+        # hash) keeps rows where they are when the count or the form changes.
         rng = random.Random(f"scenes {split} {seed} {index}")
         if form == "sft":
             scene = random_scene(split, rng)
@@ -86,9 +101,31 @@ def rows(
             scene = random_scene(split, rng)
             text = render(scene, rng, transfer=split == "transfer").text
             made.append({"text": text, "scene": scene, "rationale": reference_rationale(scene)})
+        elif form == "pair":
+            made.append(_graded_pair(split, rng))
         else:
             made.append(_supervised_row(split, form, rng))
     return made
+
+
+def _graded_pair(split: Split, rng: random.Random) -> dict[str, Any]:
+    scene, other = None, None
+    while other is None:
+        scene = random_scene(split, rng)
+        other = change_facts(scene, rng.randint(0, len(VALUES)), rng)
+    assert scene is not None
+    marked = rng.choice((1, 2)) if split == "transfer" else None
+    first = render(scene, rng, transfer=marked == 1)
+    second = with_facts(
+        paraphrase(first, rng, transfer=marked == 2), other, rng, transfer=marked == 2
+    )
+    return {
+        "sentence1": first.text,
+        "sentence2": second.text,
+        "score": gold_similarity(scene, other),
+        "scene": scene,
+        "other_scene": other,
+    }
 
 
 def _supervised_row(split: Split, form: Form, rng: random.Random) -> dict[str, Any]:
@@ -126,7 +163,9 @@ def _scene_and_changed(split: Split, rng: random.Random) -> tuple[Scene, Scene]:
 
 
 def _reserved_words(scene: Scene) -> set[str]:
-    return {word for attribute, value in scene.items() for word in VALUES[attribute][value]} & TRANSFER_WORDS
+    return {
+        word for attribute, value in scene.items() for word in VALUES[attribute][value]
+    } & TRANSFER_WORDS
 
 
 def _check(
@@ -147,9 +186,14 @@ def _check(
     if clean_rows < 0:
         problems.append(f"scenes: clean_rows must be at least 0, not {clean_rows}")
     if len(facts) != 2 or not 1 <= facts[0] <= facts[1] <= len(VALUES):
-        problems.append(f"scenes: facts must be two numbers, fewest and most, from 1 to {len(VALUES)}, not {facts}")
+        problems.append(
+            "scenes: facts must be two numbers, fewest and most, "
+            f"from 1 to {len(VALUES)}, not {facts}"
+        )
     problems += [
-        f"scenes: {key} must be in [0, 1], not {share}" for key, share in shares.items() if not 0 <= share <= 1
+        f"scenes: {key} must be in [0, 1], not {share}"
+        for key, share in shares.items()
+        if not 0 <= share <= 1
     ]
     if problems:
         raise UserError(problems)

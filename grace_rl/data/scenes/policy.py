@@ -1,4 +1,4 @@
-"""The tiny policy of the `scenes` world: a byte-complete tokenizer of whole words and a small Qwen3 decoder."""
+"""The tiny policy of the `scenes` world: a tokenizer of whole words and a small Qwen3 decoder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 # A word takes the space before it along, as in GPT-2; the opener of a rationale is one piece.
@@ -51,7 +53,7 @@ def save_untrained(path: str | Path, seed: int = 0) -> Path:
         max_position_embeddings=512,
         max_window_layers=3,
         tie_word_embeddings=True,
-        # Wider than usual: a model this small learns to look words up much sooner (shared findings, 6).
+        # Wider than usual: a model this small then learns to look words up much sooner.
         initializer_range=0.06,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -77,8 +79,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokens = [PAD, END, SYSTEM, USER, ASSISTANT]
     tokens += sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens += [word for word in _whole_words() if word not in tokens]
-    # No merges: a piece that is in the vocabulary is one token (ignore_merges), any other piece falls to bytes.
-    model = models.BPE({token: index for index, token in enumerate(tokens)}, merges=[], ignore_merges=True)
+    # No merges: a piece that is in the vocabulary is one token (ignore_merges), any other piece
+    # falls to bytes.
+    model = models.BPE(
+        {token: index for index, token in enumerate(tokens)}, merges=[], ignore_merges=True
+    )
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -87,7 +92,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens[:5]])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in tokens[:5]]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
     )
@@ -96,7 +103,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _whole_words() -> list[str]:
-    """Pieces that get a token of their own, in byte-level spelling (a space is written as U+0120)."""
+    """Pieces with a token of their own, in byte-level spelling (a space is written as U+0120)."""
     pieces = {OPENER} | {f" {word}" for word in (*FACT_OF_WORD, *FILLER)}
     plain = {attribute: next(iter(values)) for attribute, values in VALUES.items()}
     # With these two both articles and both prepositions of time are met in every sentence.

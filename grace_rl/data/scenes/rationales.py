@@ -1,4 +1,4 @@
-"""Rationales of the `scenes` world: writing references, and reading which facts any rationale states."""
+"""Rationales of the `scenes` world: writing references, and reading which facts one states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from grace_rl.data.scenes.world import FACT_OF_WORD, VALUES, Scene
 
 OPENER = "Facts:"
-"""Every reference begins with it, so that every fact's word follows a space and has one token, wherever it stands."""
+"""Every reference begins with it, so that each fact's word follows a space: one token anywhere."""
 
 FILLER = ("someone", "something", "somewhere", "somehow", "sometimes", "perhaps")
 """Words that a noisy reference may hold and that state no fact."""
@@ -34,14 +34,16 @@ def reference_rationale(
 
     Args:
         scene: The facts.
-        form: `canonical` all facts, canonical words, fixed order; `random_order` the same shuffled; `half` four of the
-            facts, canonical, in order; `filler` no fact; `noisy` as a weak writer would who half copies the text: some
-            facts, in the text's words or others, in the text's order or ours, filler in between.
+        form: `canonical` all facts, canonical words, fixed order; `random_order` the same shuffled;
+            `half` four of the facts, canonical, in order; `filler` no fact; `noisy` as a weak
+            writer would who half copies the text: some facts, in the text's words or others, in the
+            text's order or ours, filler in between.
         rng: Source of chance; needed for every form except `canonical`.
         text: Noisy: a text about the scene, needed.
         facts: Noisy: fewest and most facts stated, 1 to 8, all numbers between equally likely.
-        copied: Noisy: how likely a fact keeps the text's word without a draw among all its words, in [0, 1].
-        ordered: Noisy: how likely the facts stand in the fixed order and not in the text's, in [0, 1].
+        copied: Noisy: how likely a fact keeps the text's word without a draw among all its words,
+            in [0, 1].
+        ordered: Noisy: how likely the facts stand in the fixed order, not the text's, in [0, 1].
         filler: Noisy: how likely a filler word stands before a fact, in [0, 1].
 
     Raises:
@@ -63,7 +65,9 @@ def reference_rationale(
     if form == "filler":
         return _join(rng.choice(FILLER) for _ in range(rng.randint(3, 6)))
     if form != "noisy":
-        raise ValueError(f"unknown rationale form {form!r}; known: canonical, random_order, half, filler, noisy")
+        raise ValueError(
+            f"unknown rationale form {form!r}; known: canonical, random_order, half, filler, noisy"
+        )
     if text is None:
         raise ValueError("a noisy rationale needs the text that it half copies")
     word_of = {FACT_OF_WORD[word]: word for word in _known_words(text)}  # in the order of the text
@@ -72,7 +76,9 @@ def reference_rationale(
         if rng.random() < filler:
             words.append(rng.choice(FILLER))
         attribute, value = fact
-        words.append(word_of[fact] if rng.random() < copied else rng.choice(VALUES[attribute][value]))
+        words.append(
+            word_of[fact] if rng.random() < copied else rng.choice(VALUES[attribute][value])
+        )
     return _join(words)
 
 
@@ -90,7 +96,7 @@ def _known_words(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class FactReading:
-    """The facts that a rationale states, (attribute, value), in the order of mention, repetitions kept."""
+    """The facts that a rationale states, (attribute, value), as mentioned, repetitions kept."""
 
     facts: tuple[tuple[str, str], ...]
 
@@ -99,13 +105,15 @@ class FactReading:
         return len(set(self.facts) & set(scene.items())) / len(VALUES)
 
     def precision(self, scene: Mapping[str, str]) -> float:
-        """Share of the statements that are true of the scene, in [0, 1]; 0 where nothing is stated."""
+        """Share of the statements that are true of the scene, in [0, 1]; 0 where nothing is
+        stated."""
         true = set(scene.items())
         return sum(fact in true for fact in self.facts) / max(len(self.facts), 1)
 
 
 def read_facts(rationale: str) -> FactReading:
-    """Read any text for facts: every known word counts, in any order and case; all else is passed over.
+    """Read any text for facts: every known word counts, in any order and case; all else is passed
+    over.
 
     >>> reading = read_facts("Perhaps a Physician, irate, in the fog")
     >>> reading.facts

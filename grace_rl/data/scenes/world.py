@@ -1,7 +1,7 @@
 """The facts of the `scenes` world: attributes, values, words, splits and the gold similarity.
 
-A scene gives each of eight attributes one value. A value has two to four words that mean the same; every word names
-one value of one attribute, so a single word states a fact.
+A scene gives each of eight attributes one value. A value has two to four words that mean the same;
+every word names one value of one attribute, so a single word states a fact.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Mapping
 Scene = dict[str, str]
 """Attribute -> value, all eight attributes, in the order of `VALUES`."""
 
-# The first word of a line names the value and is its canonical word. A star marks a word reserved for `transfer`.
+# The first word of a line names the value and is its canonical word. A star marks a word reserved
+# for `transfer`.
 _WORDS = {
     "trait": """
         old elderly aged*
@@ -123,7 +124,7 @@ def _read_words() -> tuple[dict[str, dict[str, tuple[str, ...]]], frozenset[str]
 
 
 VALUES, TRANSFER_WORDS = _read_words()
-"""`VALUES[attribute][value]` are the value's words, the canonical one first. `TRANSFER_WORDS`: the reserved ones."""
+"""`VALUES[attribute][value]`: the value's words, the canonical one first."""
 
 FACT_OF_WORD: dict[str, tuple[str, str]] = {
     word: (attribute, value)
@@ -161,11 +162,13 @@ def random_scene(split: str, rng: random.Random) -> Scene:
 
 
 def change_facts(scene: Scene, count: int, rng: random.Random) -> Scene | None:
-    """A scene of the same split that differs in exactly `count` facts; None if 50 tries found none."""
+    """A scene of the same split that differs in `count` facts; None if 50 tries found none."""
     for _ in range(50):
         changed = dict(scene)
         for attribute in rng.sample(list(VALUES), count):
-            changed[attribute] = rng.choice([value for value in VALUES[attribute] if value != scene[attribute]])
+            changed[attribute] = rng.choice(
+                [value for value in VALUES[attribute] if value != scene[attribute]]
+            )
         if split_of(changed) == split_of(scene):
             return changed
     return None
@@ -175,7 +178,8 @@ def gold_similarity(scene_a: Mapping[str, str], scene_b: Mapping[str, str]) -> f
     """The share of the eight facts that two scenes have in common, in [0, 1].
 
     >>> scene = {attribute: next(iter(values)) for attribute, values in VALUES.items()}
-    >>> gold_similarity(scene, scene), gold_similarity(scene, scene | {"time": "noon", "place": "hill"})
+    >>> other = scene | {"time": "noon", "place": "hill"}
+    >>> gold_similarity(scene, scene), gold_similarity(scene, other)
     (1.0, 0.75)
     """
     return sum(scene_a[attribute] == scene_b[attribute] for attribute in VALUES) / len(VALUES)
