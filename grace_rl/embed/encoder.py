@@ -51,7 +51,7 @@ class EncoderSettings:
 
         Raises:
             UserError: The folder holds no `grace.json`, so it is not known how its rationales are
-            read.
+                read.
         """
         if not (folder / "grace.json").exists():
             raise UserError(f"{folder}: has no grace.json; give the model/ folder of a run")
@@ -61,8 +61,7 @@ class EncoderSettings:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Texts as a policy sees them: `written` (N) and unit `vectors` (N, H), float32, in the order
-    of the texts."""
+    """Texts as a policy sees them, in their order: `written` (N), unit `vectors` (N, H) float32."""
 
     written: list[Written]
     vectors: Tensor
@@ -112,7 +111,8 @@ class RationaleEncoder:
         """
         folder = Path(folder)
         settings = EncoderSettings.load(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.to(device).eval()  # type: ignore[arg-type]  # transformers' wrapper hides the types
         tokenizer = AutoTokenizer.from_pretrained(folder)
         template = PromptTemplate(
             tokenizer, settings.instruction, settings.max_text_tokens, settings.chat_template_kwargs
@@ -136,8 +136,7 @@ class RationaleEncoder:
 
     @torch.no_grad()
     def write(self, texts: Sequence[str], rationale: RationaleMode = "greedy") -> list[Written]:
-        """Rationales for texts, greedy. `none` writes nothing: the text itself stands in the
-        rationale's place."""
+        """Rationales for texts, greedy. With `none` the text stands in the rationale's place."""
         prompts = [self.template.render(text) for text in texts]
         if rationale == "none":
             return [
@@ -156,8 +155,7 @@ class RationaleEncoder:
         return [Written(*item) for item in zip(prompts, token_ids, rationales, strict=True)]
 
     def encode(self, texts: Sequence[str], rationale: RationaleMode = "greedy") -> Encoded:
-        """Write rationales and read them. The reader's centre must be set, or be fitted with
-        `fit_centre`."""
+        """Write rationales and read them; the reader's centre is set, or fitted by `fit_centre`."""
         written = self.write(texts, rationale)
         return Encoded(written, self.reader.finish(self.reader.read(written)))
 
@@ -189,8 +187,7 @@ class RationaleEncoder:
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token id that ends a completion: the tokenizer's end token and those the model
-    declares."""
+    """Token ids that end a completion: the tokenizer's end token and those the model declares."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     declared = [declared] if isinstance(declared, int) else list(declared or [])
     return list(dict.fromkeys([tokenizer.eos_token_id, *declared]))

@@ -1,5 +1,4 @@
-"""Hidden states by forward hooks: from the decoder stack, without logits and without keeping all
-layers."""
+"""Hidden states of the decoder stack by forward hooks: no logits, and not all layers kept."""
 
 from __future__ import annotations
 
@@ -9,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, pad
 from transformers import PreTrainedModel
 
 
 def decoder_stack(model: nn.Module) -> nn.Module:
     """The part of a causal language model below its head (under PEFT, of the base model)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     assert isinstance(base, PreTrainedModel)
     stack = base.get_decoder()
     assert isinstance(stack, nn.Module)
@@ -26,8 +25,7 @@ def decoder_stack(model: nn.Module) -> nn.Module:
 def tap_layers(
     stack: nn.Module, layers: Sequence[int], receive: Callable[[Tensor], None]
 ) -> Iterator[None]:
-    """While active, every forward of `stack` hands `receive` its mixed hidden states (B, T, H),
-    float32.
+    """Within it, every forward of `stack` hands `receive` its mixed states (B, T, H), float32.
 
     Args:
         stack: From `decoder_stack`.
@@ -60,7 +58,8 @@ def tap_layers(
         hooks.append(stack.get_input_embeddings().register_forward_hook(keep(0)))  # type: ignore[operator]
     for layer in wanted:
         if 0 < layer < count:
-            hooks.append(stack.layers[layer - 1].register_forward_hook(keep(layer)))  # type: ignore[index]
+            block = stack.get_submodule(f"layers.{layer - 1}")
+            hooks.append(block.register_forward_hook(keep(layer)))
     try:
         yield
     finally:
@@ -87,9 +86,8 @@ def pool_states(states: Tensor, mask: Tensor, pool: str = "mean") -> Tensor:
     return (states * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp(min=1.0)
 
 
-def pool_prefixes(states: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
-    """Mean over the marked tokens before each end: every prefix's embedding from one cumulative
-    sum.
+def pool_prefixes(states: Tensor, mask: Tensor, ends: Tensor, pool: str = "mean") -> Tensor:
+    """Pool the marked tokens before each end: every prefix's embedding from one cumulative sum.
 
     Valid because the attention mask is causal: states do not change when the text goes on.
 
@@ -97,12 +95,18 @@ def pool_prefixes(states: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
         states: (B, T, H).
         mask: (B, T), true where a token counts.
         ends: (B, K) exclusive ends, as token positions `0 <= end <= T`.
+        pool: `mean`, or `last` for the last marked token before the end.
 
     Returns:
         (B, K, H) float32; zeros where no marked token lies before the end.
     """
     weights = mask.to(states.dtype)
-    sums = torch.nn.functional.pad((states * weights.unsqueeze(-1)).cumsum(1), (0, 0, 1, 0))
-    counts = torch.nn.functional.pad(weights.cumsum(1), (1, 0))
-    picked = sums.gather(1, ends.unsqueeze(-1).expand(-1, -1, states.size(-1)))
+    wide = (-1, -1, states.size(-1))
+    if pool == "last":
+        position = torch.arange(1, mask.size(1) + 1, device=mask.device)
+        last = pad((position * mask).cummax(1).values, (1, 0)).gather(1, ends)  # 0: none so far
+        return pad(states, (0, 0, 1, 0)).gather(1, last.unsqueeze(-1).expand(wide))
+    sums = pad((states * weights.unsqueeze(-1)).cumsum(1), (0, 0, 1, 0))
+    counts = pad(weights.cumsum(1), (1, 0))
+    picked = sums.gather(1, ends.unsqueeze(-1).expand(wide))
     return picked / counts.gather(1, ends).clamp(min=1.0).unsqueeze(-1)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerBase
 
-from grace_rl.embed.hidden_states import decoder_stack, pool_states, tap_layers
+from grace_rl.embed.hidden_states import decoder_stack, pool_prefixes, pool_states, tap_layers
 from grace_rl.errors import UserError
 from grace_rl.rollout.prompts import Prompt
 
@@ -82,12 +82,13 @@ class ReaderConfig:
             or not all(isinstance(i, int) for i in layers)
         ):
             problems.append(
-                f"reader.layers: must be a list of layer numbers such as [0, -1], not {self.layers!r}"
+                "reader.layers: must be a list of layer numbers such as [0, -1], "
+                f"not {self.layers!r}"
             )
         if not self.reads_with_language_model and self.span == "rationale":
             problems.append(
-                "reader.span: a sentence encoder cannot read the rationale's tokens with the text in view; "
-                "use bottleneck (the rationale alone) or context (text and rationale)"
+                "reader.span: a sentence encoder cannot read the rationale's tokens with the text "
+                "in view; use bottleneck (the rationale alone) or context (text and rationale)"
             )
         if problems:
             raise UserError(problems)
@@ -105,8 +106,7 @@ class ReaderConfig:
 
 @dataclass(frozen=True)
 class Written:
-    """A rationale as it was written: its prompt, its token ids up to and including the end token,
-    and its text."""
+    """A rationale as written: its prompt, its token ids with the end token, and its text."""
 
     prompt: Prompt
     token_ids: list[int]
@@ -160,12 +160,26 @@ class Reader:
     # -- raw vectors ---------------------------------
 
     @torch.no_grad()
-    def read(self, written: Sequence[Written]) -> Tensor:
-        """Raw vectors (N, H), float32, neither centred nor normalised, with a forward pass of its
-        own."""
+    def read(self, written: Sequence[Written], ends: Tensor | None = None) -> Tensor:
+        """Raw vectors, float32, neither centred nor normalised, with a forward pass of its own.
+
+        Args:
+            written: N rationales.
+            ends: (N, K+1) long, how many of a rationale's tokens each of its prefixes has. All
+                prefixes come from the one pass that reads the whole.
+
+        Returns:
+            (N, H); with `ends` (N, K+1, H). A prefix without any token to pool is zero.
+
+        Raises:
+            ValueError: `ends` with a sentence encoder, which would read every prefix anew.
+        """
         if not self.config.reads_with_language_model:
+            if ends is not None:
+                raise ValueError("a sentence encoder reads no prefixes")
             return self._read_strings(written)
         rows = [self.tokens_to_read(item) for item in written]
+        places = None if ends is None else self._prefix_places(written, rows, ends)
         vectors = []
         was_training = self._policy.training
         self._policy.eval()
@@ -181,10 +195,12 @@ class Reader:
                 ids[i, : len(row)] = torch.tensor(row)
                 attention[i, : len(row)] = 1
                 mask[i, first : len(row)] = True
-            mask = mask.to(device)
+            span = (mask.to(device), None if places is None else places[start:][: len(batch)])
 
-            def receive(states: Tensor, mask: Tensor = mask) -> None:
-                vectors.append(pool_states(states, mask, self.config.pool))
+            def receive(
+                states: Tensor, span: tuple[Tensor, Tensor | None] = span
+            ) -> None:
+                vectors.append(self._pool(states, *span))
 
             with tap_layers(stack, self._layers, receive):
                 stack(
@@ -201,19 +217,37 @@ class Reader:
         first = item.prompt.span[0] if self.config.span == "context" else len(item.prompt.token_ids)
         return item.prompt.token_ids + item.token_ids, first
 
-    def tap(self, model: nn.Module, masks: Callable[[int], Tensor], vectors: list[Tensor]) -> Any:
-        """A context in which the policy's own forwards over prompt and rationale also yield raw
-        vectors.
+    def _prefix_places(
+        self, written: Sequence[Written], rows: Sequence[tuple[list[int], int]], ends: Tensor
+    ) -> Tensor:
+        """(N, K+1) ends as positions in the rows that are read, which may lack the end token."""
+        alone = self.config.span == "bottleneck"
+        before = torch.tensor([0 if alone else len(item.prompt.token_ids) for item in written])
+        lengths = torch.tensor([len(ids) for ids, _ in rows])
+        return (ends.cpu() + before.unsqueeze(1)).minimum(lengths.unsqueeze(1))
+
+    def _pool(self, states: Tensor, mask: Tensor, ends: Tensor | None) -> Tensor:
+        if ends is None:
+            return pool_states(states, mask, self.config.pool)
+        return pool_prefixes(states, mask, ends.to(states.device), self.config.pool)
+
+    def tap(
+        self,
+        model: nn.Module,
+        spans: Callable[[int], tuple[Tensor, Tensor | None]],
+        vectors: list[Tensor],
+    ) -> Any:
+        """Within it, the policy's own forwards over prompt and rationale also yield raw vectors.
 
         Args:
             model: The unwrapped policy.
-            masks: Gives the (B, T) pooling mask of the forward with the given number, counted from
-                0.
-            vectors: Receives one (B, H) tensor per forward.
+            spans: Gives for the forward with the given number, counted from 0, the (B, T) pooling
+                mask, and the (B, K+1) ends of prefixes as positions, or None.
+            vectors: Receives one tensor per forward, (B, H), or (B, K+1, H) with ends.
         """
 
         def receive(states: Tensor) -> None:
-            vectors.append(pool_states(states, masks(len(vectors)), self.config.pool))
+            vectors.append(self._pool(states, *spans(len(vectors))))
 
         return tap_layers(decoder_stack(model), self._layers, receive)
 
@@ -240,19 +274,22 @@ class Reader:
     # -- centring ---------------------------------
 
     def update_centre(self, mean: Tensor) -> None:
-        """Move the running mean towards the mean (H,) of a batch of raw vectors; the first batch
-        sets it."""
+        """Move the running mean towards a raw batch's mean (H,); the first batch sets it."""
         if self.config.centre:
             momentum = 0.0 if self.centre is None else CENTRE_MOMENTUM
             old = mean if self.centre is None else self.centre.to(mean.device)
             self.centre = momentum * old + (1 - momentum) * mean
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Unit vectors from raw ones: centred if the reader has a centre, then L2-normalised. (N,
-        H) -> (N, H)."""
+        """Unit vectors from raw ones, (..., H) -> (..., H): centred, then L2-normalised.
+
+        A reader without a centre only normalises.
+        A raw vector of zero (nothing was read) stays zero: it is equally far from every text.
+        """
+        read = raw.any(-1, keepdim=True)
         if self.config.centre and self.centre is not None:
             raw = raw - self.centre.to(raw.device)
-        return normalize(raw, dim=-1)
+        return normalize(raw, dim=-1) * read
 
     def save(self, folder: Path) -> None:
         """Write the centre to `folder/centre.safetensors`, if there is one."""

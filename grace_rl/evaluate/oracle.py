@@ -1,10 +1,8 @@
-"""Can the embedding see a better rationale? Force known rationales into the untrained policy and
-look.
+"""Can the embedding see a better rationale? Force known ones into the untrained policy and look.
 
 Reinforcement learning can only improve what the reader can tell apart. If the perfect rationale
-does not score far
-above filler here, no reward will find it: choose another reader first (`grace-rl check RECIPE
---oracle`).
+does not score far above filler here, no reward will find it: choose another reader first
+(`grace-rl check RECIPE --oracle`).
 """
 
 from __future__ import annotations
@@ -37,9 +35,8 @@ READERS = {
     "rationale": ReaderConfig(span="rationale", layers=(-1,)),
     "bottleneck": ReaderConfig(span="bottleneck"),
 }
-Forced = dict[
-    str, list[str]
-]  # name of the rationale -> one per text: queries, then positives, then negatives
+# Name of the rationale -> one per text: queries, then positives, then negatives.
+Forced = dict[str, list[str]]
 
 
 def print_oracle_table(recipe: Recipe, console: Console | None = None) -> None:
@@ -59,15 +56,18 @@ def print_oracle_table(recipe: Recipe, console: Console | None = None) -> None:
 
 
 def oracle_scores(recipe: Recipe) -> dict[str, dict[str, dict[str, float]]]:
-    """`{forced rationale: {reader: {"recall_at_1", "triplet_accuracy"}}}`; all readers centre on
-    the corpus.
+    """`{forced rationale: {reader: {"recall_at_1", "triplet_accuracy"}}}`.
+
+    All readers centre on the corpus.
 
     Raises:
         UserError: The recipe's data gives no reference rationales.
     """
     if recipe.data.dataset_name == "scenes":
-        split = recipe.data.train_split
-        rows = scenes.rows(split="test" if split == "train" else split, form="triplet", count=ROWS)
+        split: Any = recipe.data.train_split  # for scenes, the recipe was checked to name its split
+        if split == "train":
+            split = "test"
+        rows = scenes.rows(split=split, form="triplet", count=ROWS)
         forced = _scene_rationales(rows)
     else:
         rows, forced = _row_rationales(read_rows(recipe.data))
@@ -116,7 +116,7 @@ def _texts(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _scene_rationales(rows: Sequence[dict[str, Any]]) -> Forced:
     rng = random.Random(0)
     truth = [row["scene"] for row in rows] * 2 + [row["negative_scene"] for row in rows]
-    names = {
+    names: dict[str, RationaleForm] = {
         "all facts, canonical, fixed order": "canonical",
         "all facts, random order": "random_order",
         "half of the facts": "half",
@@ -129,16 +129,18 @@ def _scene_rationales(rows: Sequence[dict[str, Any]]) -> Forced:
 
 
 def _row_rationales(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], Forced]:
-    """Rows that have a negative and a rationale for each text: `rationale`, `positive_rationale`,
-    `negative_rationale`."""
+    """Rows that have a negative and a rationale for each text.
+
+    The fields are `rationale`, `positive_rationale` and `negative_rationale`.
+    """
     fields = ("rationale", "positive_rationale", "negative_rationale")
     usable = [
         row for row in rows if row.get("negative") and all(row.get(field) for field in fields)
     ][:ROWS]
     if len(usable) < 2:
         raise UserError(
-            f"--oracle needs reference rationales: at least two rows with a negative and the fields {', '.join(fields)}"
-            " (or dataset_name: scenes)"
+            "--oracle needs reference rationales: at least two rows with a negative and the fields "
+            f"{', '.join(fields)} (or dataset_name: scenes)"
         )
     rng = random.Random(0)
     reference = [_first(row[field]) for field in fields for row in usable]

@@ -12,7 +12,7 @@ from grace_rl.embed.encoder import RationaleEncoder, RationaleMode
 from grace_rl.evaluate.similarity import rank_correlation, retrieval_scores
 
 SIMILARITY_SCORES = ("recall_at_1", "triplet_accuracy", "spearman")
-FACT_SCORES = ("coverage", "precision")
+ROW_SEED = 1  # the cold start and the recipes were chosen while looking at the rows of seed 0
 
 
 def task_name(split: str) -> str:
@@ -42,8 +42,9 @@ def score_policy(
     """
     scores: dict[str, float] = {}
     for split in splits:
-        triplets = scenes.rows(split=split, form="triplet", count=count)
-        pairs = scenes.rows(split=split, form="pair", count=count)
+        known: Any = split  # `rows` refuses a split that is none
+        triplets = scenes.rows(split=known, form="triplet", count=count, seed=ROW_SEED)
+        pairs = scenes.rows(split=known, form="pair", count=count, seed=ROW_SEED)
         texts = [row["query"] for row in triplets] + [row["positive"] for row in triplets]
         texts += [row["negative"][0] for row in triplets]
         texts += [row["sentence1"] for row in pairs] + [row["sentence2"] for row in pairs]
@@ -61,8 +62,7 @@ def score_policy(
 
 
 def score_facts(rows: Sequence[dict[str, Any]], rationales: Sequence[str]) -> dict[str, float]:
-    """Mean share of true facts that are stated (coverage) and of statements that are true
-    (precision)."""
+    """Mean share of true facts that are stated (coverage), of statements that hold (precision)."""
     truth = [row["scene"] for row in rows] * 2 + [row["negative_scene"] for row in rows]
     readings = [scenes.read_facts(rationale) for rationale in rationales]
     return {
@@ -73,6 +73,9 @@ def score_facts(rows: Sequence[dict[str, Any]], rationales: Sequence[str]) -> di
 
 def example_rationales(encoder: RationaleEncoder, count: int = 3) -> list[dict[str, str]]:
     """Greedy rationales for the first queries of the test split, to look at."""
-    texts = [row["query"] for row in scenes.rows(split="test", form="triplet", count=count)]
+    texts = [
+        row["query"]
+        for row in scenes.rows(split="test", form="triplet", count=count, seed=ROW_SEED)
+    ]
     rationales = [item.rationale for item in encoder.write(texts)]
     return [{"text": t, "rationale": r} for t, r in zip(texts, rationales, strict=True)]

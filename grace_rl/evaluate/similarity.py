@@ -1,5 +1,4 @@
-"""Scores of vectors on triplets. Ties are errors: vectors that cannot tell two texts apart earn
-nothing."""
+"""Scores of vectors on triplets. Ties are errors: vectors that tell nothing apart earn nothing."""
 
 from __future__ import annotations
 
@@ -14,8 +13,9 @@ TIE = 1e-6  # equal vectors may differ in their last bits
 
 
 def retrieval_scores(queries: Tensor, positives: Tensor, negatives: Tensor) -> dict[str, float]:
-    """Recall@1 of the positive among all positives and hard negatives, and triplet accuracy, each
-    in 0 to 1.
+    """Recall@1 of the positive and triplet accuracy, each in 0 to 1.
+
+    Recall@1 is among all positives and hard negatives.
 
     Args:
         queries, positives, negatives: (N, H) unit vectors.

@@ -8,28 +8,34 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from grace_rl.evaluate.scenes import FACT_SCORES, SIMILARITY_SCORES
+HEADINGS = {
+    "recall_at_1": "recall@1",
+    "triplet_accuracy": "triplet",
+    "spearman": "Spearman",
+    "coverage": "coverage",
+    "precision": "precision",
+}
 
 
 def score_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One line per policy and split.
+    """One line per task and policy.
 
     Args:
         rows: As in evaluation.json: `name`, `rationale`, `scores` with names `<task>/<score>`.
     """
-    table = Table(title="Held-out scores, greedy rationales", title_justify="left")
-    table.add_column("split")
-    table.add_column("policy")
-    columns = (*SIMILARITY_SCORES, *FACT_SCORES)
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
+    table = Table(title="Held-out scores", title_justify="left")
+    table.add_column("task")
+    table.add_column("policy", no_wrap=True)
+    for heading in HEADINGS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
     tasks = dict.fromkeys(score.split("/")[0] for row in rows for score in row["scores"])
     for task in tasks:
         for i, row in enumerate(rows):
-            label = "no rationale" if row["rationale"] == "none" else row["name"]
-            values = [row["scores"].get(f"{task}/{column}") for column in columns]
+            label = "no rationale" if row["rationale"] == "none" else row["name"].replace("_", " ")
+            values = [row["scores"].get(f"{task}/{score}") for score in HEADINGS]
             cells = ["" if value is None else f"{value:.3f}" for value in values]
-            table.add_row(task if i == 0 else "", label, *cells, end_section=i == len(rows) - 1)
+            name = task.replace("_", " ") if i == 0 else ""
+            table.add_row(name, label, *cells, end_section=i == len(rows) - 1)
     return table
 
 
@@ -42,7 +48,7 @@ def rationale_table(examples: Mapping[str, Sequence[Mapping[str, str]]]) -> Tabl
     table = Table(title="What was written", title_justify="left", show_lines=True)
     table.add_column("text", ratio=2)
     for name in examples:
-        table.add_column(name, ratio=1)
+        table.add_column(name.replace("_", " "), ratio=1)
     for same_text in zip(*examples.values(), strict=True):
         cells = [Text(example["rationale"]) for example in same_text]
         table.add_row(Text(same_text[0]["text"]), *cells)

@@ -13,7 +13,7 @@ from grace_rl.reward.batch import (
     group_stds,
 )
 from grace_rl.reward.loading import LoadedReward, RewardSpec, available_rewards, load_rewards
-from grace_rl.reward.runtime import RewardError, RewardRuntime, Scored
+from grace_rl.reward.runtime import RewardError, RewardRuntime, Scored, score_prefixes
 
 __all__ = [
     "LoadedReward",
@@ -30,4 +30,5 @@ __all__ = [
     "group_means",
     "group_stds",
     "load_rewards",
+    "score_prefixes",
 ]

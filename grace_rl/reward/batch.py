@@ -7,6 +7,7 @@ texts, not with single rollouts: `pool.by_text` has one centroid per text, which
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -164,8 +165,11 @@ class RewardBatch(Rollouts):
         pool: the rollouts and anchors of all processes; contains this batch.
         step: the trainer's global step.
         seed: for rewards that sample.
-        prefix_embeddings: (B, K, D) float32, the embedding after each of K segments, or None.
-        prefix_ends: (B, K) long, the number of rationale tokens in each prefix, or None.
+        prefix_embeddings: (B, K+1, D) float32, or None where no reward asks for them: the embedding
+            without any rationale, then after each of K segments; the last is `embeddings`. A reader
+            that sees the rationale only has zeros without one.
+        prefix_ends: (B, K+1) long, or None: the number of rationale tokens in each prefix, from 0
+            to all. A rationale too short for K segments is one: 0, n, ..., n.
     """
 
     prompts: list[str]
@@ -196,18 +200,43 @@ class RewardBatch(Rollouts):
             _check_tensor(self, "prefix_embeddings", (count, None, dim), torch.float32)
             _check_tensor(self, "prefix_ends", (count, self.prefix_embeddings.shape[1]), torch.long)
 
+    def prefix(self, number: int) -> RewardBatch:
+        """The batch as if every rollout had been embedded after that many of its segments.
+
+        Only `embeddings` differ: pool, masks and siblings are those of the whole rationales, so
+        that a rollout's prefixes are scored against the same.
+
+        Args:
+            number: 0 (no rationale) to K (the whole).
+
+        Raises:
+            ValueError: the batch has no prefix embeddings.
+        """
+        if self.prefix_embeddings is None:
+            raise ValueError(
+                "the batch has no prefix embeddings; a reward that needs them declares it with the "
+                "attribute `steps = True`"
+            )
+        cut = dataclasses.replace(
+            self,
+            embeddings=self.prefix_embeddings[:, number],
+            prefix_embeddings=None,
+            prefix_ends=None,
+        )
+        cut.__dict__.update(_relations=self._relations, _siblings=self._siblings)
+        return cut
+
     def positives(self) -> Tensor:
         """(B, P) bool: the same example and side, another text."""
-        pool = self.pool
-        return self._same_side() & (self.group[:, None] != pool.group[None, :])
+        return self._relations[0]
 
     def hard_negatives(self) -> Tensor:
         """(B, P) bool: the same example, another side, not a false negative."""
-        return self._same_example() & ~self._same_side() & self.pool.mask(self)
+        return self._relations[1]
 
     def others(self) -> Tensor:
         """(B, P) bool: every text of the other examples that is not a false negative."""
-        return ~self._same_example() & self.pool.mask(self)
+        return self._relations[2]
 
     def siblings_mean(self) -> tuple[Tensor, Tensor]:
         """The leave-one-out mean of each rollout's group, from all processes.
@@ -216,17 +245,28 @@ class RewardBatch(Rollouts):
             (B, D) mean of the embeddings of the other rollouts of the same text, not normalised
             (zero where there are none), and (B,) long, how many others there are.
         """
+        return self._siblings
+
+    @cached_property
+    def _relations(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Positives, hard negatives and others."""
+        same_example = self.example[:, None] == self.pool.example[None, :]
+        same_side = same_example & (self.side[:, None] == self.pool.side[None, :])
+        other_text = self.group[:, None] != self.pool.group[None, :]
+        allowed = self.pool.mask(self)
+        return (
+            same_side & other_text,
+            same_example & ~same_side & allowed,
+            ~same_example & allowed,
+        )
+
+    @cached_property
+    def _siblings(self) -> tuple[Tensor, Tensor]:
         same = (self.group[:, None] == self.pool.group[None, :]).to(self.embeddings.dtype)
         count = same.sum(1).long() - 1
         total = same @ self.pool.embeddings - self.embeddings
         mean = total / count.clamp(min=1)[:, None]
         return torch.where(count[:, None] > 0, mean, torch.zeros_like(mean)), count
-
-    def _same_example(self) -> Tensor:
-        return self.example[:, None] == self.pool.example[None, :]
-
-    def _same_side(self) -> Tensor:
-        return self._same_example() & (self.side[:, None] == self.pool.side[None, :])
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +275,9 @@ class RewardOutput:
 
     Args:
         values: (B,), one reward per rollout; NaN = not scored. A list may hold None.
-        steps: (B, K), one value per segment of the rationale, or None.
+        steps: (B, K+1), the score of each prefix as in `RewardBatch.prefix_embeddings`, or None;
+            what a segment adds to the score is its credit. The class (or function) must declare it
+            with the attribute `steps = True`.
         components: named parts of the reward, each (B,), for the log only.
         gate: (B,) bool; False puts the rollout's total below the worst passing total of its group.
             The class (or function) must declare it with the attribute `gates = True`.

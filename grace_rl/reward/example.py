@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from grace_rl.reward.batch import Pool, RewardBatch
+from grace_rl.rollout.segments import segment_ends
 
 FORMS: dict[str, dict[str, bool]] = {  # role -> is it trained
     "triplet": {"query": True, "positive": True, "negative": False},
@@ -110,6 +111,30 @@ def random_batch(
     return example_batch(made, [role for role, trained in FORMS[form].items() if trained])
 
 
+def with_prefixes(batch: RewardBatch, segments: int = 4, seed: int = 0) -> RewardBatch:
+    """The batch with an embedding for every prefix: random at first, and ever nearer to the whole.
+
+    Args:
+        batch: its rationales need at least one token each.
+        segments: K; rationales with fewer tokens are one segment.
+        seed: of the noise.
+
+    >>> batch = with_prefixes(random_batch("triplet"), segments=2)
+    >>> batch.prefix_embeddings.shape, batch.prefix_ends[0]
+    (torch.Size([32, 3, 8]), tensor([0, 1, 2]))
+    """
+    whole = batch.embeddings
+    noise = torch.randn(whole.shape, generator=torch.Generator().manual_seed(seed))
+    share = torch.linspace(0, 1, segments + 1)[None, :, None]
+    mixed = share * whole[:, None] + (1 - share) * torch.nn.functional.normalize(noise)[:, None]
+    ends = [segment_ends(ids, segments, min_tokens=1) for ids in batch.token_ids]
+    is_whole = torch.tensor([[end == row[-1] for end in row] for row in ends])[..., None]
+    prefixes = torch.where(is_whole, whole[:, None], torch.nn.functional.normalize(mixed, dim=2))
+    return dataclasses.replace(
+        batch, prefix_embeddings=prefixes, prefix_ends=torch.tensor(ends, dtype=torch.long)
+    )
+
+
 def batch_of_pool(pool: Pool, rows: torch.Tensor) -> RewardBatch:
     """The batch of some rows of a pool: (B,) long -> B rollouts, with the pool shared."""
     numbers = rows.tolist()
@@ -130,5 +155,13 @@ def split_batch(batch: RewardBatch, processes: int) -> list[RewardBatch]:
     """
     if len(batch) % processes:
         raise ValueError(f"{len(batch)} rollouts do not divide over {processes} processes")
-    parts = torch.arange(len(batch)).chunk(processes)
-    return [batch_of_pool(batch.pool, rows) for rows in parts]
+    return [
+        dataclasses.replace(
+            batch_of_pool(batch.pool, rows),
+            prefix_embeddings=None
+            if batch.prefix_embeddings is None
+            else batch.prefix_embeddings[rows],
+            prefix_ends=None if batch.prefix_ends is None else batch.prefix_ends[rows],
+        )
+        for rows in torch.arange(len(batch)).chunk(processes)
+    ]

@@ -63,6 +63,7 @@ class LoadedReward:
         on_error: `raise` or `abstain`.
         function: the built object or the function with its keywords bound.
         gates: True where it may return a gate (the attribute `gates = True`).
+        steps: True where it returns steps (the attribute `steps = True`).
         trl_parameters: None for a reward called with a RewardBatch. Else the names that the plain
             TRL function takes, where "**" stands for any.
         source: the file that defines it, to name the line of an error.
@@ -74,6 +75,7 @@ class LoadedReward:
     on_error: Literal["raise", "abstain"]
     function: Callable[..., Any]
     gates: bool = False
+    steps: bool = False
     trl_parameters: frozenset[str] | None = None
     source: str | None = None
 
@@ -183,6 +185,7 @@ def _load(spec: Any, target: Any, label: str) -> LoadedReward:
         on_error=on_error,
         function=function,
         gates=bool(getattr(target, "gates", False)),
+        steps=bool(getattr(target, "steps", False)),
         trl_parameters=_trl_parameters(function),
         source=_source(target),
     )

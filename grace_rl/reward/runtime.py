@@ -51,7 +51,7 @@ class Scored:
         values: (W, R) float32, as the rewards returned them; NaN = not scored.
         group: (W,) long.
         components: `label/component` -> (W,), for the log.
-        steps: label -> (B, K), this process's rows only.
+        steps: label -> (B, K+1) scores of prefixes, this process's rows only.
         metrics: `rewards/<label>/...` -> finite number, equal on every process; a mean or deviation
             of nothing is left out.
     """
@@ -197,7 +197,7 @@ class RewardRuntime:
                 outputs.append(_read(result, reward, batch))
                 errors.append(None)
             except Exception as error:
-                outputs.append(_Output(batch.embeddings.new_full((len(batch),), torch.nan)))
+                outputs.append(_unscored(reward, batch))
                 errors.append(error)
         return outputs, errors
 
@@ -232,7 +232,8 @@ class RewardRuntime:
             errors=[
                 None
                 if error is None
-                else f"at step {batch.step}, data rows {shown}: {describe_error(error, reward.source)}"
+                else f"at step {batch.step}, data rows {shown}: "
+                f"{describe_error(error, reward.source)}"
                 for reward, error in zip(self.rewards, errors, strict=True)
             ],
             nonfinite=nonfinite,
@@ -328,6 +329,28 @@ class _Output:
     margin: float = 1.0
 
 
+def score_prefixes(reward: LoadedReward, batch: RewardBatch) -> RewardOutput:
+    """What a reward that looks at embeddings says about every prefix of the rationales.
+
+    Args:
+        reward: called with the batch once per prefix, each time with that prefix's embeddings.
+        batch: with prefix embeddings.
+
+    Returns:
+        Values and components as for the whole rationales, and `steps`, (B, K+1).
+
+    Raises:
+        ValueError: the reward returns something else than values, or the batch has no prefixes.
+    """
+    prefixes = 0 if batch.prefix_ends is None else batch.prefix_ends.shape[1]
+    outputs = [_read(reward(batch.prefix(k), {}), reward, batch) for k in range(prefixes)]
+    if not outputs:
+        raise ValueError("the batch has no prefix embeddings, so no prefix can be scored")
+    whole = outputs[-1]
+    steps = torch.stack([output.values for output in outputs], dim=1)
+    return RewardOutput(values=whole.values, steps=steps, components=whole.components)
+
+
 def weighted_totals(rewards: Tensor, weights: Tensor) -> Tensor:
     """The total that TRL computes: (W, R) and (R,) -> (W,), NaN where a row has no reward at all.
 
@@ -408,8 +431,18 @@ def _drop_nonfinite(output: _Output) -> int:
     return int(rows.sum())
 
 
+def _unscored(reward: LoadedReward, batch: RewardBatch) -> _Output:
+    """What a reward that failed counts as; with steps if it has any, as on the other processes."""
+    nothing = batch.embeddings.new_full((len(batch),), torch.nan)
+    if not reward.steps or batch.prefix_ends is None:
+        return _Output(nothing)
+    return _Output(nothing, nothing[:, None].repeat(1, batch.prefix_ends.shape[1]))
+
+
 def _read(result: Any, reward: LoadedReward, batch: RewardBatch) -> _Output:
     """Check what a reward returned; raises ValueError or TypeError with a sentence."""
+    if reward.steps and getattr(result, "steps", None) is None:
+        raise ValueError("it declares `steps = True` and returned none: return a RewardOutput")
     if not isinstance(result, RewardOutput):
         return _Output(_column("the reward", result, batch))
     if result.gate is not None and not reward.gates:
@@ -427,9 +460,16 @@ def _read(result: Any, reward: LoadedReward, batch: RewardBatch) -> _Output:
     if result.steps is not None:
         steps = torch.as_tensor(result.steps, device=batch.embeddings.device).detach()
         steps = steps.to(torch.float32, copy=True)
-        if steps.dim() != 2 or len(steps) != len(batch):
+        if not reward.steps:
             raise ValueError(
-                f"RewardOutput.steps has shape {tuple(steps.shape)}, expected ({len(batch)}, K)"
+                "it returned steps; declare them with the attribute `steps = True` on its class or "
+                "function, so that prefixes are embedded"
+            )
+        if batch.prefix_ends is None or steps.shape != batch.prefix_ends.shape:
+            wanted = None if batch.prefix_ends is None else tuple(batch.prefix_ends.shape)
+            raise ValueError(
+                f"RewardOutput.steps has shape {tuple(steps.shape)}, expected that of "
+                f"RewardBatch.prefix_ends, {wanted}"
             )
     failed = None
     if result.gate is not None:
@@ -464,7 +504,8 @@ def _column(what: str, values: Any, batch: RewardBatch) -> Tensor:
         values = torch.as_tensor(values, device=device).detach().to(torch.float32, copy=True)
     else:
         raise TypeError(
-            f"{what} is a {type(values).__name__}; return a tensor or a list of {count} numbers, or a RewardOutput"
+            f"{what} is a {type(values).__name__}; "
+            f"return a tensor or a list of {count} numbers, or a RewardOutput"
         )
     if values.shape != (count,):
         shape = f"{len(values)} values" if values.dim() == 1 else f"shape {tuple(values.shape)}"

@@ -28,7 +28,6 @@ CPU_DEFAULTS = {
     # machine that is also busy with something else this is tens of times slower. Unbound, vLLM uses
     # torch's threads (OMP_NUM_THREADS).
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
 
@@ -49,17 +48,17 @@ def vllm_start() -> Iterator[None]:
         return
     for name, value in CPU_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    original = vllm_generation.LLM
-    vllm_generation.LLM = partial(original, enforce_eager=True)
+    module: Any = vllm_generation  # for mypy its LLM is a class, which nothing may replace
+    original = module.LLM
+    module.LLM = partial(original, enforce_eager=True)
     try:
         yield
     finally:
-        vllm_generation.LLM = original
+        module.LLM = original
 
 
 def repair_weight_push(generation: Any) -> None:
-    """Replace the weight push of TRL's `VLLMGeneration` where vLLM runs on a CPU; elsewhere leave
-    it alone."""
+    """Replace the weight push of TRL's `VLLMGeneration` where vLLM runs on a CPU, only there."""
     if generation.mode == "colocate" and vllm_runs_on_cpu():
         generation.sync_weights = partial(_push_weights_on_cpu, generation)
 

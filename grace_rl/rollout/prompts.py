@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from grace_rl.errors import UserError
 
 DEFAULT_INSTRUCTION = (
-    "Read the text and say in a few plain words what it is about: who or what, what happens, where, when, and "
-    "whatever else would tell it apart from similar texts. Write only this short rationale."
+    "Read the text and say in a few plain words what it is about: who or what, what happens, "
+    "where, when, and whatever else would tell it apart from similar texts. "
+    "Write only this short rationale."
 )
 
 
@@ -62,7 +63,8 @@ class PromptTemplate:
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
-                f"{tokenizer.name_or_path}: prompts need a fast tokenizer (one with a tokenizer.json)"
+                f"{tokenizer.name_or_path}: prompts need a fast tokenizer "
+                "(one with a tokenizer.json)"
             )
         if max_text_tokens < 1:
             raise UserError(f"max_text_tokens must be at least 1, not {max_text_tokens}")
@@ -89,8 +91,7 @@ class PromptTemplate:
         return Prompt(text, self.prefix + text + self.suffix, token_ids, span)
 
     def _tokenize(self, text: str) -> tuple[list[int], list[int], tuple[int, int]]:
-        """Token ids, for each token its end as a character of the text, and the text's span in
-        tokens."""
+        """Token ids, each token's end as a character of the text, and the text's span in tokens."""
         start, stop = len(self.prefix), len(self.prefix) + len(text)
         if any(token in text for token in self._special):
             # A text that spells a control token must not become one: tokenize it apart, as plain
@@ -115,8 +116,10 @@ class PromptTemplate:
         )
 
     def _surroundings(self) -> tuple[str, str]:
-        """What stands before and after the text. Two different texts show where the template stops
-        depending on it."""
+        """What stands before and after the text.
+
+        Two different texts show where the template stops depending on it.
+        """
         if self.tokenizer.chat_template is None:
             return self._plain_surroundings()
         first, second = self._fill("a"), self._fill("b")
@@ -126,8 +129,8 @@ class PromptTemplate:
             "some longer text"
         ):
             raise UserError(
-                f"{self.tokenizer.name_or_path}: the chat template does not insert a user message unchanged and once; "
-                "set another chat template"
+                f"{self.tokenizer.name_or_path}: the chat template does not insert a user message "
+                "unchanged and once; set another chat template"
             )
         return prefix, suffix
 
@@ -150,8 +153,7 @@ class PromptTemplate:
         return str(rendered)
 
     def _plain_surroundings(self) -> tuple[str, str]:
-        """A base model's prompt: begin token where the tokenizer uses one, instruction, text, a cue
-        to write."""
+        """A base model's prompt: begin token (if the tokenizer has one), instruction, text, cue."""
         bos = self.tokenizer.bos_token
         begins = bos is not None and self.tokenizer("a")["input_ids"][:1] == [
             self.tokenizer.bos_token_id

@@ -1,5 +1,6 @@
-"""The rollout store: one parquet file per logged step, `<run>/rollouts/step-000010.parquet`, one
-row per rationale.
+"""The rollout store: one parquet file per logged step, one row per rationale.
+
+The file of step 10 is `<run>/rollouts/step-000010.parquet`.
 
 | column | type | |
 |---|---|---|

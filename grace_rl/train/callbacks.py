@@ -1,5 +1,4 @@
-"""What happens beside the training steps: metrics, progress, the stale-engine alarm, and stopping
-in order.
+"""What happens beside the training steps: metrics, progress, stale-engine alarm, orderly stop.
 
 `follow` attaches all of it to a trainer, and takes it down again however the training ends.
 """
@@ -47,8 +46,7 @@ SHOWN = {
     "embedding/mean_cosine": "cosine",
     "mean_token_accuracy": "accuracy",
 }
-"""Metrics in the progress line, and their short names; those that a run does not log are left
-out."""
+"""Metrics in the progress line, and their short names; what a run does not log is left out."""
 
 ENGINE_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
@@ -62,8 +60,9 @@ def follow(
     steps_between_generations: int = 1,
     stale_engine_threshold: float = 0.1,
 ) -> Iterator[StopOnSignal]:
-    """Write metrics, show progress, watch the engine, and stop in order on Ctrl-C or SIGTERM while
-    the block runs.
+    """While the block runs: write metrics, show progress, watch the engine, and stop in order.
+
+    Ctrl-C and SIGTERM stop it.
 
         with follow(trainer, run) as stop:
             trainer.train(resume_from_checkpoint=opened.checkpoint)
@@ -99,8 +98,7 @@ def follow(
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends every log to metrics.jsonl under TRL's names, with `step` and `seconds` since the run
-    began.
+    """Appends every log to metrics.jsonl: TRL's names, `step`, `seconds` since the run began.
 
     A resumed run goes on counting `seconds` where the kept metrics end. transformers' closing
     summary is no step and goes to status.json.
@@ -135,17 +133,15 @@ class MetricsWriter(TrainerCallback):
             "seconds": round(time.monotonic() - self._began, 3),
             **plain_numbers(logs),
         }
-        with self.run.metrics.open(
-            "a", encoding="utf-8"
-        ) as file:  # closed, so flushed, for each line
+        # Closed, so flushed, for each line.
+        with self.run.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=str) + "\n")
 
 
 class ProgressLine(TrainerCallback):
-    """A bar with step, speed, time left and the last metrics; without a terminal, one plain line
-    per log.
+    """A bar with step, speed, time left and the last metrics.
 
-    Quiet on all processes but the main one.
+    Without a terminal, one plain line per log. Quiet on all processes but the main one.
     """
 
     def __init__(self, console: Console) -> None:
@@ -224,10 +220,10 @@ class ProgressLine(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second signal ends at once
-    (KeyboardInterrupt).
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop.
 
-    With several processes all stop at the same step, whichever of them was told.
+    A second signal ends at once (KeyboardInterrupt). With several processes all stop at the same
+    step, whichever of them was told.
 
     Args:
         steps_between_generations: Optimizer steps that one batch of rollouts serves. A checkpoint
@@ -339,11 +335,12 @@ class StaleEngineAlarm(TrainerCallback):
             return
         self._warned_at = state.global_step
         text = (
-            f"Step {state.global_step}: the engine's log-probabilities are {difference:.3g} nats per token away from "
-            f"the trainer's (alarm above {self.threshold:g}). It probably samples from old or wrong weights, and then "
-            "rewards stay flat. If this goes on: restart the vLLM server (one that served another run keeps its "
-            "weights), set vllm_enable_sleep_mode: false, or train with use_vllm: false. In low precision on very "
-            "long rationales a higher stale_engine_threshold may be right."
+            f"Step {state.global_step}: the engine's log-probabilities are {difference:.3g} nats "
+            f"per token away from the trainer's (alarm above {self.threshold:g}). It probably "
+            "samples from old or wrong weights, and then rewards stay flat. If this goes on: "
+            "restart the vLLM server (one that served another run keeps its weights), set "
+            "vllm_enable_sleep_mode: false, or train with use_vllm: false. In low precision on "
+            "very long rationales a higher stale_engine_threshold may be right."
         )
         self.console.print(Text(text, style="bold red"))
 
@@ -351,8 +348,7 @@ class StaleEngineAlarm(TrainerCallback):
 def print_group(
     console: Console, rows: Sequence[Mapping[str, Any]], reward_labels: Sequence[str]
 ) -> None:
-    """Print one group's rationales, best first, each with its rewards and its advantage, under the
-    text they are about.
+    """Print a text and its group of rationales, best first, each with rewards and advantage.
 
     Args:
         console: Where to print.
@@ -381,8 +377,10 @@ def print_group(
 
 
 def _shown(text: str, console: Console, limit: int = 800) -> Text:
-    """Foreign text as it may go to a terminal: no markup, no control or direction characters, what
-    the encoding has."""
+    """Foreign text, safe for a terminal.
+
+    No markup, no control or direction characters, only what the encoding has.
+    """
     if len(text) > limit:
         text = text[:limit] + " ..."
     text = "".join(

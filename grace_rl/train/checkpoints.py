@@ -41,8 +41,10 @@ class CheckpointMixin:
         """Write further files into a checkpoint; called on the main process only."""
 
     def load_extra_state(self, folder: Path) -> None:
-        """Read them again on resuming; called on every process, after the model and before the
-        first step."""
+        """Read them again on resuming.
+
+        Called on every process, after the model and before the first step.
+        """
 
     def train(
         self,
@@ -62,7 +64,8 @@ class CheckpointMixin:
                 raise UserError(f"{self.args.output_dir}: no complete checkpoint to resume from")
         elif folder is not None and not is_complete(Path(folder)):
             raise UserError(
-                f"{folder}: the checkpoint is incomplete (its {COMPLETE} marker does not match its files)"
+                f"{folder}: the checkpoint is incomplete "
+                f"(its {COMPLETE} marker does not match its files)"
             )
         folder = folder and str(folder)
         return super().train(folder, trial, ignore_keys_for_eval)  # type: ignore[misc]
@@ -70,8 +73,9 @@ class CheckpointMixin:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        # Stopping at the end of an epoch asks twice; the second writing could only spoil the first.
         if self._saved_step == step:
-            return  # stopping at the end of an epoch asks twice; the second writing could only spoil the first
+            return
         limit = self.args.save_total_limit
         if self.args.should_save:
             (folder / COMPLETE).unlink(missing_ok=True)
@@ -80,7 +84,8 @@ class CheckpointMixin:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # every process has written its random state and shards
+        # Complete only once every process has written its random state and shards.
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.save_extra_state(folder)
             mark_complete(folder)
@@ -154,18 +159,19 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 
 
 def remove_incomplete_checkpoints(folder: str | Path) -> None:
-    """Delete what a killed process left half written or half deleted. Only for the one process that
-    owns the folder."""
+    """Delete what a killed process left half written or half deleted.
+
+    Only for the one process that owns the folder.
+    """
     for path in list_checkpoints(folder):
         if not is_complete(path):
             shutil.rmtree(path)
 
 
 def rotate_checkpoints(folder: Path, limit: int | None, best: str | None = None) -> None:
-    """Delete the oldest complete checkpoints until `limit` are left, never the newest nor the best
-    one.
+    """Delete the oldest complete checkpoints until `limit` are left; `None` or 0 keeps all.
 
-    `None` or 0 keeps all.
+    The newest and the best one always stay.
     """
     complete = [path for path in list_checkpoints(folder) if is_complete(path)]
     left = len(complete)

@@ -99,8 +99,16 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
 
     Raises:
         UserError: Roles, batch sizes, reader or rewards do not fit together. Raised before a model
-        is loaded.
+            is loaded.
     """
+
+    # TRL calls these optional, but they are set once its own `__init__` is through.
+    model: nn.Module
+    chat_template_kwargs: dict[str, Any]
+    max_completion_length: int
+    num_generations: int
+    num_generations_eval: int
+    shuffle_dataset: bool
 
     def __init__(
         self,
@@ -117,6 +125,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         console: Console | None = None,
     ) -> None:
         reader_config = ReaderConfig(**args.reader)
+        assert args.num_generations is not None  # TRL's config compares it with 2
         roles = parse_roles(args.roles, args.num_generations)
         self.rewards = _weighted(load_rewards(rewards, Path.cwd()), args.reward_weights)
         args.reward_weights = [reward.weight for reward in self.rewards]
@@ -143,9 +152,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             )
         if self.use_vllm:
             repair_weight_push(self.vllm_generation)
-            self.vllm_generation.sync_weights = self._timed(
-                "sync", self.vllm_generation.sync_weights
-            )
+            generation: Any = self.vllm_generation  # mypy lets nothing replace a method
+            generation.sync_weights = self._timed("sync", generation.sync_weights)
         self.prompt_template = PromptTemplate(
             self._tokenizer, args.instruction, args.max_text_tokens, self.chat_template_kwargs
         )
@@ -165,6 +173,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> BundleSampler:
         bundles = self._bundles["train"]
+        assert self.args.steps_per_generation is not None  # TRL's config has worked it out
         return BundleSampler(
             rows=len(bundles.rows),
             texts_per_row=len(bundles.trained),
@@ -182,8 +191,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         batch_size = self.args.per_device_eval_batch_size * self.accelerator.num_processes
         if batch_size % bundle_size:
             raise UserError(
-                f"per_device_eval_batch_size x processes = {batch_size} must be a multiple of trained roles x "
-                f"num_generations_eval = {bundle_size}"
+                f"per_device_eval_batch_size x processes = {batch_size} must be a multiple of "
+                f"trained roles x num_generations_eval = {bundle_size}"
             )
         return BundleSampler(
             rows=len(bundles.rows),
@@ -211,17 +220,21 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         first = self.accelerator.process_index * share
         self._batch = GenerationBatch(texts, padded[first : first + share], len(anchors))
         output = super()._generate_and_score_completions(inputs)
+        self._assign_credit(self._batch, output)
         if self.model.training:
-            self._keep_rollouts(self._batch, output["advantages"])
+            self._keep_rollouts(self._batch, _row_means(output))
         self._batch = None
         return output
+
+    def _assign_credit(self, batch: GenerationBatch, output: dict[str, Any]) -> None:
+        """Settle `output["advantages"]`, (B,) or (B, T); TRL's advantages of the group stay."""
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         assert self._batch is not None
         self._batch.prompts = [self._render(prompt) for prompt in prompts]
         return [prompt.token_ids for prompt in self._batch.prompts], None, {}
 
-    def _generate_single_turn(
+    def _generate_single_turn(  # type: ignore[override]  # has_tool_images: there are no tools
         self, prompt_ids: list[list[int]], images: Any, fields: Any, num_generations: int
     ) -> Any:
         batch = self._batch
@@ -273,8 +286,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """TRL's forward; the one for the old log-probabilities also yields the embeddings of
-        in-context readers."""
+        """TRL's forward; that for the old log-probabilities also feeds in-context readers."""
         forward = super()._get_per_token_logps_and_entropies
         batch = self._batch
         usable = (
@@ -293,9 +305,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         mask = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
         for i, (prompt, ids) in enumerate(zip(batch.prompts, batch.token_ids, strict=True)):
             _, first = self.reader.tokens_to_read(Written(prompt, ids, ""))
-            seam = (
-                width - logits_to_keep
-            )  # prompts end here (padded left), completions start (padded right)
+            # Prompts end here (padded left), completions start (padded right).
+            seam = width - logits_to_keep
             mask[i, seam - len(prompt.token_ids) + first : seam + len(ids)] = True
         size = kwargs.get("batch_size") or input_ids.size(0)
         vectors: list[Tensor] = []
@@ -316,8 +327,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         completions: list[str],
         completion_ids_list: Any,
     ) -> Tensor:
-        """Embed, gather the pool, score. Returns (W, R) rewards of every process's rollouts, NaN =
-        not scored."""
+        """Embed, gather the pool, score: every process's rewards, (W, R), NaN = not scored."""
         batch = self._batch
         assert batch is not None
         start = time.perf_counter()
@@ -371,8 +381,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
     def _read(
         self, batch: GenerationBatch, written: list[Written], anchors: list[Written]
     ) -> tuple[Tensor, Tensor]:
-        """Raw vectors of rollouts and anchors, (B, H) and (A, H), in as few forwards as the reader
-        allows."""
+        """Raw vectors of rollouts (B, H) and anchors (A, H), in as few forwards as can be."""
         if batch.raw is None:
             both = self.reader.read(written + anchors)
             return both[: len(written)], both[len(written) :]
@@ -398,13 +407,16 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
     # -- keeping and reporting them ---------------------------------
 
     def _keep_rollouts(self, batch: GenerationBatch, advantages: Tensor) -> None:
-        """Store every process's rollouts and anchors of a logged step; print one group now and
-        then."""
+        """Store the rollouts and anchors of a logged step; now and then print a group.
+
+        Both are those of every process.
+        """
         step = self.state.global_step + 1
         advantages = gather(advantages)
         steps = gather_object(_step_scores(batch.scored, len(batch.texts)))
         every = self.args.print_rollouts_steps
-        logged = step % max(1, int(self.state.logging_steps)) == 0 or step == 1
+        logged = step % max(1, int(self.state.logging_steps)) == 0
+        logged = logged or (step == 1 and self.args.logging_first_step)
         printed = every > 0 and (step % every == 0 or step == 1)
         if not self.accelerator.is_main_process or not (logged or printed):
             return
@@ -488,24 +500,30 @@ def check_batches(args: GraceGRPOConfig, bundles: Bundles, rewards: Sequence[Loa
     Raises:
         UserError: With the arithmetic that does not work out.
     """
+    # TRL's config compares the one with 2, and has worked the other out.
+    assert args.num_generations is not None and args.generation_batch_size is not None
     problems = []
     bundle = len(bundles.trained) * args.num_generations
     rows, rest = divmod(args.generation_batch_size, bundle)
     if rest:
         problems.append(
-            f"generation_batch_size = {args.generation_batch_size} must be a multiple of trained roles x "
+            f"generation_batch_size = {args.generation_batch_size} must be a multiple of "
+            "trained roles x "
             f"num_generations = {len(bundles.trained)} x {args.num_generations} = {bundle}"
         )
     elif rows > len(bundles.rows):
         problems.append(
-            f"a generation batch takes {rows} rows (generation_batch_size {args.generation_batch_size} / {bundle}), "
-            f"but there are only {len(bundles.rows)}; lower per_device_train_batch_size or give more rows"
+            f"a generation batch takes {rows} rows "
+            f"(generation_batch_size {args.generation_batch_size} / {bundle}), "
+            f"but there are only {len(bundles.rows)}; "
+            "lower per_device_train_batch_size or give more rows"
         )
     gates = [reward.label for reward in rewards if reward.gates]
     if gates and args.multi_objective_aggregation == "normalize_then_sum":
         problems.append(
-            f"rewards {', '.join(gates)} are gates: they place a rollout below the totals of its group, which "
-            "multi_objective_aggregation: normalize_then_sum does not form; use sum_then_normalize"
+            f"rewards {', '.join(gates)} are gates: they place a rollout below the totals of its "
+            "group, which multi_objective_aggregation: normalize_then_sum does not form; "
+            "use sum_then_normalize"
         )
     if problems:
         raise UserError(problems)
@@ -546,6 +564,14 @@ def _row_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """The rows' own fields as columns; a field that a row lacks is None there."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _row_means(output: dict[str, Any]) -> Tensor:
+    """(B,) advantages; those that differ by token as their mean over the rationale."""
+    advantages, mask = output["advantages"], output["completion_mask"]
+    if advantages.dim() == 1:
+        return advantages
+    return (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _step_scores(scored: Scored | None, count: int) -> list[list[float] | None]:

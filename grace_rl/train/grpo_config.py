@@ -31,6 +31,13 @@ class GraceGRPOConfig(GRPOConfig):
             whole.
         anchor_temperature: Sampling temperature of anchors, above 0; `None` is the rollouts' own.
             GRACE uses 0.5.
+        segments: How many segments a rationale is cut into for rewards that return steps
+            (`refinement`), at least 1; 3 to 5 is usual. They are near-equal in tokens, and cut at a
+            sentence end where one is near.
+        segment_min_tokens: Shortest segment in tokens, at least 1; a rationale too short for
+            `segments` of them is one segment.
+        shaping: Keywords of `grace_rl.reward.shaping.ShapingConfig`: how the scores after each
+            segment become advantages.
         print_rollouts_steps: Print one group of rationales every so many steps; 0 never prints.
         stale_engine_threshold: Alarm level of `sampling/sampling_logp_difference/mean`, in nats.
     """
@@ -40,5 +47,8 @@ class GraceGRPOConfig(GRPOConfig):
     instruction: str | None = DEFAULT_INSTRUCTION
     max_text_tokens: int = 512
     anchor_temperature: float | None = None
+    segments: int = 4
+    segment_min_tokens: int = 16
+    shaping: dict[str, Any] = field(default_factory=dict)
     print_rollouts_steps: int = 10
     stale_engine_threshold: float = 0.1

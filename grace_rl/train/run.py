@@ -21,13 +21,16 @@ from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import ReaderConfig
 from grace_rl.evaluate.scenes import example_rationales, score_policy
 from grace_rl.evaluate.tables import rationale_table, score_table
+from grace_rl.recipe import RL_METHODS
 from grace_rl.reward.loading import load_rewards
 from grace_rl.rollout.policy import load_policy, resolve_model
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.train.callbacks import follow
 from grace_rl.train.grpo import GraceGRPOTrainer, check_batches
+from grace_rl.train.ppo import GracePPOTrainer
 from grace_rl.train.run_directory import RunDirectory
 from grace_rl.train.sft import GraceSFTTrainer
+from grace_rl.train.value_model import without_value_model
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -47,7 +50,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> int:
     console = Console()
     args, model_config = recipe.training_arguments(), recipe.model_config()
     rows = read_rows(recipe.data)
-    if recipe.method == "grpo":
+    if recipe.method in RL_METHODS:
         rewards = load_rewards(recipe.rewards, recipe.path.parent)
         check_batches(args, Bundles(rows, parse_roles(args.roles, args.num_generations)), rewards)
 
@@ -58,8 +61,8 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> int:
         model, tokenizer = _load(model_config, args, run.path)
         common = {"processing_class": tokenizer, "peft_config": get_peft_config(model_config)}
         trainer: Any
-        if recipe.method == "grpo":
-            trainer = GraceGRPOTrainer(
+        if recipe.method in RL_METHODS:
+            trainer = (GracePPOTrainer if recipe.method == "ppo" else GraceGRPOTrainer)(
                 model, args, rows, rewards, run_folder=run.path, console=console, **common
             )
         else:
@@ -122,11 +125,14 @@ def steps_between_generations(args: Any) -> int:
 def save_policy(trainer: Any, folder: Path) -> None:
     """Write a policy that transformers and vLLM load: an adapter is merged into its base model."""
     trainer.save_model(str(folder))
+    if trainer.args.should_save:
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says it all
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload") and trainer.args.should_save:
         for file in folder.glob("adapter_*"):
             file.unlink()
-        model.merge_and_unload().save_pretrained(folder)
+        with without_value_model(model):
+            model.merge_and_unload().save_pretrained(folder)
 
 
 class Report:
@@ -149,7 +155,7 @@ class Report:
             self.content = json.loads(self.run.evaluation.read_text(encoding="utf-8"))
             return
         self.content = {"model": str(self.run.model), "rows": [], "examples": {}}
-        rl = self.recipe.method == "grpo"
+        rl = self.recipe.method in RL_METHODS
         self._add("cold_start" if rl else "untrained", "none")
         if rl:
             self._add("cold_start", "greedy")

@@ -1,18 +1,17 @@
-"""The run directory: what a run leaves on the disk, and when a directory may be started, resumed or
-overwritten.
+"""The run directory: what a run leaves on the disk, and when it may start, resume or overwrite.
 
     status.json         starting, running or finished; the summary of the training
     recipe.yaml         the resolved recipe
-    environment.json    versions, machine, code, command; one more entry under `resumed` for each
-    resumption metrics.jsonl       one object per logged step rollouts/
-    step-000010.parquet, ... (grace_rl.rollout.store) checkpoints/        checkpoint-100/, ...
-    (grace_rl.train.checkpoints) model/              the trained policy, once the run is finished
+    environment.json    versions, machine, code, command; under `resumed`, one entry per resumption
+    metrics.jsonl       one object per logged step
+    rollouts/           step-000010.parquet, ... (grace_rl.rollout.store)
+    checkpoints/        checkpoint-100/, ... (grace_rl.train.checkpoints)
+    model/              the trained policy, once the run is finished
     evaluation.json
 
 Files appear whole or not at all, metrics line by line. A kill at any moment loses the work since
-the last complete
-checkpoint and nothing else: everything logged after that checkpoint is cut off when the run
-resumes, and made again.
+the last complete checkpoint and nothing else: everything logged after that checkpoint is cut off
+when the run resumes, and made again.
 """
 
 from __future__ import annotations
@@ -80,8 +79,7 @@ MAY_CHANGE = (
     "vllm_server_*",
     "vllm_group_port",
 )
-"""Keys (patterns) that may differ when a run is resumed: none of them changes what the next step
-computes."""
+"""Keys (patterns) that may differ on resuming: none changes what the next step computes."""
 
 _PACKAGES = [
     "grace-rl",
@@ -122,7 +120,7 @@ class RunDirectory:
     Args:
         path: The directory; it need not exist.
         processes: `accelerate.PartialState()` (or an accelerator's `state`) when there may be
-        several processes.
+            several processes.
     """
 
     def __init__(self, path: str | Path, processes: Any = None) -> None:
@@ -175,9 +173,8 @@ class RunDirectory:
         """Take the directory for this run, and say where the run begins.
 
         New or empty: start. Unfinished: resume, if the recipe is the same (but for `MAY_CHANGE`);
-            what came after the
-        last complete checkpoint is cut off. With `overwrite`: remove what an earlier run wrote and
-        start.
+        what came after the last complete checkpoint is cut off. With `overwrite`: remove what an
+        earlier run wrote and start.
 
         Args:
             recipe: The resolved recipe, in plain YAML types.
@@ -199,20 +196,21 @@ class RunDirectory:
         status = read_status(self.path)
         if status is None and self._holds_other_things():
             raise UserError(
-                f"{self.path}: the directory is not empty and holds no run of grace-rl; give --output_dir a new one"
+                f"{self.path}: the directory is not empty and holds no run of grace-rl; "
+                "give --output_dir a new one"
             )
         self._take_lock()
         try:
             self._recover()
-            status = read_status(
-                self.path
-            )  # another process may have finished while this one came here
+            # Read again: another process may have finished while this one came here.
+            status = read_status(self.path)
             kind = status and status["status"]
             if overwrite or kind in (None, "starting"):
                 return self._start(recipe, seed)
             if kind == "finished":
                 raise UserError(
-                    f"{self.path}: holds a finished run; choose another --output_dir, or give --overwrite to replace it"
+                    f"{self.path}: holds a finished run; "
+                    "choose another --output_dir, or give --overwrite to replace it"
                 )
             return self._resume(recipe, seed)
         except BaseException:
@@ -233,14 +231,15 @@ class RunDirectory:
     def _resume(self, recipe: dict[str, Any], seed: int | None) -> Opened:
         if not self.recipe.is_file():
             raise UserError(
-                f"{self.path}: recipe.yaml is missing, so the run cannot be resumed; give --overwrite"
+                f"{self.path}: recipe.yaml is missing, so the run cannot be resumed; "
+                "give --overwrite"
             )
         different = _differences(yaml.safe_load(self.recipe.read_text(encoding="utf-8")), recipe)
         if different:
             raise UserError(
                 [
-                    f"{self.path}: holds an unfinished run of another recipe; set these back to resume it, "
-                    "choose another --output_dir, or give --overwrite to replace it:",
+                    f"{self.path}: holds an unfinished run of another recipe; set these back to "
+                    "resume it, choose another --output_dir, or give --overwrite to replace it:",
                     *different,
                 ]
             )
@@ -297,8 +296,7 @@ class RunDirectory:
     # -- the lock ---------------------------------
 
     def _take_lock(self) -> None:
-        """A record lock: it ends with the process, however that dies, and forked children do not
-        inherit it."""
+        """A record lock: it ends with the process, however that dies; forks do not inherit it."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -324,8 +322,7 @@ class RunDirectory:
     # -- ending ---------------------------------
 
     def record_summary(self, summary: Mapping[str, Any]) -> None:
-        """Keep transformers' closing figures (`train_runtime`, `train_loss`, ...) in status.json;
-        main process only."""
+        """Main process: keep transformers' closing figures (`train_loss`, ...) in status.json."""
         status = read_status(self.path) or {"status": "running"}
         self._write_status({**status, "summary": plain_numbers(summary)})
 
@@ -374,8 +371,7 @@ class RunDirectory:
         write_json(self.status_file, {"grace_rl": _version("grace-rl"), **status})
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
-        """What the main process returns, on every process; its `UserError` is raised on every
-        process."""
+        """On every process, what the main process returns, or the `UserError` that it raises."""
         result, problems = None, None
         if self.is_main_process:
             try:

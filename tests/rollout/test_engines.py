@@ -53,7 +53,8 @@ def difference():
     for prompt, ids, own in zip(prompts, sampled, logps, strict=True):
         with torch.no_grad():
             logits = trainer.model(input_ids=torch.tensor([prompt + list(ids)])).logits
-        expected = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)[range(len(ids)), list(ids)]
+        logits = logits[0, len(prompt) - 1 : -1]
+        expected = logits.float().log_softmax(-1)[range(len(ids)), list(ids)]
         gaps.append((torch.tensor([lp[0] for lp in own]) - expected).abs().mean())
     return float(torch.stack(gaps).mean())
 

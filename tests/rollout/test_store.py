@@ -1,5 +1,4 @@
-"""The rollout store: what is written is read back, whole, also from a run that is still writing or
-was killed."""
+"""The rollout store: what is written is read back whole, also from a running or killed run."""
 
 from __future__ import annotations
 

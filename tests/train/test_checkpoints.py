@@ -1,5 +1,4 @@
-"""Checkpoints of a real TRL trainer: complete or invisible, resumed exactly, stopped in order,
-killed at any moment."""
+"""Checkpoints of a real TRL trainer: whole or unseen, resumed exactly, stopped, killed any time."""
 
 from __future__ import annotations
 

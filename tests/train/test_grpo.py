@@ -77,10 +77,11 @@ def test_training_moves_the_policy_and_logs(policy: str, tmp_path: Path) -> None
     assert any(not torch.equal(before[name], p) for name, p in weights(trainer).items())
     logged = trainer.state.log_history[0]
     for name in (
-        "reward", "rewards/contrastive/mean", "rewards/contrastive/std", "rewards/contrastive/within_group_std",
-        "embedding/mean_cosine", "embedding/effective_rank", "completions/mean_length", "completions/clipped_ratio",
-        "completions/distinct_2", "rollout/tokens_per_second", "time/rollout", "time/embed", "time/reward",
-        "time/train", "time/sync",
+        "reward", "rewards/contrastive/mean", "rewards/contrastive/std",
+        "rewards/contrastive/within_group_std", "embedding/mean_cosine", "embedding/effective_rank",
+        "completions/mean_length", "completions/clipped_ratio", "completions/distinct_2",
+        "rollout/tokens_per_second", "time/rollout", "time/embed", "time/reward", "time/train",
+        "time/sync",
     ):  # fmt: skip
         assert name in logged, name
 

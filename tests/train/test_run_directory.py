@@ -114,7 +114,8 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(run: RunDirectory) 
     run.close()
     before = tree(run.path)
     changed: dict[str, Any] = {
-        **RECIPE, "learning_rate": 2e-5, "roles": {"query": {"samples": 4}}, "beta": 0.1, "max_steps": 99
+        **RECIPE, "learning_rate": 2e-5, "roles": {"query": {"samples": 4}}, "beta": 0.1,
+        "max_steps": 99,
     }  # fmt: skip
     with pytest.raises(UserError) as caught:
         run.open(changed)

@@ -1,5 +1,6 @@
-"""A real SFT run on a random model of a few thousand parameters; started as a program by the tests
-beside it.
+"""A real SFT run on a random model of a few thousand parameters, for the tests beside it.
+
+They start it as a program:
 
 python tiny_training.py RUN [--max_steps 8] [--save_steps 2] [--pause 0] [--interrupt_at STEP]
 """

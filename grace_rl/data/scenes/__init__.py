@@ -1,5 +1,4 @@
-"""The built-in world of small scenes: rows, rationales, gold similarity, and a tiny policy for
-it."""
+"""The built-in world of small scenes: rows, rationales, gold similarity, and its tiny policy."""
 
 from grace_rl.data.scenes.dataset import rows
 from grace_rl.data.scenes.policy import COLD_START, save_untrained

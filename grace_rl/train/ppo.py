@@ -1,0 +1,307 @@
+"""PPO on rationales: the rollouts, embeddings and rewards of `GraceGRPOTrainer`, with a critic.
+
+What differs from TRL's GRPO:
+
+- A value model (train/value_model.py) predicts the reward from the text so far. Advantages are
+  those of GAE over tokens, (B, T), whitened over the whole batch of rollouts; a group only matters
+  to rewards that compare inside one.
+- Rewards are paid per token: the weighted total on the last token, and the KL to the reference on
+  every token (`kl_in: reward`) or in the loss as in TRL; the coefficient can adapt.
+- The clipped policy loss is TRL's, with its averaging, entropy bonus and vLLM correction; the
+  clipped value loss is added to it.
+
+What differs from textbook PPO: values of the state before each token come with the old
+log-probabilities in one forward; one optimizer and one gradient norm for policy and critic, each
+with its own learning rate; mini-batches are cut once for a batch of rollouts and reused in every
+epoch (TRL's buffer); a rollout that no reward scored moves neither policy nor critic.
+
+The terms themselves are in train/ppo_terms.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.models.utils import disable_gradient_checkpointing
+
+from grace_rl.errors import UserError
+from grace_rl.reward.runtime import weighted_totals
+from grace_rl.train.grpo import GenerationBatch, GraceGRPOTrainer
+from grace_rl.train.ppo_config import GracePPOConfig
+from grace_rl.train.ppo_terms import (
+    adapted_kl_coefficient,
+    clipped_value_losses,
+    explained_variance,
+    gae,
+    moments,
+    place_rewards,
+    whiten,
+)
+from grace_rl.train.value_model import (
+    attach_value_model,
+    is_value_parameter,
+    split_state,
+    without_value_model,
+)
+
+VALUE_MODEL_FILE = "value_model.safetensors"
+
+
+class GracePPOTrainer(GraceGRPOTrainer):
+    """PPO for policies whose rationales are read as embeddings.
+
+    Args:
+        model: As in `GraceGRPOTrainer`.
+        args: The configuration.
+        *others, **keywords: As in `GraceGRPOTrainer`.
+
+    Raises:
+        UserError: As in `GraceGRPOTrainer`; or DeepSpeed would leave the critic without its own
+            learning rate or weights.
+    """
+
+    args: GracePPOConfig
+
+    def __init__(self, model: Any, args: GracePPOConfig, *others: Any, **keywords: Any) -> None:
+        _check_deepspeed(args)
+        self._received: list[Tensor] = []  # (b, T) values of the forward under way, by chunk
+        self._forward: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self._rollout_values: Tensor | None = None
+        super().__init__(model, args, *others, **keywords)
+        policy = self.accelerator.unwrap_model(self.model)
+        self.value_model = attach_value_model(policy, args.critic, self._received.append)
+        self._critic_state: dict[str, Tensor] = {}
+        if self.use_vllm:
+            parameters = self.vllm_generation._iter_named_params
+            self.vllm_generation._iter_named_params = lambda: (
+                item for item in parameters() if not is_value_parameter(item[0])
+            )
+
+    # -- values ---------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        self._received.clear()
+        output = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        if self._received:  # the policy's forward, not a reference model's
+            # The value before token t comes, as its logits do, from position t - 1.
+            values = torch.cat(self._received)[:, -logits_to_keep - 1 : -1]
+            self._forward = (output[0], output[1], values)
+            if self._batch is not None and self._rollout_values is None:
+                self._rollout_values = values
+        return output
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rollout_values = None
+        return super()._generate_and_score_completions(inputs)
+
+    def _values_of_rollouts(self, output: dict[str, Any]) -> Tensor:
+        """(B, T) values by the policy that wrote the rollouts, from TRL's forward for the old
+        log-probabilities. Where TRL skips that (one epoch, one mini-batch), it is made here."""
+        if "old_per_token_logps" not in output:
+            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+            attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+            self._rollout_values = None
+            with (
+                torch.no_grad(),
+                disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            ):
+                output["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
+                    self.model,
+                    ids,
+                    attention,
+                    output["completion_ids"].size(1),
+                    batch_size=self.args.per_device_train_batch_size,
+                )
+        assert self._rollout_values is not None
+        return self._rollout_values
+
+    # -- credit ---------------------------------
+
+    def _assign_credit(self, batch: GenerationBatch, output: dict[str, Any]) -> None:
+        """Rewards, advantages and returns per token, (B, T) each."""
+        args = self.args
+        values = self._values_of_rollouts(output)
+        segment_rewards, segment_ends = self._segment_rewards(batch, output)
+        scored = ~segment_rewards.isnan().any(dim=1, keepdim=True)  # (B, 1)
+        written = output["completion_mask"].bool()
+        mask = written & scored
+        rewards = place_rewards(segment_rewards.nan_to_num(), segment_ends, mask)
+        scores = rewards.sum(1)
+        kl = torch.zeros_like(rewards)
+        if "ref_per_token_logps" in output:
+            kl = (output["old_per_token_logps"] - output["ref_per_token_logps"]) * written
+        if args.kl_in == "reward":
+            rewards = rewards - self.beta * kl * mask
+        advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+        self._log_rollouts(values, returns, mask, scores, rewards.sum(1), kl.sum(1), scored[:, 0])
+        if args.whiten_advantages:
+            advantages = whiten(advantages, mask, self._add_up)
+        output |= {"advantages": advantages, "returns": returns, "old_values": values}
+        output["value_mask"] = mask
+
+    def _segment_rewards(
+        self, batch: GenerationBatch, output: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """(B, K) rewards, NaN in rows that no reward scored, and (B, K) exclusive ends."""
+        assert batch.scored is not None
+        totals = weighted_totals(
+            batch.scored.rewards, self.reward_weights.to(batch.scored.rewards.device)
+        )
+        count = len(batch.texts)
+        first = self.accelerator.process_index * count
+        ends = output["completion_mask"].sum(1)
+        return totals[first : first + count, None], ends[:, None]
+
+    def _log_rollouts(
+        self, values: Tensor, returns: Tensor, mask: Tensor, scores: Tensor, paid: Tensor,
+        kl: Tensor, scored: Tensor,
+    ) -> None:
+        """Metrics of a batch of rollouts; in training, adapt the KL coefficient to it."""
+        mode = "train" if self.model.training else "eval"
+        rows = torch.stack([scores * scored, paid * scored, kl, scored, torch.ones_like(kl)])
+        score, reward, spent, rated, count = self._add_up(rows.double().sum(1)).tolist()
+        mean, _ = moments(values, mask, self._add_up)
+        metrics = {
+            "objective/scores": score / max(rated, 1),
+            "objective/rlhf_reward": reward / max(rated, 1),
+            "val/mean": float(mean),
+            "val/explained_variance": explained_variance(values, returns, mask, self._add_up),
+        }
+        if self.beta != 0.0:
+            metrics |= {"objective/kl": spent / count, "objective/kl_coefficient": self.beta}
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+        if mode == "train" and self.args.kl_target is not None:
+            self.beta = adapted_kl_coefficient(
+                self.beta, spent / count, self.args.kl_target, int(count), self.args.kl_horizon
+            )
+
+    def _add_up(self, sums: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(sums, reduction="sum")
+        return total
+
+    # -- loss ---------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """TRL's clipped policy loss with token advantages, and the clipped value loss."""
+        coefficient = self.beta
+        if self.args.kl_in == "reward":
+            self.beta = 0.0  # it has been paid
+        try:
+            policy_loss: Tensor = super()._compute_loss(model, inputs)
+        finally:
+            self.beta = coefficient
+        assert self._forward is not None
+        logps, entropies, values = self._forward
+        self._forward = None
+        mask = inputs["value_mask"]
+        value_losses, value_clipped = clipped_value_losses(
+            values, inputs["old_values"], inputs["returns"], self.args.value_clip
+        )
+        # A mean over the tokens of one optimizer step on all processes; `num_items_in_batch` counts
+        # those of the whole batch of rollouts.
+        accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
+        share = accumulated / self.args.steps_per_generation if self.model.training else 1.0
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) * share
+        value_loss = (value_losses * mask).sum() / (tokens / self.accelerator.num_processes)
+        loss = policy_loss + self.args.vf_coef * value_loss
+        with torch.no_grad():
+            self._log_losses(
+                inputs, logps, entropies, value_losses, value_clipped, policy_loss * accumulated
+            )
+        return loss
+
+    def _log_losses(
+        self, inputs: dict[str, Any], logps: Tensor, entropies: Tensor | None,
+        value_losses: Tensor, value_clipped: Tensor, policy_loss: Tensor,
+    ) -> None:
+        mode = "train" if self.model.training else "eval"
+        log_ratio, advantages = logps - inputs["old_per_token_logps"], inputs["advantages"]
+        ratio = log_ratio.exp()
+        clipped = (ratio > 1 + self.epsilon_high) & (advantages > 0)
+        clipped |= (ratio < 1 - self.epsilon_low) & (advantages < 0)
+        assert entropies is not None
+        columns = {
+            "policy/approxkl_avg": 0.5 * log_ratio**2,
+            "policy/clipfrac_avg": clipped,
+            "policy/entropy_avg": entropies,
+            "loss/value_avg": value_losses,
+            "val/clipfrac_avg": value_clipped,
+        }
+        mask = inputs["value_mask"]
+        sums = [(column * mask).sum() for column in columns.values()] + [mask.sum()]
+        *totals, count = self._add_up(torch.stack([s.double() for s in sums])).tolist()
+        for name, total in zip(columns, totals, strict=True):
+            self._metrics[mode][name].append(total / max(count, 1))
+        self._metrics[mode]["loss/policy_avg"].append(
+            self._add_up(policy_loss).item() / self.accelerator.num_processes
+        )
+
+    # -- optimizer and checkpoints ---------------------------------
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """TRL's, with the critic in a parameter group of its own."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            own = [p for p in self.value_model.parameters() if p.requires_grad]
+            critic = {id(p) for p in own}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in critic]
+            rate = self.args.value_learning_rate or self.args.learning_rate
+            optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        policy = self.accelerator.unwrap_model(self.model)
+        critic = self.value_model.state_dict()
+        if state_dict is not None:  # gathered from all processes
+            state_dict, critic = split_state(state_dict)
+        trained = {name for name, p in self.value_model.named_parameters() if p.requires_grad}
+        self._critic_state = {name: critic[name].detach().cpu().clone() for name in trained}
+        with without_value_model(policy):
+            super()._save(output_dir, state_dict)
+
+    def save_extra_state(self, folder: Path) -> None:
+        super().save_extra_state(folder)
+        save_file(self._critic_state, str(folder / VALUE_MODEL_FILE))
+        state = {"kl_coefficient": self.beta}
+        (folder / "ppo.json").write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        policy = self.accelerator.unwrap_model(self.model)
+        with without_value_model(policy):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        critic = load_file(str(Path(resume_from_checkpoint) / VALUE_MODEL_FILE))
+        self.value_model.load_state_dict(critic, strict=False)
+
+    def load_extra_state(self, folder: Path) -> None:
+        super().load_extra_state(folder)
+        state = json.loads((folder / "ppo.json").read_text(encoding="utf-8"))
+        self.beta = state["kl_coefficient"]
+
+
+def _check_deepspeed(args: GracePPOConfig) -> None:
+    """Raises UserError where DeepSpeed could not give the critic what it needs."""
+    problems = []
+    config = getattr(args.hf_deepspeed_config, "config", {}) if args.deepspeed else {}
+    if "optimizer" in config:
+        problems.append(
+            "deepspeed: its own optimizer knows one learning rate; remove the section optimizer, "
+            "then value_learning_rate holds"
+        )
+    if args.critic == "separate" and is_deepspeed_zero3_enabled():
+        problems.append("critic: separate cannot copy weights that ZeRO-3 has split; use ZeRO-2")
+    if problems:
+        raise UserError(problems)
