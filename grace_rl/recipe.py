@@ -804,10 +804,12 @@ def _check_rewards(source: RecipeSource, specs: list[RewardSpec], training: dict
 
 
 def _check_ppo(source: RecipeSource, training: dict[str, Any]) -> None:
-    from grace_rl.train.ppo_config import ppo_problems
+    from grace_rl.train.ppo_config import GracePPOConfig, ppo_problems
+
+    fields = dataclasses.fields(GracePPOConfig)
 
     def check() -> None:
-        problems = ppo_problems(training)
+        problems = ppo_problems({f.name: training.get(f.name, _default(f)) for f in fields})
         if problems:
             raise UserError(problems)
 

@@ -197,9 +197,7 @@ class Reader:
                 mask[i, first : len(row)] = True
             span = (mask.to(device), None if places is None else places[start:][: len(batch)])
 
-            def receive(
-                states: Tensor, span: tuple[Tensor, Tensor | None] = span
-            ) -> None:
+            def receive(states: Tensor, span: tuple[Tensor, Tensor | None] = span) -> None:
                 vectors.append(self._pool(states, *span))
 
             with tap_layers(stack, self._layers, receive):

@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 
 from grace_rl.data import scenes
 from grace_rl.data.rows import read_rows
+from grace_rl.data.scenes.rationales import RationaleForm
 from grace_rl.embed.encoder import end_token_ids
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
 from grace_rl.errors import UserError

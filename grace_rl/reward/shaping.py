@@ -22,7 +22,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def check_shaping(settings: Mapping[str, Any], step_rewards: Sequence[str]) -> S
     if settings["shaping"] and not step_rewards:
         problems.append("shaping: has no effect without a reward that returns steps: refinement")
     if step_rewards:
-        problems += _loss_problems(settings, f"{', '.join(step_rewards)} gives credit to segments")
+        problems += loss_problems(settings, f"{', '.join(step_rewards)} gives credit to segments")
     if problems:
         raise UserError(problems)
     return config
@@ -134,24 +134,24 @@ def segment_problems(settings: Mapping[str, Any], step_rewards: Sequence[str]) -
     return problems
 
 
-def _loss_problems(settings: Mapping[str, Any], why: str) -> list[str]:
+def loss_problems(settings: Mapping[str, Any], why: str) -> list[str]:
     """TRL's settings that would silently average the credit of segments away."""
     problems = []
     if settings["importance_sampling_level"] != "token":
         problems.append(
-            f"importance_sampling_level: {why}, and a ratio per sequence would average it; use token"
+            f"importance_sampling_level: {why}, and a ratio per sequence averages it; use token"
         )
     if settings["use_liger_kernel"]:
         problems.append(f"use_liger_kernel: {why}, and its loss takes one advantage a rationale")
     if settings["loss_type"] in ("luspo", "vespo"):
         problems.append(
-            f"loss_type: {why}, and {settings['loss_type']} weighs whole sequences; use dapo, grpo, "
-            "dr_grpo, bnpo, cispo or sapo"
+            f"loss_type: {why}, and {settings['loss_type']} weighs whole sequences; use dapo, "
+            "grpo, dr_grpo, bnpo, cispo or sapo"
         )
     if settings["off_policy_mask_threshold"] is not None:
         problems.append(
-            f"off_policy_mask_threshold: {why}, and the mask keeps or drops whole rationales by the "
-            "sign of one advantage"
+            f"off_policy_mask_threshold: {why}, and the mask keeps or drops whole rationales by "
+            "the sign of one advantage"
         )
     if settings["multi_objective_aggregation"] != "sum_then_normalize":
         problems.append(
@@ -189,7 +189,7 @@ def shape_advantages(
     intercepts: Tensor | None = None,
     penalty: float = 0.0,
     margin: float | None = None,
-    scale: Literal["group", "batch", "none"] = "group",
+    scale: str = "group",
 ) -> Tensor:
     """An advantage for each segment.
 
@@ -205,7 +205,7 @@ def shape_advantages(
         gae_lambda: 0 to 1.
         slopes, intercepts: (K-1,) b_k and a_k of V_k for k = 1 ... K-1; 1 and 0 if not given.
         penalty, margin: as in `ShapingConfig`, the penalty as it is at this step.
-        scale: as TRL's `scale_rewards`.
+        scale: `group`, `batch` or `none`, as TRL's `scale_rewards`.
 
     Returns:
         (W, K). Segments without tokens repeat the first one's.
@@ -218,7 +218,7 @@ def shape_advantages(
     """
     ends = torch.where(scores.isnan().any(1, keepdim=True), one_segment(ends), ends)
     present = has_tokens(ends)  # (W, K)
-    values = prefix_values(scores, ends, totals, slopes, intercepts)
+    values = prefix_values(scores, ends, totals, group, slopes, intercepts)
     deltas = segment_rewards(values)
     if penalty > 0:
         deltas = deltas - penalty * regressions(scores, margin).nan_to_num()
@@ -234,18 +234,23 @@ def prefix_values(
     scores: Tensor,
     ends: Tensor,
     totals: Tensor,
+    group: Tensor,
     slopes: Tensor | None = None,
     intercepts: Tensor | None = None,
 ) -> Tensor:
-    """V_0 ... V_K, (W, K+1): a prediction of the total after each segment, and the total at the end.
+    """V_0 ... V_K, (W, K+1): the total as predicted after each segment, and at the end itself.
 
-    V_0 is the same for a whole group and drops out of its advantages, so it is left at 0.
+    V_0 is the group's mean of s_0, as one thing for a whole group drops out of its advantages. A
+    row whose steps are not scored is one segment: all is paid on the first, and at the end.
     """
+    first = group_means(scores[:, 0], group).nan_to_num()[:, None]
     inner = scores[:, 1:-1]
     if slopes is not None and intercepts is not None:
         inner = intercepts + slopes * inner
-    values = torch.cat([torch.zeros_like(scores[:, :1]), inner, scores[:, -1:]], dim=1)
-    return torch.where(ends == ends[:, -1:], totals[:, None], values)
+    values = torch.cat([first, inner, scores[:, -1:]], dim=1)
+    whole = (ends == ends[:, -1:]) | scores.isnan().any(1, keepdim=True)
+    whole = whole.index_fill(1, torch.tensor([0], device=ends.device), False)
+    return torch.where(whole, totals[:, None], values)
 
 
 def discounted_sums(deltas: Tensor, decay: float) -> Tensor:
@@ -299,8 +304,8 @@ def centre(credit: Tensor, group: Tensor) -> Tensor:
 def pooled_std(credit: Tensor, group: Tensor, together: Tensor) -> Tensor:
     """(W,) the standard deviation over all rollouts and segments of each row's `together`.
 
-    Of centred credit, (W, K) with NaN. Every mean that was subtracted costs a degree of freedom: one
-    for each segment number of each group. With one segment it is the sample standard deviation.
+    Of centred credit, (W, K) with NaN. Every mean that was subtracted costs a degree of freedom,
+    one for each segment number of each group. With one segment it is the sample standard deviation.
     """
     counts = _counts(credit, group)
     freedom = ((counts - 1).clamp(min=0) / counts.clamp(min=1)).where(~credit.isnan(), torch.nan)
@@ -325,12 +330,6 @@ def to_tokens(credit: Tensor, ends: Tensor, length: int) -> Tensor:
     return padded.gather(1, number)
 
 
-def mean_per_token(credit: Tensor, ends: Tensor) -> Tensor:
-    """(W,) the mean of the credit over the rationale's tokens."""
-    lengths = (ends[:, 1:] - ends[:, :-1]).to(credit.dtype)
-    return (credit * lengths).sum(1) / lengths.sum(1).clamp(min=1)
-
-
 # -- calibration ---------------------------------
 
 
@@ -352,8 +351,7 @@ class Calibration:
         """(K-1,) b_k; None before the first batch."""
         if self._moments is None:
             return None
-        _, _, covariance, variance = self._moments
-        return torch.where(variance > 0, covariance / variance.clamp(min=1e-12), 1.0).float()
+        return _slopes(self._moments, nothing=1.0)
 
     @property
     def intercepts(self) -> Tensor | None:
@@ -363,27 +361,17 @@ class Calibration:
         score, final, _, _ = self._moments
         return (final - self.slopes * score).float()
 
-    def update(self, scores: Tensor, ends: Tensor, group: Tensor) -> Tensor:
-        """Take in a batch.
-
-        Args:
-            scores, ends: (W, K+1).
-            group: (W,).
-
-        Returns:
-            (K-1,) this batch's own slopes; NaN where its scores do not differ.
-        """
+    def update(self, scores: Tensor, ends: Tensor, group: Tensor) -> None:
+        """Take in a batch: (W, K+1) scores and ends, (W,) groups."""
         moments = _moments(scores, ends, group)
         seen = ~moments.isnan().any(0)
         if self._moments is None:
             neutral = torch.zeros_like(moments)  # variance 0: slope 1, intercept as the means say
             self._moments = torch.where(seen, moments, neutral)
         else:
-            old = self._moments.to(moments.device)
+            old = self._moments
             self._moments = torch.where(seen, MOMENTUM * old + (1 - MOMENTUM) * moments, old)
         self.batches += 1
-        _, _, covariance, variance = moments
-        return torch.where(variance > 0, covariance / variance.clamp(min=1e-12), torch.nan).float()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as numbers and lists."""
@@ -397,7 +385,7 @@ class Calibration:
         self.batches = state["batches"]
 
 
-def shaping_metrics(scores: Tensor, ends: Tensor, slopes: Tensor) -> dict[str, float]:
+def shaping_metrics(scores: Tensor, ends: Tensor, group: Tensor) -> dict[str, float]:
     """What to watch, `shaping/...` -> number; numbers that the batch does not have are left out.
 
     - `beta_k`, k = 2 ... K: Cov(s_K, s_{k-1}) / Var(s_{k-1}) inside groups.
@@ -407,7 +395,7 @@ def shaping_metrics(scores: Tensor, ends: Tensor, slopes: Tensor) -> dict[str, f
 
     Args:
         scores, ends: (W, K+1).
-        slopes: (K-1,), from `Calibration.update`.
+        group: (W,).
     """
     steps = segment_rewards(scores).where(has_tokens(ends), torch.nan)
     steps = steps[~steps.isnan()]
@@ -417,6 +405,7 @@ def shaping_metrics(scores: Tensor, ends: Tensor, slopes: Tensor) -> dict[str, f
     }
     if ends.shape[1] > 2:
         metrics["shaping/one_segment"] = float((ends[:, 1] == ends[:, -1]).float().mean())
+    slopes = _slopes(_moments(scores, ends, group), nothing=math.nan)
     for number, slope in enumerate(slopes.tolist()):
         metrics[f"shaping/beta_{number + 2}"] = slope
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
@@ -461,11 +450,16 @@ def _moments(scores: Tensor, ends: Tensor, group: Tensor) -> Tensor:
     )
 
 
+def _slopes(moments: Tensor, nothing: float) -> Tensor:
+    """(K-1,) covariance over variance; `nothing` where the scores do not differ."""
+    _, _, covariance, variance = moments
+    return torch.where(variance > 0, covariance / variance.clamp(min=1e-12), nothing).float()
+
+
 def _group_sums(values: Tensor, group: Tensor) -> Tensor:
     """The sum of each row's group, (W,) or (W, K) like `values`; NaN counts as 0."""
     _, index = torch.unique(group, return_inverse=True)
-    sums = values.new_zeros(len(values), *values.shape[1:]).index_add_(0, index, values.nan_to_num())
-    return sums[index]
+    return torch.zeros_like(values).index_add_(0, index, values.nan_to_num())[index]
 
 
 def _counts(values: Tensor, group: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ anything by writing more or fewer steps (papers/gircse.md 9.7).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -50,13 +50,19 @@ def segment_ends(
         highest = min(length - (segments - number) * min_tokens, even + int(SNAP * length))
         sentences = [p for p in range(lowest, highest + 1) if ends_sentence(token_ids[p - 1])]
         even = min(max(even, lowest), highest)
-        ends.append(min(sentences, key=lambda p, even=even: abs(p - even), default=even))
+        ends.append(min(sentences, key=partial(_distance, even), default=even))
     return [*ends, length]
 
 
+def _distance(place: int, other: int) -> int:
+    return abs(place - other)
+
+
 def sentence_end_test(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bool]:
-    """Whether a sentence ends with a token: its text ends with a full stop, a line break, or the
-    like, perhaps with a closing quote."""
+    """Whether a sentence ends with a token.
+
+    Its text then ends with a full stop, a line break, or the like, perhaps with a closing quote.
+    """
 
     @cache
     def ends_sentence(token: int) -> bool:

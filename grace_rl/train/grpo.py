@@ -9,6 +9,9 @@ What differs from TRL's `GRPOTrainer`:
   a pool. In-context readers take the hidden states from the forward that TRL makes for the old
   log-probabilities; where TRL skips that forward, or the reader is the bottleneck, one pass over
   the decoder stack is added.
+- A reward that scores every prefix of a rationale (`refinement`) gives each segment an advantage
+  of its own, (B, T) instead of (B,); `grace_rl.reward.shaping` has the mathematics. The embeddings
+  of prefixes come from the forwards that are made anyway.
 - Rollouts, rewards and advantages are kept in the run directory.
 
 What differs from GRACE (arXiv 2510.04506): any role can be rolled out, so that negatives move the
@@ -35,7 +38,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather, gather_object
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 
@@ -46,13 +49,25 @@ from grace_rl.embed.reader import Reader, ReaderConfig, Written
 from grace_rl.errors import UserError
 from grace_rl.reward import Pool, RewardBatch
 from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
-from grace_rl.reward.runtime import RewardRuntime, Scored
+from grace_rl.reward.runtime import RewardRuntime, Scored, weighted_totals
+from grace_rl.reward.shaping import (
+    Calibration,
+    beta_advice,
+    check_shaping,
+    faded_penalty,
+    shape_advantages,
+    shaping_metrics,
+    to_tokens,
+)
 from grace_rl.rollout.engines import repair_weight_push, vllm_start
 from grace_rl.rollout.prompts import Prompt, PromptTemplate
+from grace_rl.rollout.segments import segment_ends, sentence_end_test
 from grace_rl.rollout.store import write_rollouts
 from grace_rl.train.callbacks import print_group
 from grace_rl.train.checkpoints import CheckpointMixin
 from grace_rl.train.grpo_config import GraceGRPOConfig
+
+ADVICE_BATCHES = 10  # the calibration is judged once it has seen so many
 
 
 @dataclasses.dataclass
@@ -65,7 +80,8 @@ class GenerationBatch:
             an anchor.
         anchor_count: Anchors of all processes without the repeats.
         prompts, token_ids: One per rollout; `anchor_token_ids` one per anchor of the share.
-        raw: (B, H) raw vectors, once a forward of TRL's has given them.
+        ends: (B, K+1) where segments end, in tokens, where a reward asks for prefixes.
+        raw: (B, H) raw vectors, or with `ends` (B, K+1, H), once a forward of TRL's has given them.
     """
 
     texts: list[RoleText]
@@ -74,6 +90,7 @@ class GenerationBatch:
     prompts: list[Prompt] = dataclasses.field(default_factory=list)
     token_ids: list[list[int]] = dataclasses.field(default_factory=list)
     anchor_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
+    ends: Tensor | None = None
     raw: Tensor | None = None
     scored: Scored | None = None
     pool: Pool | None = None
@@ -133,6 +150,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         if eval_dataset is not None:
             self._bundles["eval"] = Bundles(list(eval_dataset), roles)
         check_batches(args, self._bundles["train"], self.rewards)
+        self.shaping = check_shaping(vars(args), step_labels(self.rewards))
+        self.calibration = Calibration()
         self.run_folder = run_folder
         self.console = console or Console()
         self._batch: GenerationBatch | None = None
@@ -157,6 +176,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         self.prompt_template = PromptTemplate(
             self._tokenizer, args.instruction, args.max_text_tokens, self.chat_template_kwargs
         )
+        self._ends_sentence = sentence_end_test(self._tokenizer)
         self._render = lru_cache(maxsize=65_536)(self.prompt_template.render)
         policy = self.accelerator.unwrap_model(self.model)
         self.reader = Reader(
@@ -227,7 +247,58 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         return output
 
     def _assign_credit(self, batch: GenerationBatch, output: dict[str, Any]) -> None:
-        """Settle `output["advantages"]`, (B,) or (B, T); TRL's advantages of the group stay."""
+        """Settle `output["advantages"]`: TRL's (B,), or (B, T) where a reward scores steps."""
+        if not step_labels(self.rewards):
+            return
+        scores, ends, totals, group = self._step_table(batch)
+        training = self.model.training
+        fitted = self.calibration if self.shaping.calibrate else Calibration()
+        credit = shape_advantages(
+            scores,
+            ends,
+            totals,
+            group,
+            gae_lambda=self.shaping.gae_lambda,
+            slopes=fitted.slopes,
+            intercepts=fitted.intercepts,
+            penalty=faded_penalty(
+                self.shaping.penalty, self.state.global_step / max(1, self.state.max_steps)
+            ),
+            margin=self.shaping.margin,
+            scale=self.scale_rewards,
+        )
+        if training:  # fitted after it was used: no rollout has a say in its own baseline
+            self.calibration.update(scores, ends, group)
+            self._advise()
+        for name, value in shaping_metrics(scores, ends, group).items():
+            self._metrics["train" if training else "eval"][name].append(value)
+        own = self._own_rows(batch)
+        advantages = to_tokens(credit[own], ends[own], output["completion_mask"].size(1))
+        output["advantages"] = advantages.to(output["advantages"].device)
+
+    def _step_table(self, batch: GenerationBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scores of prefixes and their ends, (W, K+1) each, and total rewards and groups, (W,) each,
+        for the W rollouts of all processes; on the CPU."""
+        assert batch.scored is not None and batch.ends is not None
+        rewards = batch.scored.rewards
+        totals = weighted_totals(rewards, self.runtime.weights.to(rewards.device))
+        scores = gather(step_scores(self.rewards, batch.scored))
+        ends = gather(batch.ends.to(rewards.device))
+        return scores.cpu(), ends.cpu(), totals.cpu(), batch.scored.group.cpu()
+
+    def _own_rows(self, batch: GenerationBatch) -> slice:
+        """This process's rollouts among all."""
+        first = self.accelerator.process_index * len(batch.texts)
+        return slice(first, first + len(batch.texts))
+
+    def _advise(self) -> None:
+        """Say once, when the calibration has settled, that prefixes predict too little."""
+        slopes = self.calibration.slopes
+        if slopes is None or self.calibration.batches != ADVICE_BATCHES:
+            return
+        advice = beta_advice(slopes, self.shaping)
+        if advice and self.accelerator.is_main_process:
+            self.console.print(advice, style="yellow", highlight=False)
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         assert self._batch is not None
@@ -257,6 +328,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
                     batch.anchor_token_ids, _ = super()._generate_single_turn(
                         anchor_ids, images, fields, 1
                     )
+        if any(reward.steps for reward in self.rewards):
+            batch.ends = torch.tensor([self._segment_ends(ids) for ids in batch.token_ids])
         seconds = time.perf_counter() - start - (self._phases["sync"] - synced)
         self._phases["rollout"] += seconds
         written = sum(map(len, batch.token_ids)) + sum(map(len, batch.anchor_token_ids))
@@ -301,19 +374,22 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         if not usable:
             return forward(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         assert batch is not None
-        width = input_ids.size(1)
+        # Prompts, padded left, end at the seam; completions, padded right, start there.
+        seam = input_ids.size(1) - logits_to_keep
         mask = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
         for i, (prompt, ids) in enumerate(zip(batch.prompts, batch.token_ids, strict=True)):
             _, first = self.reader.tokens_to_read(Written(prompt, ids, ""))
-            # Prompts end here (padded left), completions start (padded right).
-            seam = width - logits_to_keep
             mask[i, seam - len(prompt.token_ids) + first : seam + len(ids)] = True
+        places = None if batch.ends is None else seam + batch.ends.to(input_ids.device)
         size = kwargs.get("batch_size") or input_ids.size(0)
+
+        def span(number: int) -> tuple[Tensor, Tensor | None]:
+            rows = slice(number * size, (number + 1) * size)
+            return mask[rows], None if places is None else places[rows]
+
         vectors: list[Tensor] = []
         policy = self.accelerator.unwrap_model(self.model)
-        with self.reader.tap(
-            policy, lambda number: mask[number * size : (number + 1) * size], vectors
-        ):
+        with self.reader.tap(policy, span, vectors):
             output = forward(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         batch.raw = torch.cat(vectors)
         return output
@@ -343,7 +419,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
                 batch.anchors, batch.anchor_token_ids, rationales, strict=True
             )
         ]
-        raw, raw_anchors = self._read(batch, written, anchors)
+        read, raw_anchors = self._read(batch, written, anchors)
+        raw = read if batch.ends is None else read[:, -1]
         world_raw = torch.cat([gather(raw), gather(raw_anchors)[: batch.anchor_count]])
         self.reader.update_centre(world_raw.mean(0))
         fields = self._rollout_fields(batch.texts, written)
@@ -358,6 +435,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             RewardBatch(
                 **_columns(fields, self.reader.finish(raw)),
                 prompts=[item.prompt.string for item in written],
+                prefix_embeddings=None if batch.ends is None else self.reader.finish(read),
+                prefix_ends=None if batch.ends is None else batch.ends.to(raw.device),
                 columns=_row_columns(
                     [self._bundles[mode].rows[text.example] for text in batch.texts]
                 ),
@@ -381,11 +460,22 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
     def _read(
         self, batch: GenerationBatch, written: list[Written], anchors: list[Written]
     ) -> tuple[Tensor, Tensor]:
-        """Raw vectors of rollouts (B, H) and anchors (A, H), in as few forwards as can be."""
-        if batch.raw is None:
+        """Raw vectors of rollouts, (B, H) or with their prefixes (B, K+1, H), and of anchors, (A,
+        H), in as few forwards as can be."""
+        if batch.raw is not None:
+            none = batch.raw.new_empty(0, batch.raw.size(-1))
+            return batch.raw, self.reader.read(anchors) if anchors else none
+        if batch.ends is None:
             both = self.reader.read(written + anchors)
             return both[: len(written)], both[len(written) :]
-        return batch.raw, self.reader.read(anchors) if anchors else batch.raw[:0]
+        whole = torch.tensor([len(item.token_ids) for item in anchors], dtype=torch.long)
+        ends = torch.cat([batch.ends, whole[:, None].expand(-1, batch.ends.size(1))])
+        both = self.reader.read(written + anchors, ends)
+        return both[: len(written)], both[len(written) :, -1]
+
+    def _segment_ends(self, token_ids: list[int]) -> list[int]:
+        segments, min_tokens = self.args.segments, self.args.segment_min_tokens
+        return segment_ends(token_ids, segments, min_tokens, self._ends_sentence)
 
     def _rollout_fields(
         self, texts: list[RoleText], written: list[Written]
@@ -413,7 +503,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         """
         step = self.state.global_step + 1
         advantages = gather(advantages)
-        steps = gather_object(_step_scores(batch.scored, len(batch.texts)))
+        steps = gather_object(_stored_scores(self.rewards, batch))
         every = self.args.print_rollouts_steps
         logged = step % max(1, int(self.state.logging_steps)) == 0
         logged = logged or (step == 1 and self.args.logging_first_step)
@@ -486,11 +576,17 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         (folder / "rewards.json").write_text(
             json.dumps(self.runtime.state_dict()), encoding="utf-8"
         )
+        (folder / "calibration.json").write_text(
+            json.dumps(self.calibration.state_dict()), encoding="utf-8"
+        )
 
     def load_extra_state(self, folder: Path) -> None:
         self.reader.load(folder)
         self.runtime.load_state_dict(
             json.loads((folder / "rewards.json").read_text(encoding="utf-8"))
+        )
+        self.calibration.load_state_dict(
+            json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
         )
 
 
@@ -574,8 +670,20 @@ def _row_means(output: dict[str, Any]) -> Tensor:
     return (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def _step_scores(scored: Scored | None, count: int) -> list[list[float] | None]:
-    """Step scores of this process's rollouts from the first reward that gives any."""
-    if scored is None or not scored.steps:
-        return [None] * count
-    return [row.tolist() for row in next(iter(scored.steps.values()))]
+def step_labels(rewards: Sequence[LoadedReward]) -> list[str]:
+    """The rewards that give credit to segments; one with weight 0 is only logged."""
+    return [reward.label for reward in rewards if reward.steps and reward.weight]
+
+
+def step_scores(rewards: Sequence[LoadedReward], scored: Scored) -> Tensor:
+    """(B, K+1) the weighted sum of what such rewards say of each prefix, on this process."""
+    weights = {reward.label: reward.weight for reward in rewards}
+    return torch.stack([weights[name] * scored.steps[name] for name in step_labels(rewards)]).sum(0)
+
+
+def _stored_scores(
+    rewards: Sequence[LoadedReward], batch: GenerationBatch
+) -> list[list[float] | None]:
+    if batch.scored is None or not step_labels(rewards):
+        return [None] * len(batch.texts)
+    return [row.tolist() for row in step_scores(rewards, batch.scored)]

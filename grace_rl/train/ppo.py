@@ -5,8 +5,9 @@ What differs from TRL's GRPO:
 - A value model (train/value_model.py) predicts the reward from the text so far. Advantages are
   those of GAE over tokens, (B, T), whitened over the whole batch of rollouts; a group only matters
   to rewards that compare inside one.
-- Rewards are paid per token: the weighted total on the last token, and the KL to the reference on
-  every token (`kl_in: reward`) or in the loss as in TRL; the coefficient can adapt.
+- Rewards are paid per token: the weighted total on the last token, or, where a reward scores steps
+  (`refinement`), what each segment adds on its last token; and the KL to the reference on every
+  token (`kl_in: reward`), or in the loss as in TRL. Its coefficient can adapt.
 - The clipped policy loss is TRL's, with its averaging, entropy bonus and vLLM correction; the
   clipped value loss is added to it.
 
@@ -32,7 +33,15 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from grace_rl.errors import UserError
 from grace_rl.reward.runtime import weighted_totals
-from grace_rl.train.grpo import GenerationBatch, GraceGRPOTrainer
+from grace_rl.reward.shaping import (
+    faded_penalty,
+    one_segment,
+    prefix_values,
+    regressions,
+    segment_rewards,
+    shaping_metrics,
+)
+from grace_rl.train.grpo import GenerationBatch, GraceGRPOTrainer, step_labels
 from grace_rl.train.ppo_config import GracePPOConfig
 from grace_rl.train.ppo_terms import (
     adapted_kl_coefficient,
@@ -78,15 +87,21 @@ class GracePPOTrainer(GraceGRPOTrainer):
         self.value_model = attach_value_model(policy, args.critic, self._received.append)
         self._critic_state: dict[str, Tensor] = {}
         if self.use_vllm:
-            parameters = self.vllm_generation._iter_named_params
-            self.vllm_generation._iter_named_params = lambda: (
+            generation: Any = self.vllm_generation  # mypy lets nothing replace a method
+            parameters = generation._iter_named_params
+            generation._iter_named_params = lambda: (
                 item for item in parameters() if not is_value_parameter(item[0])
             )
 
     # -- values ---------------------------------
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any,
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
         self._received.clear()
@@ -106,15 +121,22 @@ class GracePPOTrainer(GraceGRPOTrainer):
         return super()._generate_and_score_completions(inputs)
 
     def _values_of_rollouts(self, output: dict[str, Any]) -> Tensor:
-        """(B, T) values by the policy that wrote the rollouts, from TRL's forward for the old
-        log-probabilities. Where TRL skips that (one epoch, one mini-batch), it is made here."""
+        """(B, T) values by the policy that wrote the rollouts.
+
+        They come from TRL's forward for the old log-probabilities. Where TRL skips that (one
+        epoch, one mini-batch), it is made here.
+        """
         if "old_per_token_logps" not in output:
             ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
             attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
             self._rollout_values = None
             with (
                 torch.no_grad(),
-                disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+                # TRL passes it the same two: a wrapped model, and kwargs that are a dict by now.
+                disable_gradient_checkpointing(
+                    self.model,  # type: ignore[arg-type]
+                    self.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
+                ),
             ):
                 output["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
                     self.model,
@@ -132,11 +154,11 @@ class GracePPOTrainer(GraceGRPOTrainer):
         """Rewards, advantages and returns per token, (B, T) each."""
         args = self.args
         values = self._values_of_rollouts(output)
-        segment_rewards, segment_ends = self._segment_rewards(batch, output)
-        scored = ~segment_rewards.isnan().any(dim=1, keepdim=True)  # (B, 1)
+        earned, ends = self._segment_rewards(batch)
         written = output["completion_mask"].bool()
-        mask = written & scored
-        rewards = place_rewards(segment_rewards.nan_to_num(), segment_ends, mask)
+        scored = ~earned.isnan().any(dim=1) & written.any(dim=1)  # (B,)
+        mask = written & scored[:, None]
+        rewards = place_rewards(earned.nan_to_num(), ends, mask)
         scores = rewards.sum(1)
         kl = torch.zeros_like(rewards)
         if "ref_per_token_logps" in output:
@@ -144,28 +166,44 @@ class GracePPOTrainer(GraceGRPOTrainer):
         if args.kl_in == "reward":
             rewards = rewards - self.beta * kl * mask
         advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-        self._log_rollouts(values, returns, mask, scores, rewards.sum(1), kl.sum(1), scored[:, 0])
+        self._log_rollouts(values, returns, mask, scores, rewards.sum(1), kl.sum(1), scored)
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, self._add_up)
         output |= {"advantages": advantages, "returns": returns, "old_values": values}
         output["value_mask"] = mask
 
-    def _segment_rewards(
-        self, batch: GenerationBatch, output: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """(B, K) rewards, NaN in rows that no reward scored, and (B, K) exclusive ends."""
+    def _segment_rewards(self, batch: GenerationBatch) -> tuple[Tensor, Tensor]:
+        """(B, K) rewards, NaN in rows that no reward scored, and (B, K) exclusive ends.
+
+        Where a reward scores steps, each segment earns what it adds to the score; they sum to the
+        total less s_0, which is the same for a whole group. Otherwise the total is one segment's.
+        """
         assert batch.scored is not None
-        totals = weighted_totals(
-            batch.scored.rewards, self.reward_weights.to(batch.scored.rewards.device)
-        )
-        count = len(batch.texts)
-        first = self.accelerator.process_index * count
-        ends = output["completion_mask"].sum(1)
-        return totals[first : first + count, None], ends[:, None]
+        device, own = batch.scored.rewards.device, self._own_rows(batch)
+        if not step_labels(self.rewards):
+            weights = self.runtime.weights.to(device)
+            totals = weighted_totals(batch.scored.rewards, weights)[own]
+            ends = torch.tensor([len(ids) for ids in batch.token_ids], device=device)
+            return totals[:, None], ends[:, None]
+        scores, ends, totals, group = self._step_scores(batch)
+        ends = torch.where(scores.isnan().any(1, keepdim=True), one_segment(ends), ends)
+        earned = segment_rewards(prefix_values(scores, ends, totals, group))
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        penalty = faded_penalty(self.shaping.penalty, progress)
+        earned = earned - penalty * regressions(scores, self.shaping.margin).nan_to_num()
+        for name, value in shaping_metrics(scores, ends, group).items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+        return earned[own].to(device), ends[own, 1:].to(device)
 
     def _log_rollouts(
-        self, values: Tensor, returns: Tensor, mask: Tensor, scores: Tensor, paid: Tensor,
-        kl: Tensor, scored: Tensor,
+        self,
+        values: Tensor,
+        returns: Tensor,
+        mask: Tensor,
+        scores: Tensor,
+        paid: Tensor,
+        kl: Tensor,
+        scored: Tensor,
     ) -> None:
         """Metrics of a batch of rollouts; in training, adapt the KL coefficient to it."""
         mode = "train" if self.model.training else "eval"
@@ -211,6 +249,7 @@ class GracePPOTrainer(GraceGRPOTrainer):
         )
         # A mean over the tokens of one optimizer step on all processes; `num_items_in_batch` counts
         # those of the whole batch of rollouts.
+        assert self.args.steps_per_generation is not None  # TRL's config has worked it out
         accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
         share = accumulated / self.args.steps_per_generation if self.model.training else 1.0
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) * share
@@ -223,8 +262,13 @@ class GracePPOTrainer(GraceGRPOTrainer):
         return loss
 
     def _log_losses(
-        self, inputs: dict[str, Any], logps: Tensor, entropies: Tensor | None,
-        value_losses: Tensor, value_clipped: Tensor, policy_loss: Tensor,
+        self,
+        inputs: dict[str, Any],
+        logps: Tensor,
+        entropies: Tensor | None,
+        value_losses: Tensor,
+        value_clipped: Tensor,
+        policy_loss: Tensor,
     ) -> None:
         mode = "train" if self.model.training else "eval"
         log_ratio, advantages = logps - inputs["old_per_token_logps"], inputs["advantages"]

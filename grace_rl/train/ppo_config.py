@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grace_rl.errors import UserError
+from grace_rl.reward.shaping import loss_problems
 from grace_rl.train.grpo_config import GraceGRPOConfig
 
 CRITICS = ("shared", "detached", "separate")
@@ -23,8 +24,8 @@ class GracePPOConfig(GraceGRPOConfig):
     how token losses are averaged.
 
     Args:
-        critic: `shared` (a linear head on the policy's hidden states; the value loss also shapes the
-            policy's backbone), `detached` (the same head, no gradient into the policy) or
+        critic: `shared` (a linear head on the policy's hidden states; the value loss also shapes
+            the policy's backbone), `detached` (the same head, no gradient into the policy) or
             `separate` (a copy of the decoder stack of its own: twice the memory).
         value_learning_rate: Of the critic's parameters; `None` is the policy's. A head alone wants
             more, 1e-3 to 1e-2; a separate critic about the policy's or a few times it.
@@ -65,10 +66,7 @@ def ppo_problems(settings: Mapping[str, Any]) -> list[str]:
     """What PPO cannot use, each as `key: what to do`.
 
     Args:
-        settings: Values by field; a field that is missing has a value that is fine.
-
-    >>> ppo_problems({"lam": 1.5})
-    ['lam: must be from 0 to 1, not 1.5']
+        settings: Fields of `GracePPOConfig` by name, all of them.
     """
 
     def bad(key: str, message: str) -> None:
@@ -76,23 +74,18 @@ def ppo_problems(settings: Mapping[str, Any]) -> list[str]:
 
     problems: list[str] = []
     for key, choices in (("critic", CRITICS), ("kl_in", KL_PLACES)):
-        if settings.get(key, choices[0]) not in choices:
+        if settings[key] not in choices:
             bad(key, f"must be one of {', '.join(choices)}, not {settings[key]!r}")
     for key in ("gamma", "lam"):
-        if not 0 <= settings.get(key, 1.0) <= 1:
+        if not 0 <= settings[key] <= 1:
             bad(key, f"must be from 0 to 1, not {settings[key]}")
     for key in ("value_learning_rate", "vf_coef", "value_clip", "kl_target", "kl_horizon"):
-        value = settings.get(key)
-        if value is not None and not value > 0:
-            bad(key, f"must be above 0, not {value}")
-    if settings.get("kl_target") is not None and not settings.get("beta"):
+        if settings[key] is not None and not settings[key] > 0:
+            bad(key, f"must be above 0, not {settings[key]}")
+    if settings["kl_target"] is not None and not settings["beta"]:
         bad("kl_target", "adapts beta, which is 0; give beta its first value, such as 0.05")
-    if settings.get("importance_sampling_level", "token") != "token":
-        bad("importance_sampling_level", "must be token: a sequence's one ratio averages credit away")
-    if settings.get("loss_type") in ("luspo", "vespo"):
-        bad("loss_type", f"{settings['loss_type']} weighs sequences, PPO tokens; use dapo or grpo")
-    if settings.get("scale_rewards", "group") not in ("group", True):
+    if settings["scale_rewards"] not in ("group", True):
         bad("scale_rewards", "the critic takes the place of the group; remove it")
-    if settings.get("multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
-        bad("multi_objective_aggregation", "the critic learns the sum of rewards; remove it")
-    return problems
+    for key in {"gae_lambda", "calibrate"} & set(settings["shaping"]):
+        bad(f"shaping.{key}", "PPO has lam and its critic for that; remove it")
+    return problems + loss_problems(settings, "PPO gives credit to tokens")

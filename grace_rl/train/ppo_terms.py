@@ -1,5 +1,4 @@
-"""The arithmetic of PPO, on tensors alone: rewards per token, GAE, whitening, value loss, KL
-coefficient.
+"""The arithmetic of PPO on tensors: token rewards, GAE, whitening, value loss, KL coefficient.
 
 Masks are true where a token was written by the policy and counts. A token in between that does not
 count is stepped over: the next one that counts is its predecessor's successor.
@@ -127,8 +126,7 @@ def explained_variance(
     mask: Tensor,
     add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> float:
-    """1 - Var(returns - values) / Var(returns) over all tokens that count; 0 where returns do not
-    vary.
+    """1 - Var(returns - values) / Var(returns) over tokens that count; 0 if returns do not vary.
 
     1 is a perfect critic, 0 one that knows the mean at most, below 0 one that is worse than that.
 

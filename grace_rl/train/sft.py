@@ -72,8 +72,9 @@ def _texts(value: str | Sequence[str] | None) -> list[str]:
 def tokenize_examples(
     examples: Sequence[Example], template: PromptTemplate, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
-    """Examples as token ids: prompt, rationale, end token. `completion_mask` is 1 from the
-    rationale's first token on.
+    """Examples as token ids: prompt, rationale, end token.
+
+    `completion_mask` is 1 from the rationale's first token on.
 
     Prompt and rationale are tokenized apart, because that is how a policy writes: the prompt is
     given, and its own tokens follow.
@@ -151,6 +152,7 @@ class GraceSFTTrainer(CheckpointMixin, SFTTrainer):
     def encoder(self) -> RationaleEncoder:
         """The policy as it is now, as an encoder."""
         policy, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)  # as it was given to `__init__`
         end_ids = end_token_ids(policy, tokenizer)
         reader = Reader(self.reader_config, tokenizer, end_ids, policy, self.accelerator.device)
         return RationaleEncoder(

@@ -102,8 +102,10 @@ def attach_value_model(
 
 @contextmanager
 def without_value_model(policy: nn.Module) -> Iterator[None]:
-    """Inside, the policy's parameters and state are those of the language model alone; a policy
-    that has no critic is left as it is."""
+    """Inside, the policy's parameters and state are those of the language model alone.
+
+    A policy that has no critic is left as it is.
+    """
     owner = _owner(policy)
     value_model = owner._modules.pop(NAME, None)
     try:

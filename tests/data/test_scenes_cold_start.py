@@ -45,8 +45,10 @@ class Policy:
 
     @torch.no_grad()
     def read(self, rationale: str) -> torch.Tensor:
-        """(H,): the rationale alone, mean over tokens of LayerNorm(input embeddings) +
-        LayerNorm(last hidden state)."""
+        """The rationale alone, (H,): mean over tokens of LayerNorm(embedding) + LayerNorm(state).
+
+        That is, of the input embeddings and of the last hidden states.
+        """
         states = self.model(
             **self.tokenizer(rationale, return_tensors="pt"), output_hidden_states=True
         ).hidden_states
@@ -56,8 +58,7 @@ class Policy:
 
 
 def similarity_scores(policy: Policy, rationales: list[str]) -> tuple[float, float]:
-    """Recall@1 and triplet accuracy of rationales of queries, positives and hard negatives. Ties
-    are errors."""
+    """Recall@1, triplet accuracy: rationales of queries, positives, hard negatives; a tie fails."""
     vectors = torch.stack([policy.read(rationale) for rationale in rationales])
     queries, positives, negatives = normalize(vectors - vectors.mean(0), dim=-1).chunk(3)
     similarity = queries @ torch.cat([positives, negatives]).T

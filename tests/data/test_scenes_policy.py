@@ -68,9 +68,8 @@ def test_a_rationale_has_one_token_for_each_fact(untrained: Path):
                 row["scene"], form=form, rng=rng, text=row["query"], filler=0.0
             )
             stated = len(scenes.read_facts(rationale).facts)
-            assert (
-                len(tokenizer(rationale)["input_ids"]) == 1 + stated
-            )  # the opener, then the facts
+            # The opener, then the facts.
+            assert len(tokenizer(rationale)["input_ids"]) == 1 + stated
 
 
 @pytest.mark.parametrize("split", ["train", "test", "transfer"])

