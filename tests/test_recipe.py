@@ -268,7 +268,11 @@ def test_tags_cannot_run_code(write):
             "only scenes",
         ),
         (["--method", "sft"], "", "method: grpo"),
-        (["--method", "ppo"], "--method", "one of grpo, sft"),
+        (["--method", "dpo"], "--method", "one of grpo, ppo, sft"),
+        (["--lam", "0.9"], "--lam", "method: ppo"),
+        (["--method", "ppo", "--lam", "2"], "--lam", "from 0 to 1"),
+        (["--method", "ppo", "--critic", "mine"], "--critic", "shared, detached, separate"),
+        (["--method", "ppo", "--scale_rewards", "batch"], "--scale_rewards", "critic"),
         (["--model_name_or_path", "null"], "--model_name_or_path", "is missing"),
         (["--parallelism_config", "{}"], "--parallelism_config", "null"),
         (["--max_steps", "1.5"], "--max_steps", "a whole number"),
@@ -385,12 +389,12 @@ def test_docs_list_every_key_of_ours_with_its_default():
 
     from trl import GRPOConfig
 
-    from grace_rl.train.grpo_config import GraceGRPOConfig
+    from grace_rl.train.ppo_config import GracePPOConfig  # has all of GraceGRPOConfig's
 
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", text, flags=re.M))
     trl = {f.name for f in fields(GRPOConfig)}
-    ours = [f for f in fields(GraceGRPOConfig) if f.name not in trl]
+    ours = [f for f in fields(GracePPOConfig) if f.name not in trl]
     assert set(OWN_KEYS) | {f.name for f in ours} == set(rows) - {
         "model_name_or_path",
         "output_dir",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -23,8 +24,8 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     Args:
         rows: As in evaluation.json: `name`, `rationale`, `scores` with names `<task>/<score>`.
     """
-    table = Table(title="Held-out scores", title_justify="left")
-    table.add_column("task")
+    table = Table(title="Held-out scores", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.add_column("split", no_wrap=True)
     table.add_column("policy", no_wrap=True)
     for heading in HEADINGS.values():
         table.add_column(heading, justify="right", no_wrap=True)
@@ -34,8 +35,8 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             label = "no rationale" if row["rationale"] == "none" else row["name"].replace("_", " ")
             values = [row["scores"].get(f"{task}/{score}") for score in HEADINGS]
             cells = ["" if value is None else f"{value:.3f}" for value in values]
-            name = task.replace("_", " ") if i == 0 else ""
-            table.add_row(name, label, *cells, end_section=i == len(rows) - 1)
+            split = "test" if task == "scenes" else task.removeprefix("scenes_")
+            table.add_row(split if i == 0 else "", label, *cells, end_section=i == len(rows) - 1)
     return table
 
 

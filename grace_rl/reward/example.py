@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from grace_rl.reward.batch import Pool, RewardBatch
-from grace_rl.rollout.segments import segment_ends
+from grace_rl.rollout.segments import Segmenter
 
 FORMS: dict[str, dict[str, bool]] = {  # role -> is it trained
     "triplet": {"query": True, "positive": True, "negative": False},
@@ -127,7 +127,8 @@ def with_prefixes(batch: RewardBatch, segments: int = 4, seed: int = 0) -> Rewar
     noise = torch.randn(whole.shape, generator=torch.Generator().manual_seed(seed))
     share = torch.linspace(0, 1, segments + 1)[None, :, None]
     mixed = share * whole[:, None] + (1 - share) * torch.nn.functional.normalize(noise)[:, None]
-    ends = [segment_ends(ids, segments, min_tokens=1) for ids in batch.token_ids]
+    cuts = Segmenter(segments, min_tokens=1)
+    ends = [cuts.ends(ids) for ids in batch.token_ids]
     is_whole = torch.tensor([[end == row[-1] for end in row] for row in ends])[..., None]
     prefixes = torch.where(is_whole, whole[:, None], torch.nn.functional.normalize(mixed, dim=2))
     return dataclasses.replace(

@@ -13,7 +13,7 @@ s_k - s_{k-1}. These sum to s_K - s_0: what is paid for is the same, only its pl
 
 Everything here is a function of tensors with one row per rollout of all processes, W in all, in any
 order. `ends` are the (W, K+1) numbers of tokens before each cut, from
-`grace_rl.rollout.segments.segment_ends`. NaN stands for "not scored".
+`grace_rl.rollout.segments.Segmenter`. NaN stands for "not scored".
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from grace_rl.errors import UserError
 from grace_rl.reward.batch import group_means
+from grace_rl.reward.loading import LoadedReward
 
 MOMENTUM = 0.9  # of the calibration: about ten batches, as the reader's centre
 EPSILON = 1e-4  # added to the standard deviation, as in TRL
@@ -74,18 +75,23 @@ class ShapingConfig:
             raise UserError(problems)
 
 
-def check_shaping(settings: Mapping[str, Any], step_rewards: Sequence[str]) -> ShapingConfig:
+def step_labels(rewards: Sequence[LoadedReward]) -> list[str]:
+    """The rewards that give credit to segments. One with weight 0 is only logged."""
+    return [reward.label for reward in rewards if reward.steps and reward.weight]
+
+
+def check_shaping(settings: Mapping[str, Any], rewards: Sequence[LoadedReward]) -> ShapingConfig:
     """The recipe's shaping, if its other settings let it have an effect.
 
     Args:
         settings: fields of `GraceGRPOConfig` by name: those of `SHAPING_SETTINGS`.
-        step_rewards: labels of the weighted rewards that return steps; without any, only what is
-            given for them is checked.
+        rewards: the recipe's. If none of them gives credit to segments, only what is given for
+            such ones is checked.
 
     Raises:
         UserError: every mistake, each beginning with its key.
     """
-    problems = segment_problems(settings, step_rewards)
+    problems = _segment_problems(settings, [reward.label for reward in rewards if reward.steps])
     known = [f.name for f in dataclasses.fields(ShapingConfig)]
     given = dict(settings["shaping"])
     for key in [key for key in given if key not in known]:
@@ -96,10 +102,11 @@ def check_shaping(settings: Mapping[str, Any], step_rewards: Sequence[str]) -> S
         config = ShapingConfig(**given)
     except UserError as error:
         problems += error.problems
-    if settings["shaping"] and not step_rewards:
+    paying = step_labels(rewards)
+    if settings["shaping"] and not paying:
         problems.append("shaping: has no effect without a reward that returns steps: refinement")
-    if step_rewards:
-        problems += loss_problems(settings, f"{', '.join(step_rewards)} gives credit to segments")
+    if paying:
+        problems += loss_problems(settings, f"{', '.join(paying)} gives credit to segments")
     if problems:
         raise UserError(problems)
     return config
@@ -118,8 +125,8 @@ SHAPING_SETTINGS = (
 )
 
 
-def segment_problems(settings: Mapping[str, Any], step_rewards: Sequence[str]) -> list[str]:
-    """What keeps prefixes from being embedded, whatever the training method is."""
+def _segment_problems(settings: Mapping[str, Any], step_rewards: Sequence[str]) -> list[str]:
+    """What keeps prefixes from being embedded."""
     problems = [
         f"{key}: must be at least 1, not {settings[key]!r}"
         for key in ("segments", "segment_min_tokens")

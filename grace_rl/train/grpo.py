@@ -57,11 +57,12 @@ from grace_rl.reward.shaping import (
     faded_penalty,
     shape_advantages,
     shaping_metrics,
+    step_labels,
     to_tokens,
 )
 from grace_rl.rollout.engines import repair_weight_push, vllm_start
 from grace_rl.rollout.prompts import Prompt, PromptTemplate
-from grace_rl.rollout.segments import segment_ends, sentence_end_test
+from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.rollout.store import write_rollouts
 from grace_rl.train.callbacks import print_group
 from grace_rl.train.checkpoints import CheckpointMixin
@@ -150,7 +151,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         if eval_dataset is not None:
             self._bundles["eval"] = Bundles(list(eval_dataset), roles)
         check_batches(args, self._bundles["train"], self.rewards)
-        self.shaping = check_shaping(vars(args), step_labels(self.rewards))
+        self.shaping = check_shaping(vars(args), self.rewards)
         self.calibration = Calibration()
         self.run_folder = run_folder
         self.console = console or Console()
@@ -176,7 +177,9 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         self.prompt_template = PromptTemplate(
             self._tokenizer, args.instruction, args.max_text_tokens, self.chat_template_kwargs
         )
-        self._ends_sentence = sentence_end_test(self._tokenizer)
+        self.segmenter = Segmenter(
+            args.segments, args.segment_min_tokens, sentence_end_test(self._tokenizer)
+        )
         self._render = lru_cache(maxsize=65_536)(self.prompt_template.render)
         policy = self.accelerator.unwrap_model(self.model)
         self.reader = Reader(
@@ -240,6 +243,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         first = self.accelerator.process_index * share
         self._batch = GenerationBatch(texts, padded[first : first + share], len(anchors))
         output = super()._generate_and_score_completions(inputs)
+        self._watch_steps(self._batch)
         self._assign_credit(self._batch, output)
         if self.model.training:
             self._keep_rollouts(self._batch, _row_means(output))
@@ -251,7 +255,6 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         if not step_labels(self.rewards):
             return
         scores, ends, totals, group = self._step_table(batch)
-        training = self.model.training
         fitted = self.calibration if self.shaping.calibrate else Calibration()
         credit = shape_advantages(
             scores,
@@ -267,22 +270,28 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             margin=self.shaping.margin,
             scale=self.scale_rewards,
         )
-        if training:  # fitted after it was used: no rollout has a say in its own baseline
+        if self.model.training:  # fitted after use: no rollout has a say in its own baseline
             self.calibration.update(scores, ends, group)
             self._advise()
-        for name, value in shaping_metrics(scores, ends, group).items():
-            self._metrics["train" if training else "eval"][name].append(value)
         own = self._own_rows(batch)
         advantages = to_tokens(credit[own], ends[own], output["completion_mask"].size(1))
         output["advantages"] = advantages.to(output["advantages"].device)
 
+    def _watch_steps(self, batch: GenerationBatch) -> None:
+        """Log how scores rise over the segments, also where they only are to be looked at."""
+        if batch.ends is None:
+            return
+        scores, ends, _, group = self._step_table(batch)
+        for name, value in shaping_metrics(scores, ends, group).items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
     def _step_table(self, batch: GenerationBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Scores of prefixes and their ends, (W, K+1) each, and total rewards and groups, (W,) each,
-        for the W rollouts of all processes; on the CPU."""
+        """For the W rollouts of all processes, on the CPU: scores of prefixes and their ends, (W,
+        K+1) each, total rewards and groups, (W,) each."""
         assert batch.scored is not None and batch.ends is not None
         rewards = batch.scored.rewards
         totals = weighted_totals(rewards, self.runtime.weights.to(rewards.device))
-        scores = gather(step_scores(self.rewards, batch.scored))
+        scores = gather(_step_scores(self.rewards, batch.scored))
         ends = gather(batch.ends.to(rewards.device))
         return scores.cpu(), ends.cpu(), totals.cpu(), batch.scored.group.cpu()
 
@@ -329,7 +338,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
                         anchor_ids, images, fields, 1
                     )
         if any(reward.steps for reward in self.rewards):
-            batch.ends = torch.tensor([self._segment_ends(ids) for ids in batch.token_ids])
+            batch.ends = self._segment(batch.token_ids)
         seconds = time.perf_counter() - start - (self._phases["sync"] - synced)
         self._phases["rollout"] += seconds
         written = sum(map(len, batch.token_ids)) + sum(map(len, batch.anchor_token_ids))
@@ -473,9 +482,12 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         both = self.reader.read(written + anchors, ends)
         return both[: len(written)], both[len(written) :, -1]
 
-    def _segment_ends(self, token_ids: list[int]) -> list[int]:
-        segments, min_tokens = self.args.segments, self.args.segment_min_tokens
-        return segment_ends(token_ids, segments, min_tokens, self._ends_sentence)
+    def _segment(self, token_ids: list[list[int]]) -> Tensor:
+        """(B, K+1) ends of segments, by the typical length of all processes' rollouts."""
+        if self.model.training or self.segmenter.typical_length is None:
+            lengths = gather(torch.tensor([len(ids) for ids in token_ids], device=self.args.device))
+            self.segmenter.follow(float(lengths.float().mean()))
+        return torch.tensor([self.segmenter.ends(ids) for ids in token_ids])
 
     def _rollout_fields(
         self, texts: list[RoleText], written: list[Written]
@@ -576,18 +588,20 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         (folder / "rewards.json").write_text(
             json.dumps(self.runtime.state_dict()), encoding="utf-8"
         )
-        (folder / "calibration.json").write_text(
-            json.dumps(self.calibration.state_dict()), encoding="utf-8"
-        )
+        shaping = {
+            "segmenter": self.segmenter.state_dict(),
+            "calibration": self.calibration.state_dict(),
+        }
+        (folder / "shaping.json").write_text(json.dumps(shaping), encoding="utf-8")
 
     def load_extra_state(self, folder: Path) -> None:
         self.reader.load(folder)
         self.runtime.load_state_dict(
             json.loads((folder / "rewards.json").read_text(encoding="utf-8"))
         )
-        self.calibration.load_state_dict(
-            json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
-        )
+        shaping = json.loads((folder / "shaping.json").read_text(encoding="utf-8"))
+        self.segmenter.load_state_dict(shaping["segmenter"])
+        self.calibration.load_state_dict(shaping["calibration"])
 
 
 def check_batches(args: GraceGRPOConfig, bundles: Bundles, rewards: Sequence[LoadedReward]) -> None:
@@ -613,6 +627,12 @@ def check_batches(args: GraceGRPOConfig, bundles: Bundles, rewards: Sequence[Loa
             f"(generation_batch_size {args.generation_batch_size} / {bundle}), "
             f"but there are only {len(bundles.rows)}; "
             "lower per_device_train_batch_size or give more rows"
+        )
+    between = args.steps_between_generations
+    if args.save_strategy == "steps" and args.save_steps >= 1 and args.save_steps % between:
+        problems.append(
+            f"save_steps = {args.save_steps:g} must be a multiple of the {between} optimizer steps "
+            "that one generation batch serves: a checkpoint between them would lose its rest"
         )
     gates = [reward.label for reward in rewards if reward.gates]
     if gates and args.multi_objective_aggregation == "normalize_then_sum":
@@ -670,20 +690,17 @@ def _row_means(output: dict[str, Any]) -> Tensor:
     return (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def step_labels(rewards: Sequence[LoadedReward]) -> list[str]:
-    """The rewards that give credit to segments; one with weight 0 is only logged."""
-    return [reward.label for reward in rewards if reward.steps and reward.weight]
-
-
-def step_scores(rewards: Sequence[LoadedReward], scored: Scored) -> Tensor:
-    """(B, K+1) the weighted sum of what such rewards say of each prefix, on this process."""
-    weights = {reward.label: reward.weight for reward in rewards}
-    return torch.stack([weights[name] * scored.steps[name] for name in step_labels(rewards)]).sum(0)
+def _step_scores(rewards: Sequence[LoadedReward], scored: Scored) -> Tensor:
+    """(B, K+1) the weighted sum of what rewards say of each prefix, on this process; where all have
+    the weight 0, the plain sum, to look at."""
+    weights = {reward.label: reward.weight for reward in rewards if reward.steps and reward.weight}
+    named = scored.steps.items()
+    return torch.stack([weights.get(name, float(not weights)) * s for name, s in named]).sum(0)
 
 
 def _stored_scores(
     rewards: Sequence[LoadedReward], batch: GenerationBatch
 ) -> list[list[float] | None]:
-    if batch.scored is None or not step_labels(rewards):
+    if batch.scored is None or batch.ends is None:
         return [None] * len(batch.texts)
-    return [row.tolist() for row in step_scores(rewards, batch.scored)]
+    return [row.tolist() for row in _step_scores(rewards, batch.scored)]

@@ -52,3 +52,10 @@ class GraceGRPOConfig(GRPOConfig):
     shaping: dict[str, Any] = field(default_factory=dict)
     print_rollouts_steps: int = 10
     stale_engine_threshold: float = 0.1
+
+    @property
+    def steps_between_generations(self) -> int:
+        """Optimizer steps that one generation batch serves."""
+        assert self.steps_per_generation is not None  # TRL's config fills it in
+        batches = self.steps_per_generation * self.num_iterations
+        return max(1, batches // self.gradient_accumulation_steps)

@@ -3,8 +3,7 @@
 What differs from TRL's GRPO:
 
 - A value model (train/value_model.py) predicts the reward from the text so far. Advantages are
-  those of GAE over tokens, (B, T), whitened over the whole batch of rollouts; a group only matters
-  to rewards that compare inside one.
+  those of GAE over tokens, (B, T), whitened over the whole batch of rollouts.
 - Rewards are paid per token: the weighted total on the last token, or, where a reward scores steps
   (`refinement`), what each segment adds on its last token; and the KL to the reference on every
   token (`kl_in: reward`), or in the loss as in TRL. Its coefficient can adapt.
@@ -185,7 +184,7 @@ class GracePPOTrainer(GraceGRPOTrainer):
             totals = weighted_totals(batch.scored.rewards, weights)[own]
             ends = torch.tensor([len(ids) for ids in batch.token_ids], device=device)
             return totals[:, None], ends[:, None]
-        scores, ends, totals, group = self._step_scores(batch)
+        scores, ends, totals, group = self._step_table(batch)
         ends = torch.where(scores.isnan().any(1, keepdim=True), one_segment(ends), ends)
         earned = segment_rewards(prefix_values(scores, ends, totals, group))
         progress = self.state.global_step / max(1, self.state.max_steps)

@@ -82,7 +82,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> int:
             trainer,
             run,
             console=console,
-            steps_between_generations=steps_between_generations(args),
+            steps_between_generations=getattr(args, "steps_between_generations", 1),
             stale_engine_threshold=getattr(args, "stale_engine_threshold", 0.1),
         ) as stop:
             trainer.train(resume_from_checkpoint=opened.checkpoint)
@@ -112,14 +112,6 @@ def _load(model_config: ModelConfig, args: Any, folder: Path) -> Any:
     args.model_init_kwargs = None  # they have been used; TRL would warn that it ignores them
     path = resolve_model(str(model_config.model_name_or_path), folder, args.seed)
     return load_policy(path, **keywords)
-
-
-def steps_between_generations(args: Any) -> int:
-    """Optimizer steps that one generation batch serves; 1 for methods that generate nothing."""
-    batches = getattr(args, "steps_per_generation", None)
-    if batches is None:
-        return 1
-    return max(1, batches * args.num_iterations // args.gradient_accumulation_steps)
 
 
 def save_policy(trainer: Any, folder: Path) -> None:

@@ -116,6 +116,40 @@ def test_prefixes_equal_reading_the_cut_text(model: Qwen3ForCausalLM) -> None:
         torch.testing.assert_close(prefix, cut[0].mean(0), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("span", ["context", "rationale", "bottleneck"])
+@pytest.mark.parametrize("pool", ["mean", "last"])
+def test_prefixes_equal_reading_each_cut_rationale(
+    model: Qwen3ForCausalLM, span: str, pool: str
+) -> None:
+    built = reader(model, span=span, pool=pool, batch_size=2)
+    ends = torch.tensor([[0, 1, 3, 4], [0, 1, 2, 2], [0, 2, 4, 5]])
+    read = built.read(ROWS, ends)
+    assert read.shape[:2] == ends.shape
+    torch.testing.assert_close(read[:, -1], built.read(ROWS), atol=1e-5, rtol=1e-5)
+    for row, item in enumerate(ROWS):
+        for k, end in enumerate(ends[row].tolist()):
+            if end == 0 and span != "context":
+                assert not read[row, k].any()  # nothing was read
+                continue
+            cut = Written(item.prompt, item.token_ids[:end], "")
+            expected = built.read([cut])[0]
+            torch.testing.assert_close(read[row, k], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_not_read_stays_zero_and_the_rest_has_length_one(model: Qwen3ForCausalLM) -> None:
+    built = reader(model, span="bottleneck", centre=True)
+    raw = built.read(ROWS, torch.tensor([[0, 1, 4], [0, 1, 2], [0, 2, 5]]))
+    built.update_centre(raw[:, -1].mean(0))
+    unit = built.finish(raw)
+    assert not unit[:, 0].any()
+    torch.testing.assert_close(unit[:, 1:].norm(dim=-1), torch.ones(3, 2))
+
+
+def test_a_sentence_encoder_reads_no_prefixes(model: Qwen3ForCausalLM) -> None:
+    with pytest.raises(ValueError, match="no prefixes"):
+        reader(model, weights="some/encoder").read(ROWS, torch.zeros(3, 2, dtype=torch.long))
+
+
 def test_bottleneck_knows_only_the_words(model: Qwen3ForCausalLM) -> None:
     same_words = [
         written([5, 6, 9], (1, 2), [10, 11, END]),

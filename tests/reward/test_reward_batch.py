@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grace_rl.reward import RewardOutput, group_means, group_stds
-from grace_rl.reward.example import example_batch, random_batch, split_batch
+from grace_rl.reward.example import example_batch, random_batch, split_batch, with_prefixes
 
 
 def test_importing_the_contract_is_light():
@@ -42,6 +42,20 @@ def test_the_pool_must_have_the_same_width():
     batch = random_batch(dim=8)
     with pytest.raises(ValueError, match="pool.embeddings has 4 dimensions"):
         dataclasses.replace(batch, pool=random_batch(dim=4).pool)
+
+
+def test_a_prefix_differs_in_its_own_embeddings_only():
+    batch = with_prefixes(random_batch("unsupervised", rows=3, samples=3), segments=2)
+    whole = batch.prefix(2)
+    torch.testing.assert_close(whole.embeddings, batch.embeddings)
+    cut = batch.prefix(1)
+    assert not torch.allclose(cut.embeddings, batch.embeddings)
+    assert cut.pool is batch.pool and cut.prefix_embeddings is None
+    for of_cut, of_whole in zip(cut.siblings_mean(), batch.siblings_mean(), strict=True):
+        assert torch.equal(of_cut, of_whole)  # without the rollout itself, cut or whole
+    assert torch.equal(cut.others(), batch.others())
+    with pytest.raises(ValueError, match="steps = True"):
+        cut.prefix(0)
 
 
 def test_a_margin_is_positive():

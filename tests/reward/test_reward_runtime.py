@@ -13,7 +13,7 @@ import torch
 
 from grace_rl.errors import UserError
 from grace_rl.reward import RewardError, RewardOutput, RewardRuntime, load_rewards
-from grace_rl.reward.example import example_batch, random_batch, split_batch
+from grace_rl.reward.example import example_batch, random_batch, split_batch, with_prefixes
 from grace_rl.reward.runtime import FLAT_BATCHES, apply_gates, weighted_totals
 
 nan, inf = math.nan, math.inf
@@ -30,7 +30,7 @@ def runtime_of(*rewards, weights=None, on_error="raise"):
     )
 
 
-def returns(values, name="given", gates=False):
+def returns(values, name="given", gates=False, steps=False):
     """A reward that returns what it is told to."""
 
     def reward(batch):
@@ -38,6 +38,7 @@ def returns(values, name="given", gates=False):
 
     reward.__name__ = name
     reward.gates = gates
+    reward.steps = steps
     return reward
 
 
@@ -85,7 +86,7 @@ def test_there_is_at_least_one_reward():
         (3.0, "is a float; return a tensor or a list of 4 numbers"),
         (None, "is a NoneType"),
         ([1.0, "two", 3.0, 4.0], "entry 1 is 'two', expected a number or None"),
-        (RewardOutput([1.0] * 4, steps=torch.zeros(3, 2)), r"steps has shape \(3, 2\)"),
+        (RewardOutput([1.0] * 4, steps=torch.zeros(4, 2)), "steps = True"),
         (RewardOutput([1.0] * 4, components={"x": [1.0]}), "component 'x' has 1 values"),
         (RewardOutput([1.0] * 4, components={"std": [1.0] * 4}), "component names must not"),
         (RewardOutput([1.0] * 4, gate=torch.ones(4).bool()), "declare it with the attribute"),
@@ -96,6 +97,30 @@ def test_a_wrong_return_names_the_reward_and_the_rows(batch, values, says):
         runtime_of(returns(values)).score(batch)
     assert "the reward 'given' failed at step 0, data rows 0:" in str(caught.value)
     assert isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        (RewardOutput([1.0] * 4, steps=torch.zeros(4, 3)), r"\(4, 3\), expected .* \(4, 2\)"),
+        (RewardOutput([1.0] * 4), "returned none"),
+        ([1.0] * 4, "returned none"),
+    ],
+)
+def test_steps_have_the_shape_of_the_prefixes(batch, output, says):
+    with pytest.raises(RewardError, match=says):
+        runtime_of(returns(output, steps=True)).score(with_prefixes(batch, segments=1))
+
+
+def test_a_reward_with_steps_that_abstains_leaves_steps_unscored(batch):
+    def reward(batch):
+        raise OSError("away")
+
+    reward.steps = True
+    batch = with_prefixes(batch, segments=2)
+    with pytest.warns(UserWarning, match="abstains"):
+        scored = runtime_of(reward, on_error="abstain").score(batch)
+    assert scored.steps["reward"].shape == (4, 3) and scored.steps["reward"].isnan().all()
 
 
 def test_a_gate_is_bool(batch):
@@ -212,7 +237,9 @@ def test_plain_trl_functions_work_unchanged(batch):
 def test_an_infinite_value_never_reaches_an_advantage(batch):
     steps = torch.tensor([[0.0, 1.0], [0.0, inf], [1.0, 1.0], [1.0, 1.0]])
     output = RewardOutput([1.0, 3.0, -inf, 4.0], steps=steps, components={"part": [inf, 1, 1, 1]})
-    runtime = runtime_of(returns(output, "wild"), returns([0.0, 0.0, 5.0, 5.0], "calm"))
+    batch = with_prefixes(batch, segments=1)
+    wild = returns(output, "wild", steps=True)
+    runtime = runtime_of(wild, returns([0.0, 0.0, 5.0, 5.0], "calm"))
     with pytest.warns(UserWarning, match="'wild' returned an infinite value at step 0") as caught:
         scored = runtime.score(batch)
         runtime.score(batch)
@@ -289,13 +316,16 @@ def test_two_processes_give_what_one_gives(world):
     def ragged(batch):  # a component that only some processes have
         query = torch.tensor([role == "query" for role in batch.roles])
         extra = {"query": batch.embeddings[:, 1].where(query, nan)} if query.any() else {}
-        return RewardOutput(batch.embeddings[:, 0], components=extra, steps=batch.embeddings)
+        steps = batch.prefix_embeddings[:, :, 0]
+        return RewardOutput(batch.embeddings[:, 0], components=extra, steps=steps)
 
     def truncated_gate(batch):
         return RewardOutput([0.0] * len(batch), gate=batch.embeddings[:, 2] > 0)
 
-    truncated_gate.gates = True
-    batch = random_batch("quad", rows=3, samples=2)  # 24 rollouts; 8 processes cut through groups
+    ragged.steps = truncated_gate.gates = True
+    batch = with_prefixes(
+        random_batch("quad", rows=3, samples=2)
+    )  # 24 rollouts; 8 processes cut through groups
     loaded = load_rewards([ragged, truncated_gate, "rewards.contrastive:Contrastive"], ".")
     whole = RewardRuntime(loaded).score(batch)
     for processes in (2, 3, 8):

@@ -276,6 +276,10 @@ def test_saved_model_encodes_as_the_trainer_does(policy: str, tmp_path: Path) ->
         ({"per_device_train_batch_size": 6}, "must be a multiple of trained roles"),
         ({"per_device_train_batch_size": 400}, "there are only 12"),
         ({"reader": {"span": "prefix"}}, "reader.span"),
+        (
+            {"num_iterations": 2, "save_strategy": "steps", "save_steps": 3},
+            "save_steps = 3 must be a multiple of the 2",
+        ),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grace_rl.data import scenes
@@ -35,7 +37,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def build(policy: str, folder: Path, rewards: list[Any] | None = None, **settings: Any) -> Any:
-    extra = {k: settings.pop(k) for k in ("peft_config", "run_folder", "eval_dataset") if k in settings}
+    extra = {
+        k: settings.pop(k) for k in ("peft_config", "run_folder", "eval_dataset") if k in settings
+    }
     args = GracePPOConfig(
         **{
             "output_dir": str(folder / "checkpoints"),
@@ -127,7 +131,9 @@ def test_loss_is_that_of_the_definition(policy: str, tmp_path: Path) -> None:
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     with torch.no_grad():
         output = trainer.model(
-            input_ids=torch.cat([prompts, ids], 1), attention_mask=attention, output_hidden_states=True
+            input_ids=torch.cat([prompts, ids], 1),
+            attention_mask=attention,
+            output_hidden_states=True,
         )
     head = trainer.value_model.head
     policy_sum = value_sum = 0.0
@@ -157,7 +163,9 @@ def test_values_are_those_of_the_state_before_each_token(policy: str, tmp_path: 
         for t in range(ids.size(1)):  # cut off everything from token t on
             output = trainer.model.model(
                 input_ids=torch.cat([prompts, ids[:, :t]], 1),
-                attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :t]], 1),
+                attention_mask=torch.cat(
+                    [batch["prompt_mask"], batch["completion_mask"][:, :t]], 1
+                ),
             )
             value = trainer.value_model(output.last_hidden_state)[:, -1]
             seen = batch["completion_mask"][:, t].bool()
@@ -166,7 +174,9 @@ def test_values_are_those_of_the_state_before_each_token(policy: str, tmp_path: 
             )
 
 
-@pytest.mark.parametrize(("critic", "reaches"), [("shared", True), ("detached", False), ("separate", False)])
+@pytest.mark.parametrize(
+    ("critic", "reaches"), [("shared", True), ("detached", False), ("separate", False)]
+)
 def test_the_value_loss_reaches_the_policy_only_if_shared(
     policy: str, tmp_path: Path, critic: str, reaches: bool
 ) -> None:
@@ -177,7 +187,9 @@ def test_the_value_loss_reaches_the_policy_only_if_shared(
     batch["advantages"] = torch.zeros_like(batch["advantages"])  # the policy loss is silent
     trainer._compute_loss(trainer.model, batch).backward()
     gradients = {
-        name: p.grad.abs().sum() for name, p in trainer.model.named_parameters() if p.grad is not None
+        name: p.grad.abs().sum()
+        for name, p in trainer.model.named_parameters()
+        if p.grad is not None
     }
     assert gradients["value_model.head.weight"] > 0
     assert any(g > 0 for n, g in gradients.items() if not is_value_parameter(n)) is reaches
@@ -234,6 +246,28 @@ def test_the_kl_is_paid_by_token_or_in_the_loss(policy: str, tmp_path: Path) -> 
     assert not returns["loss"][0].any()
 
 
+def test_segments_are_paid_where_they_end(policy: str, tmp_path: Path) -> None:
+    """With `refinement` each segment earns its step; what other rewards say comes at the end."""
+    settings = {"segments": 2, "segment_min_tokens": 2, "lam": 1.0, "whiten_advantages": False}
+    trainer = build(policy, tmp_path, ["refinement", "length"], **settings)
+    seen: list[Any] = []
+    assign = trainer._assign_credit
+
+    def spy(batch: Any, output: Any) -> None:
+        assign(batch, output)
+        scores = batch.scored.steps["refinement"]
+        seen.append((scores, batch.ends, batch.scored.rewards.sum(1), output))
+
+    trainer._assign_credit = spy
+    trainer.train()
+    for scores, ends, totals, output in seen:
+        first = scores[:, 0].reshape(-1, 2).mean(1).repeat_interleave(2)  # the same in a group
+        assert (ends[:, 1] == 4).all() and (ends[:, 2] == 8).all()
+        returns = output["returns"]
+        expected = torch.stack([totals - first] * 4 + [totals - scores[:, 1]] * 4, dim=1)
+        torch.testing.assert_close(returns, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_rollouts_that_nobody_scored_move_nothing(policy: str, tmp_path: Path) -> None:
     def abstains(completions: list[str], **_: Any) -> list[float | None]:
         return [None] * len(completions)
@@ -246,7 +280,12 @@ def test_rollouts_that_nobody_scored_move_nothing(policy: str, tmp_path: Path) -
 
 def test_evaluation_leaves_no_trace_in_training(policy: str, tmp_path: Path) -> None:
     trainer = build(
-        policy, tmp_path, eval_dataset=ROWS[:4], per_device_eval_batch_size=8, beta=0.05, kl_target=1.0
+        policy,
+        tmp_path,
+        eval_dataset=ROWS[:4],
+        per_device_eval_batch_size=8,
+        beta=0.05,
+        kl_target=1.0,
     )
     metrics = trainer.evaluate()
     assert "eval_val/explained_variance" in metrics and trainer.beta == 0.05
@@ -256,7 +295,13 @@ def test_evaluation_leaves_no_trace_in_training(policy: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"critic": "separate"}, {"peft_config": LORA}, {"critic": "separate", "peft_config": LORA}]
+    "settings",
+    [
+        {},
+        {"critic": "separate"},
+        {"peft_config": LORA},
+        {"critic": "separate", "peft_config": LORA},
+    ],
 )
 def test_model_loads_without_the_critic(policy: str, tmp_path: Path, settings: Any) -> None:
     trainer = build(policy, tmp_path, **settings)
@@ -315,12 +360,12 @@ def test_mistakes_are_reported_together(tmp_path: Path) -> None:
         GracePPOConfig(
             output_dir=str(tmp_path), use_cpu=True, bf16=False, critic="sharde", kl_in="rewards",
             gamma=1.5, vf_coef=0.0, kl_target=1.0, importance_sampling_level="sequence",
-            loss_type="luspo", scale_rewards="batch",
+            loss_type="luspo", scale_rewards="batch", shaping={"gae_lambda": 0.5},
         )  # fmt: skip
     keys = [problem.partition(":")[0] for problem in caught.value.problems]
     assert keys == [
-        "critic", "kl_in", "gamma", "vf_coef", "kl_target", "importance_sampling_level", "loss_type",
-        "scale_rewards",
+        "critic", "kl_in", "gamma", "vf_coef", "kl_target", "scale_rewards", "shaping.gae_lambda",
+        "importance_sampling_level", "loss_type",
     ]  # fmt: skip
 
 
@@ -328,6 +373,7 @@ def test_mistakes_are_reported_together(tmp_path: Path) -> None:
 
 SCRIPT = """
 import os, sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -339,29 +385,52 @@ from grace_rl.train.ppo_config import GracePPOConfig
 
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 processes = int(os.environ.get("WORLD_SIZE", "1"))
-shared = {}
+shared = {"use_cpu": not torch.cuda.is_available()}
 if processes > 1:
-    PartialState(cpu=True)
     shared["accelerator_config"] = {"use_configured_state": True}
+if mode == "ddp":
+    PartialState(cpu=True)
+if mode.startswith("zero"):
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    shared["use_cpu"] = False
+    shared["deepspeed"] = {
+        "zero_optimization": {"stage": int(mode[-1])}, "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+    }
 if mode == "vllm":
     shared |= {"use_vllm": True, "vllm_max_model_length": 256, "learning_rate": 1e-2}
 args = GracePPOConfig(
     **{
         "output_dir": str(folder / "run"), "num_generations": 4,
         "per_device_train_batch_size": 8 // processes, "steps_per_generation": 2,
-        "num_iterations": 2, "max_completion_length": 12, "max_steps": 6, "learning_rate": 1e-3,
+        "num_iterations": 2, "max_completion_length": 12, "max_steps": 8, "learning_rate": 1e-3,
         "value_learning_rate": 1e-2, "instruction": None, "beta": 0.05, "kl_target": 1.0,
         "roles": {"query": {}, "positive": {}, "negative": {"train": False}}, "logging_steps": 1,
-        "use_cpu": not torch.cuda.is_available(), "bf16": torch.cuda.is_available(),
-        "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none",
-        "print_rollouts_steps": 0, "disable_tqdm": True, "seed": 0,
+        "bf16": torch.cuda.is_available(), "gradient_checkpointing": False,
+        "save_strategy": "steps", "save_steps": 4, "report_to": "none", "print_rollouts_steps": 0,
+        "disable_tqdm": True, "seed": 0,
     }
     | shared
 )
 rows = scenes.rows("train", "triplet", 8)
+
+
+def whole(trainer):
+    parameters = list(trainer.model.parameters())
+    context = nullcontext()
+    if mode == "zero3":
+        import deepspeed
+
+        context = deepspeed.zero.GatheredParameters(parameters)
+    with context:
+        return torch.cat([p.detach().float().flatten() for p in parameters]).clone()
+
+
 trainer = GracePPOTrainer(str(folder / "policy"), args, rows, ["contrastive"])
 trainer.train()
-assert trainer.state.global_step == 6
+assert trainer.state.global_step == 8
 if mode == "vllm":
     differences = [
         logged["sampling/sampling_logp_difference/mean"]
@@ -369,10 +438,9 @@ if mode == "vllm":
         if "sampling/sampling_logp_difference/mean" in logged
     ]
     assert differences and max(differences) < 0.05, differences
-own = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+own = whole(trainer)
 everybody = trainer.accelerator.gather(own[None])
 assert len(everybody) == processes and all(torch.equal(row, everybody[0]) for row in everybody)
-assert trainer.value_model.head.weight.abs().sum() > 0
 beta = trainer.accelerator.gather(torch.tensor([trainer.beta], device=own.device))
 assert (beta == beta[0]).all() and beta[0] != 0.05
 trainer.save_model(str(folder / "model"))
@@ -389,17 +457,26 @@ def run_script(folder: Path, mode: str, *launcher: str) -> None:
         capture_output=True,
         text=True,
         timeout=600,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"} if mode.startswith("zero") else None,
     )
-    assert done.returncode == 0 and "done" in done.stdout, done.stdout + done.stderr
+    processes = 2 if launcher else 1
+    assert done.stdout.count("done") == processes, done.stdout + done.stderr
     with safe_open(folder / "model" / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if is_value_parameter(name)]  # noqa: SIM118
+    for step in (4, 8):
+        critic = load_file(folder / "run" / f"checkpoint-{step}" / VALUE_MODEL_FILE)
+        assert len(critic["head.weight"]) == 1 and critic["head.weight"].any()
+
+
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 @pytest.mark.slow
-def test_two_processes_keep_one_policy_and_one_critic(tmp_path: Path) -> None:
-    run_script(
-        tmp_path, "ddp", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
-    )
+@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3"])
+def test_two_processes_keep_one_policy_and_one_critic(tmp_path: Path, mode: str) -> None:
+    if mode != "ddp" and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    run_script(tmp_path, mode, *LAUNCHER)
 
 
 @pytest.mark.slow

@@ -52,14 +52,10 @@ def test_gae_is_the_textbook_sum(seed: int, gamma: float, lam: float) -> None:
     advantages, returns = gae(rewards, values, mask, gamma, lam)
     for row in range(ROWS):
         kept = mask[row].nonzero()[:, 0].tolist()
-        expected = textbook_gae(
-            rewards[row, kept].tolist(), values[row, kept].tolist(), gamma, lam
-        )
+        expected = textbook_gae(rewards[row, kept].tolist(), values[row, kept].tolist(), gamma, lam)
         for t, value in zip(kept, expected, strict=True):
             assert float(advantages[row, t]) == pytest.approx(value, abs=1e-6)
-            assert float(returns[row, t]) == pytest.approx(
-                value + float(values[row, t]), abs=1e-6
-            )
+            assert float(returns[row, t]) == pytest.approx(value + float(values[row, t]), abs=1e-6)
     assert not advantages[~mask].any() and not returns[~mask].any()
 
 
