@@ -42,14 +42,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 
-from grace_rl.data.bundles import Bundles, BundleSampler, RoleText, parse_roles
+from grace_rl.data.bundles import Bundles, BundleSampler, parse_roles
 from grace_rl.embed.diagnostics import collapse_metrics, distinct_n
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
 from grace_rl.errors import UserError
 from grace_rl.reward import Pool, RewardBatch
 from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
-from grace_rl.reward.runtime import RewardRuntime, Scored, weighted_totals
+from grace_rl.reward.runtime import RewardRuntime, weighted_totals
 from grace_rl.reward.shaping import (
     Calibration,
     beta_advice,
@@ -61,40 +61,24 @@ from grace_rl.reward.shaping import (
     to_tokens,
 )
 from grace_rl.rollout.engines import repair_weight_push, vllm_start
-from grace_rl.rollout.prompts import Prompt, PromptTemplate
+from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.rollout.store import write_rollouts
 from grace_rl.train.callbacks import print_group
 from grace_rl.train.checkpoints import CheckpointMixin
-from grace_rl.train.grpo_config import GraceGRPOConfig
+from grace_rl.train.generation_batch import (
+    GenerationBatch,
+    rollout_columns,
+    rollout_fields,
+    row_columns,
+    row_means,
+    step_scores,
+    stored_columns,
+    stored_scores,
+)
+from grace_rl.train.grpo_config import GraceGRPOConfig, check_batches
 
 ADVICE_BATCHES = 10  # the calibration is judged once it has seen so many
-
-
-@dataclasses.dataclass
-class GenerationBatch:
-    """What one generation batch collects on its way through TRL's methods, on this process.
-
-    Attributes:
-        texts: The text behind each rollout.
-        anchors: This process's share of the anchors; shares are equally long, the last may repeat
-            an anchor.
-        anchor_count: Anchors of all processes without the repeats.
-        prompts, token_ids: One per rollout; `anchor_token_ids` one per anchor of the share.
-        ends: (B, K+1) where segments end, in tokens, where a reward asks for prefixes.
-        raw: (B, H) raw vectors, or with `ends` (B, K+1, H), once a forward of TRL's has given them.
-    """
-
-    texts: list[RoleText]
-    anchors: list[RoleText]
-    anchor_count: int
-    prompts: list[Prompt] = dataclasses.field(default_factory=list)
-    token_ids: list[list[int]] = dataclasses.field(default_factory=list)
-    anchor_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
-    ends: Tensor | None = None
-    raw: Tensor | None = None
-    scored: Scored | None = None
-    pool: Pool | None = None
 
 
 class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
@@ -246,7 +230,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         self._watch_steps(self._batch)
         self._assign_credit(self._batch, output)
         if self.model.training:
-            self._keep_rollouts(self._batch, _row_means(output))
+            self._keep_rollouts(self._batch, row_means(output))
         self._batch = None
         return output
 
@@ -291,7 +275,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         assert batch.scored is not None and batch.ends is not None
         rewards = batch.scored.rewards
         totals = weighted_totals(rewards, self.runtime.weights.to(rewards.device))
-        scores = gather(_step_scores(self.rewards, batch.scored))
+        scores = gather(step_scores(self.rewards, batch.scored))
         ends = gather(batch.ends.to(rewards.device))
         return scores.cpu(), ends.cpu(), totals.cpu(), batch.scored.group.cpu()
 
@@ -432,21 +416,21 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         raw = read if batch.ends is None else read[:, -1]
         world_raw = torch.cat([gather(raw), gather(raw_anchors)[: batch.anchor_count]])
         self.reader.update_centre(world_raw.mean(0))
-        fields = self._rollout_fields(batch.texts, written)
-        anchor_fields = self._rollout_fields(batch.anchors, anchors)
+        fields = rollout_fields(batch.texts, written, self.eos_token_ids)
+        anchor_fields = rollout_fields(batch.anchors, anchors, self.eos_token_ids)
         world = gather_object(fields) + gather_object(anchor_fields)[: batch.anchor_count]
-        batch.pool = Pool(**_columns(world, self.reader.finish(world_raw)))
+        batch.pool = Pool(**rollout_columns(world, self.reader.finish(world_raw)))
         self._phases["embed"] += time.perf_counter() - start
 
         start = time.perf_counter()
         mode = "train" if self.model.training else "eval"
         batch.scored = self.runtime.score(
             RewardBatch(
-                **_columns(fields, self.reader.finish(raw)),
+                **rollout_columns(fields, self.reader.finish(raw)),
                 prompts=[item.prompt.string for item in written],
                 prefix_embeddings=None if batch.ends is None else self.reader.finish(read),
                 prefix_ends=None if batch.ends is None else batch.ends.to(raw.device),
-                columns=_row_columns(
+                columns=row_columns(
                     [self._bundles[mode].rows[text.example] for text in batch.texts]
                 ),
                 pool=batch.pool,
@@ -489,23 +473,6 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             self.segmenter.follow(float(lengths.float().mean()))
         return torch.tensor([self.segmenter.ends(ids) for ids in token_ids])
 
-    def _rollout_fields(
-        self, texts: list[RoleText], written: list[Written]
-    ) -> list[dict[str, Any]]:
-        return [
-            {
-                "texts": text.text,
-                "rationales": item.rationale,
-                "roles": text.role,
-                "token_ids": item.token_ids,
-                "example": text.example,
-                "group": text.group,
-                "side": text.side,
-                "truncated": item.token_ids[-1] not in self.eos_token_ids,
-            }
-            for text, item in zip(texts, written, strict=True)
-        ]
-
     # -- keeping and reporting them ---------------------------------
 
     def _keep_rollouts(self, batch: GenerationBatch, advantages: Tensor) -> None:
@@ -515,29 +482,14 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         """
         step = self.state.global_step + 1
         advantages = gather(advantages)
-        steps = gather_object(_stored_scores(self.rewards, batch))
+        steps = gather_object(stored_scores(self.rewards, batch))
         every = self.args.print_rollouts_steps
         logged = step % max(1, int(self.state.logging_steps)) == 0
         logged = logged or (step == 1 and self.args.logging_first_step)
         printed = every > 0 and (step % every == 0 or step == 1)
         if not self.accelerator.is_main_process or not (logged or printed):
             return
-        assert batch.pool is not None and batch.scored is not None
-        pool, anchors = batch.pool, [None] * batch.anchor_count
-        columns = {
-            "example": pool.example.tolist(),
-            "group": pool.group.tolist(),
-            "role": pool.roles,
-            "text": pool.texts,
-            "rationale": pool.rationales,
-            "token_ids": pool.token_ids,
-            "truncated": pool.truncated.tolist(),
-            "advantage": advantages.tolist() + anchors,
-            "step_scores": steps + anchors,
-            "embedding": pool.embeddings.tolist(),
-        }
-        for i, reward in enumerate(self.rewards):
-            columns[f"reward/{reward.label}"] = batch.scored.values[:, i].tolist() + anchors
+        columns = stored_columns(batch, self.rewards, advantages, steps)
         if logged and self.run_folder is not None:
             write_rollouts(self.run_folder, step, columns)
         if printed:
@@ -604,47 +556,6 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         self.calibration.load_state_dict(shaping["calibration"])
 
 
-def check_batches(args: GraceGRPOConfig, bundles: Bundles, rewards: Sequence[LoadedReward]) -> None:
-    """Whole bundles must fill a generation batch, and there must be rows for one.
-
-    Raises:
-        UserError: With the arithmetic that does not work out.
-    """
-    # TRL's config compares the one with 2, and has worked the other out.
-    assert args.num_generations is not None and args.generation_batch_size is not None
-    problems = []
-    bundle = len(bundles.trained) * args.num_generations
-    rows, rest = divmod(args.generation_batch_size, bundle)
-    if rest:
-        problems.append(
-            f"generation_batch_size = {args.generation_batch_size} must be a multiple of "
-            "trained roles x "
-            f"num_generations = {len(bundles.trained)} x {args.num_generations} = {bundle}"
-        )
-    elif rows > len(bundles.rows):
-        problems.append(
-            f"a generation batch takes {rows} rows "
-            f"(generation_batch_size {args.generation_batch_size} / {bundle}), "
-            f"but there are only {len(bundles.rows)}; "
-            "lower per_device_train_batch_size or give more rows"
-        )
-    between = args.steps_between_generations
-    if args.save_strategy == "steps" and args.save_steps >= 1 and args.save_steps % between:
-        problems.append(
-            f"save_steps = {args.save_steps:g} must be a multiple of the {between} optimizer steps "
-            "that one generation batch serves: a checkpoint between them would lose its rest"
-        )
-    gates = [reward.label for reward in rewards if reward.gates]
-    if gates and args.multi_objective_aggregation == "normalize_then_sum":
-        problems.append(
-            f"rewards {', '.join(gates)} are gates: they place a rollout below the totals of its "
-            "group, which multi_objective_aggregation: normalize_then_sum does not form; "
-            "use sum_then_normalize"
-        )
-    if problems:
-        raise UserError(problems)
-
-
 def _weighted(rewards: list[LoadedReward], weights: Sequence[float] | None) -> list[LoadedReward]:
     """Rewards with TRL's `reward_weights`, where those are given."""
     if weights is None:
@@ -665,42 +576,3 @@ def _named(label: str) -> Callable[..., Any]:
 
     reward.__name__ = label
     return reward
-
-
-def _columns(fields: list[dict[str, Any]], embeddings: Tensor) -> dict[str, Any]:
-    """Rollout fields as the columns of a `Pool` or `RewardBatch`, on the embeddings' device."""
-    columns: dict[str, Any] = {name: [item[name] for item in fields] for name in fields[0]}
-    for name in ("example", "group", "side"):
-        columns[name] = torch.tensor(columns[name], dtype=torch.long, device=embeddings.device)
-    columns["truncated"] = torch.tensor(columns["truncated"], device=embeddings.device)
-    return columns | {"embeddings": embeddings}
-
-
-def _row_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The rows' own fields as columns; a field that a row lacks is None there."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _row_means(output: dict[str, Any]) -> Tensor:
-    """(B,) advantages; those that differ by token as their mean over the rationale."""
-    advantages, mask = output["advantages"], output["completion_mask"]
-    if advantages.dim() == 1:
-        return advantages
-    return (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
-
-
-def _step_scores(rewards: Sequence[LoadedReward], scored: Scored) -> Tensor:
-    """(B, K+1) the weighted sum of what rewards say of each prefix, on this process; where all have
-    the weight 0, the plain sum, to look at."""
-    weights = {reward.label: reward.weight for reward in rewards if reward.steps and reward.weight}
-    named = scored.steps.items()
-    return torch.stack([weights.get(name, float(not weights)) * s for name, s in named]).sum(0)
-
-
-def _stored_scores(
-    rewards: Sequence[LoadedReward], batch: GenerationBatch
-) -> list[list[float] | None]:
-    if batch.scored is None or batch.ends is None:
-        return [None] * len(batch.texts)
-    return [row.tolist() for row in _step_scores(rewards, batch.scored)]

@@ -1,12 +1,16 @@
-"""Arguments of `GraceGRPOTrainer`: TRL's `GRPOConfig` and a few fields of our own."""
+"""Arguments of `GraceGRPOTrainer`: those of TRL's `GRPOConfig`, ours, and what must fit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
+from grace_rl.data.bundles import Bundles
+from grace_rl.errors import UserError
+from grace_rl.reward.loading import LoadedReward
 from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION
 
 
@@ -59,3 +63,44 @@ class GraceGRPOConfig(GRPOConfig):
         assert self.steps_per_generation is not None  # TRL's config fills it in
         batches = self.steps_per_generation * self.num_iterations
         return max(1, batches // self.gradient_accumulation_steps)
+
+
+def check_batches(args: GraceGRPOConfig, bundles: Bundles, rewards: Sequence[LoadedReward]) -> None:
+    """Whole bundles must fill a generation batch, and there must be rows for one.
+
+    Raises:
+        UserError: With the arithmetic that does not work out.
+    """
+    # TRL's config compares the one with 2, and has worked the other out.
+    assert args.num_generations is not None and args.generation_batch_size is not None
+    problems = []
+    bundle = len(bundles.trained) * args.num_generations
+    rows, rest = divmod(args.generation_batch_size, bundle)
+    if rest:
+        problems.append(
+            f"generation_batch_size = {args.generation_batch_size} must be a multiple of "
+            "trained roles x "
+            f"num_generations = {len(bundles.trained)} x {args.num_generations} = {bundle}"
+        )
+    elif rows > len(bundles.rows):
+        problems.append(
+            f"a generation batch takes {rows} rows "
+            f"(generation_batch_size {args.generation_batch_size} / {bundle}), "
+            f"but there are only {len(bundles.rows)}; "
+            "lower per_device_train_batch_size or give more rows"
+        )
+    between = args.steps_between_generations
+    if args.save_strategy == "steps" and args.save_steps >= 1 and args.save_steps % between:
+        problems.append(
+            f"save_steps = {args.save_steps:g} must be a multiple of the {between} optimizer steps "
+            "that one generation batch serves: a checkpoint between them would lose its rest"
+        )
+    gates = [reward.label for reward in rewards if reward.gates]
+    if gates and args.multi_objective_aggregation == "normalize_then_sum":
+        problems.append(
+            f"rewards {', '.join(gates)} are gates: they place a rollout below the totals of its "
+            "group, which multi_objective_aggregation: normalize_then_sum does not form; "
+            "use sum_then_normalize"
+        )
+    if problems:
+        raise UserError(problems)

@@ -39,8 +39,10 @@ from grace_rl.reward.shaping import (
     regressions,
     segment_rewards,
     shaping_metrics,
+    step_labels,
 )
-from grace_rl.train.grpo import GenerationBatch, GraceGRPOTrainer, step_labels
+from grace_rl.train.generation_batch import GenerationBatch
+from grace_rl.train.grpo import GraceGRPOTrainer
 from grace_rl.train.ppo_config import GracePPOConfig
 from grace_rl.train.ppo_terms import (
     adapted_kl_coefficient,
@@ -312,7 +314,11 @@ class GracePPOTrainer(GraceGRPOTrainer):
         if state_dict is not None:  # gathered from all processes
             state_dict, critic = split_state(state_dict)
         trained = {name for name, p in self.value_model.named_parameters() if p.requires_grad}
-        self._critic_state = {name: critic[name].detach().cpu().clone() for name in trained}
+        # ZeRO-3 without stage3_gather_16bit_weights_on_model_save gathers nothing: then the critic,
+        # as the policy, is in DeepSpeed's own shards only.
+        self._critic_state = {
+            name: t.detach().cpu().clone() for name, t in critic.items() if name in trained
+        }
         with without_value_model(policy):
             super()._save(output_dir, state_dict)
 

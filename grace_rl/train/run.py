@@ -26,7 +26,8 @@ from grace_rl.reward.loading import load_rewards
 from grace_rl.rollout.policy import load_policy, resolve_model
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.train.callbacks import follow
-from grace_rl.train.grpo import GraceGRPOTrainer, check_batches
+from grace_rl.train.grpo import GraceGRPOTrainer
+from grace_rl.train.grpo_config import check_batches
 from grace_rl.train.ppo import GracePPOTrainer
 from grace_rl.train.run_directory import RunDirectory
 from grace_rl.train.sft import GraceSFTTrainer

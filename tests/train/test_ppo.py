@@ -395,7 +395,10 @@ if mode.startswith("zero"):
     PartialState(backend="gloo")
     shared["use_cpu"] = False
     shared["deepspeed"] = {
-        "zero_optimization": {"stage": int(mode[-1])}, "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": int(mode[-1]), "stage3_gather_16bit_weights_on_model_save": True
+        },
+        "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto",
         "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
     }

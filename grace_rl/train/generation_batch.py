@@ -1,0 +1,134 @@
+"""One generation batch on its way through TRL's methods: what is collected, and its columns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_rl.data.bundles import RoleText
+from grace_rl.embed.reader import Written
+from grace_rl.reward import Pool
+from grace_rl.reward.loading import LoadedReward
+from grace_rl.reward.runtime import Scored
+from grace_rl.rollout.prompts import Prompt
+
+
+@dataclasses.dataclass
+class GenerationBatch:
+    """What one generation batch collects on its way through TRL's methods, on this process.
+
+    Attributes:
+        texts: The text behind each rollout.
+        anchors: This process's share of the anchors; shares are equally long, the last may repeat
+            an anchor.
+        anchor_count: Anchors of all processes without the repeats.
+        prompts, token_ids: One per rollout; `anchor_token_ids` one per anchor of the share.
+        ends: (B, K+1) where segments end, in tokens, where a reward asks for prefixes.
+        raw: (B, H) raw vectors, or with `ends` (B, K+1, H), once a forward of TRL's has given them.
+    """
+
+    texts: list[RoleText]
+    anchors: list[RoleText]
+    anchor_count: int
+    prompts: list[Prompt] = dataclasses.field(default_factory=list)
+    token_ids: list[list[int]] = dataclasses.field(default_factory=list)
+    anchor_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
+    ends: Tensor | None = None
+    raw: Tensor | None = None
+    scored: Scored | None = None
+    pool: Pool | None = None
+
+
+def rollout_fields(
+    texts: Sequence[RoleText], written: Sequence[Written], end_ids: Collection[int]
+) -> list[dict[str, Any]]:
+    """What a `Pool` or `RewardBatch` holds of each rollout, but for its embedding."""
+    return [
+        {
+            "texts": text.text,
+            "rationales": item.rationale,
+            "roles": text.role,
+            "token_ids": item.token_ids,
+            "example": text.example,
+            "group": text.group,
+            "side": text.side,
+            "truncated": item.token_ids[-1] not in end_ids,
+        }
+        for text, item in zip(texts, written, strict=True)
+    ]
+
+
+def rollout_columns(fields: list[dict[str, Any]], embeddings: Tensor) -> dict[str, Any]:
+    """Rollout fields as the columns of a `Pool` or `RewardBatch`, on the embeddings' device."""
+    columns: dict[str, Any] = {name: [item[name] for item in fields] for name in fields[0]}
+    for name in ("example", "group", "side"):
+        columns[name] = torch.tensor(columns[name], dtype=torch.long, device=embeddings.device)
+    columns["truncated"] = torch.tensor(columns["truncated"], device=embeddings.device)
+    return columns | {"embeddings": embeddings}
+
+
+def row_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The rows' own fields as columns; a field that a row lacks is None there."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def row_means(output: dict[str, Any]) -> Tensor:
+    """(B,) advantages; those that differ by token as their mean over the rationale."""
+    advantages, mask = output["advantages"], output["completion_mask"]
+    if advantages.dim() == 1:
+        return advantages
+    return (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def step_scores(rewards: Sequence[LoadedReward], scored: Scored) -> Tensor:
+    """(B, K+1) the weighted sum of what rewards say of each prefix, on this process; where all have
+    the weight 0, the plain sum, to look at."""
+    weights = {reward.label: reward.weight for reward in rewards if reward.steps and reward.weight}
+    named = scored.steps.items()
+    return torch.stack([weights.get(name, float(not weights)) * s for name, s in named]).sum(0)
+
+
+def stored_scores(
+    rewards: Sequence[LoadedReward], batch: GenerationBatch
+) -> list[list[float] | None]:
+    if batch.scored is None or batch.ends is None:
+        return [None] * len(batch.texts)
+    return [row.tolist() for row in step_scores(rewards, batch.scored)]
+
+
+def stored_columns(
+    batch: GenerationBatch,
+    rewards: Sequence[LoadedReward],
+    advantages: Tensor,
+    steps: Sequence[list[float] | None],
+) -> dict[str, Any]:
+    """The columns of the rollout store, for the rollouts and then the anchors of all processes.
+
+    Args:
+        batch: With its pool and its scores.
+        rewards: Names of the scores.
+        advantages: (W,), one number per rollout.
+        steps: From `stored_scores`, of all processes.
+    """
+    assert batch.pool is not None and batch.scored is not None
+    pool, anchors = batch.pool, [None] * batch.anchor_count
+    columns = {
+        "example": pool.example.tolist(),
+        "group": pool.group.tolist(),
+        "role": pool.roles,
+        "text": pool.texts,
+        "rationale": pool.rationales,
+        "token_ids": pool.token_ids,
+        "truncated": pool.truncated.tolist(),
+        "advantage": advantages.tolist() + anchors,
+        "step_scores": [*steps, *anchors],
+        "embedding": pool.embeddings.tolist(),
+    }
+    for i, reward in enumerate(rewards):
+        columns[f"reward/{reward.label}"] = batch.scored.values[:, i].tolist() + anchors
+    return columns
