@@ -5,7 +5,7 @@
     python benchmarks/credit.py overhead                      # seconds per step, with and without
 
 `tabular` samples groups of 8 from a policy over 3 actions and 5 steps whose gradient is known by
-enumeration (papers/gircse.md 9.12 a). `scenes` trains every row of ROWS with every seed on the same
+enumeration. `scenes` trains every row of ROWS with every seed on the same
 number of rollouts, each in a process with one thread, and keeps what it has finished: started again
 it goes on. `overhead` alternates two trainers in one process and prints the ratio of their steps.
 """
@@ -432,7 +432,7 @@ def report(results: dict[str, list[dict[str, Any]]], probe: Probe, console: Cons
 
 
 def predictions(results: dict[str, list[dict[str, Any]]]) -> dict[str, bool | None]:
-    """Those of papers/gircse.md 9.13; None where a row is missing."""
+    """What was predicted before anything was run; None where a row is missing."""
 
     def mean(name: str, of: Callable[[dict[str, Any]], float]) -> float | None:
         return statistics.mean(map(of, results[name])) if name in results else None

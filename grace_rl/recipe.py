@@ -10,60 +10,39 @@ Importing this module is cheap; TRL is imported when a recipe is loaded.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import enum
 import inspect
 import math
 import os
-import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from grace_rl.errors import UserError
+from grace_rl.recipe_keys import (
+    METHODS,
+    RL_METHODS,
+    config_class,
+    convert,
+    default,
+    model_hints,
+    nearest,
+    trainer_defaults,
+    trainer_hints,
+    trainer_value,
+    typed_values,
+)
 from grace_rl.recipe_source import KeyPath, RecipeSource, read_source
 
 if TYPE_CHECKING:
     from grace_rl.reward.loading import RewardSpec
 
-METHODS = ("grpo", "ppo", "sft")
-RL_METHODS = ("grpo", "ppo")  # they roll out and need rewards
 SCENES = "scenes"
 SCENES_SPLITS = ("train", "validation", "test", "transfer")
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 
-# Keys that are no fields of TRL's or our trainer configs, and their types.
-OWN_KEYS: dict[str, Any] = {
-    "method": str,
-    "dataset_name": str,
-    "dataset_config": str | None,
-    "dataset_train_split": str,
-    "dataset_rows": int | None,
-    "dataset_options": dict[str, Any],
-    "dataset_columns": dict[str, str],
-    "rewards": list[dict[str, Any]],
-    "evaluation": dict[str, Any] | None,
-}
-# Fields of GraceGRPOConfig that a cold start shares: RL then begins with the prompt it was taught.
-SHARED_FIELDS = ("instruction", "max_text_tokens", "reader", "chat_template_kwargs")
-# TRL looks at these only after the model has been loaded, or takes any other value for the default.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "importance_sampling_level": ("token", "sequence"),
-    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
-    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "scale_rewards": ("group", "batch", "none"),
-    "vllm_importance_sampling_mode": (
-        "token_truncate",
-        "token_mask",
-        "sequence_truncate",
-        "sequence_mask",
-    ),
-    "vllm_mode": ("colocate", "server"),
-    "vllm_model_impl": ("vllm", "transformers"),
-}
 FILE_KEYS = (
     "deepspeed",
     "fsdp_config",
@@ -151,7 +130,7 @@ class Recipe:
         ]
         if problems:
             raise UserError(problems)
-        config = _config_class(self.method)
+        config = config_class(self.method)
         names = {f.name for f in dataclasses.fields(config)}
         return self._build(config, {k: v for k, v in self.training.items() if k in names})
 
@@ -223,11 +202,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         )
         method = "grpo"
 
-    values = _typed_values(source, method)
+    values = typed_values(source, method)
     name = _name(source.path)
-    training = _trainer_defaults(method) | {"output_dir": f"runs/{name}"}
-    training |= {k: values[k] for k in values if k in _trainer_hints(method)}
-    model = {k: values[k] for k in values if k in _model_hints()}
+    training = trainer_defaults(method) | {"output_dir": f"runs/{name}"}
+    training |= {k: values[k] for k in values if k in trainer_hints(method)}
+    model = {k: values[k] for k in values if k in model_hints()}
     _check_model(source, model)
     data = _data(source, values)
     evaluation = _evaluation(source, values, data)
@@ -268,7 +247,7 @@ def check_rows(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> None:
         return
     from grace_rl.data.bundles import Bundles, parse_roles
 
-    generations = _trainer_value(recipe.training, "num_generations")
+    generations = trainer_value(recipe.training, "num_generations")
     bundles = Bundles(rows, parse_roles(recipe.training["roles"], generations))
     per_batch = _batch_size(recipe.training) // (len(bundles.trained) * generations)
     if per_batch > len(rows):
@@ -294,7 +273,7 @@ def describe(recipe: Recipe, rows: int | None) -> list[str]:
     if recipe.method in RL_METHODS:
         batch = _batch_size(recipe.training)
         trained = _trained_roles(recipe.training["roles"])
-        generations = _trainer_value(recipe.training, "num_generations")
+        generations = trainer_value(recipe.training, "num_generations")
         examples = batch // (len(trained) * generations)
         lines.append(
             f"batch      {examples} rows x {len(trained)} trained roles ({', '.join(trained)}) = "
@@ -307,181 +286,6 @@ def describe(recipe: Recipe, rows: int | None) -> list[str]:
         )
     lines.append(f"output     {recipe.training['output_dir']}")
     return lines
-
-
-# --- names and types ---------------------------------------------------------------------------
-
-
-def _config_class(method: str) -> Any:
-    if method == "sft":
-        from trl import SFTConfig
-
-        return SFTConfig
-    if method == "ppo":
-        from grace_rl.train.ppo_config import GracePPOConfig
-
-        return GracePPOConfig
-    from grace_rl.train.grpo_config import GraceGRPOConfig
-
-    return GraceGRPOConfig
-
-
-def _trainer_hints(method: str) -> dict[str, Any]:
-    """Field -> type of the trainer's config."""
-    hints = _field_hints(_config_class(method))
-    if method == "sft":
-        ours = _field_hints(_config_class("grpo"))
-        hints = {name: ours[name] for name in SHARED_FIELDS} | hints
-    return hints
-
-
-def _model_hints() -> dict[str, Any]:
-    from trl import ModelConfig
-
-    return _field_hints(ModelConfig)
-
-
-def _field_hints(config: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(config)
-    return {f.name: hints[f.name] for f in dataclasses.fields(config) if f.init}
-
-
-def _trainer_defaults(method: str) -> dict[str, Any]:
-    """Our own fields of the trainer's config, with their defaults."""
-    from trl import GRPOConfig
-
-    trl_names = {f.name for f in dataclasses.fields(GRPOConfig)}
-    config = _config_class("grpo" if method == "sft" else method)
-    ours = [f for f in dataclasses.fields(config) if f.name not in trl_names]
-    return {f.name: _default(f) for f in ours if method != "sft" or f.name in SHARED_FIELDS}
-
-
-def _default(f: dataclasses.Field[Any]) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-
-
-def _trainer_value(training: dict[str, Any], name: str) -> Any:
-    """The value that GraceGRPOConfig would have."""
-    fields = {f.name: f for f in dataclasses.fields(_config_class("grpo"))}
-    return training.get(name, _default(fields[name]))
-
-
-def _typed_values(source: RecipeSource, method: str) -> dict[str, Any]:
-    """The values of known keys and right types; what is wrong goes to `source.problems`."""
-    hints = _model_hints() | _trainer_hints(method) | OWN_KEYS
-    values = {}
-    for key, value in source.tree.items():
-        if key not in hints:
-            source.problems.append(
-                source.problem(
-                    (key,), f"unknown key{_nearest(key, hints)}{_other_method(key, method)}"
-                )
-            )
-            continue
-        try:
-            values[key] = convert(value, hints[key])
-            if key in CHOICES and method in RL_METHODS and values[key] not in CHOICES[key]:
-                raise TypeError(f"must be one of {', '.join(CHOICES[key])}, not {value!r}")
-        except TypeError as error:
-            source.problems.append(source.problem((key,), str(error)))
-            values.pop(key, None)
-    return values
-
-
-def _other_method(key: str, method: str) -> str:
-    others = [other for other in METHODS if other != method and key in _trainer_hints(other)]
-    return f" (it belongs to method: {' or '.join(others)})" if others else ""
-
-
-def _nearest(key: str, names: Any) -> str:
-    close = difflib.get_close_matches(str(key), [str(name) for name in names], n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def convert(value: Any, annotation: Any) -> Any:
-    """A YAML value as the annotated type, by lossless conversions only.
-
-    Raises:
-        TypeError: With what it must be.
-
-    >>> convert(1, float), convert([0, -1], list[int] | None), convert("1e-4", float)
-    (1, [0, -1], 0.0001)
-    >>> convert("yes", bool)
-    Traceback (most recent call last):
-    TypeError: must be true or false, not 'yes'
-    """
-    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    if isinstance(value, str) and any(_is_enum(option) for option in options):
-        # TRL: the enumeration or its value.
-        options = tuple(option for option in options if option is not str)
-    for strict in (True, False):  # an exact match first: true stays a boolean for `bool | float`
-        for option in options:
-            fits, converted = _convert_one(value, option, strict)
-            if fits:
-                return converted
-    raise TypeError(f"must be {' or '.join(_say(option) for option in options)}, not {value!r}")
-
-
-def _convert_one(value: Any, kind: Any, strict: bool) -> tuple[bool, Any]:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return True, value
-    if kind is None or kind is type(None):
-        return value is None, None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return not strict, value  # a whole number is a number
-    if kind is float and isinstance(value, str) and not strict:
-        try:
-            return True, float(value)
-        except ValueError:
-            return False, None
-    if origin is Literal:
-        return value in arguments, value
-    if _is_enum(kind):
-        return value in [member.value for member in kind], value
-    if origin in (list, tuple):
-        if not isinstance(value, list):
-            return False, None
-        try:
-            return True, [convert(item, arguments[0]) for item in value]
-        except TypeError:
-            return False, None
-    if origin is dict:
-        if not isinstance(value, dict):
-            return False, None
-        try:
-            return True, {key: convert(item, arguments[1]) for key, item in value.items()}
-        except TypeError:
-            return False, None
-    return type(value) is kind, value
-
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
-def _is_enum(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, enum.Enum)
-
-
-def _say(kind: Any) -> str:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if _is_enum(kind):
-        return "one of " + ", ".join(str(member.value) for member in kind)
-    if origin is Literal:
-        return "one of " + ", ".join(str(argument) for argument in arguments)
-    if origin is list:
-        return f"a list, each {_say(arguments[0])}" if arguments[0] is not Any else "a list"
-    if origin is dict or kind is dict:
-        return "a mapping (key: value)"
-    words = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        type(None): "null",
-    }
-    return words.get(kind) or str(getattr(kind, "__name__", kind))
 
 
 # --- one part each -----------------------------------------------------------------------------
@@ -566,7 +370,7 @@ def _check_scenes_options(source: RecipeSource, options: dict[str, Any], split: 
         if key in elsewhere:
             message = f"is set by {elsewhere[key]}"
         elif key not in known:
-            message = f"unknown option{_nearest(key, known)}; scenes takes {', '.join(known)}"
+            message = f"unknown option{nearest(key, known)}; scenes takes {', '.join(known)}"
         else:
             try:
                 options[key] = convert(value, hints[key])
@@ -593,7 +397,7 @@ def _evaluation(
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in hints:
-            problem(key, f"unknown key{_nearest(key, hints)}; there are {', '.join(hints)}")
+            problem(key, f"unknown key{nearest(key, hints)}; there are {', '.join(hints)}")
             continue
         try:
             found[key] = convert(value, hints[key])
@@ -628,7 +432,7 @@ def _check_reader(source: RecipeSource, reader: dict[str, Any]) -> None:
     known = [f.name for f in dataclasses.fields(ReaderConfig)]
     unknown = [key for key in reader if key not in known]
     for key in unknown:
-        message = f"unknown key{_nearest(key, known)}; a reader has {', '.join(known)}"
+        message = f"unknown key{nearest(key, known)}; a reader has {', '.join(known)}"
         source.problems.append(source.problem(("reader", key), message))
     _collect(source, lambda: ReaderConfig(**{k: v for k, v in reader.items() if k in known}))
 
@@ -661,10 +465,10 @@ def _batch_size(training: dict[str, Any]) -> int:
     given = training.get("generation_batch_size")
     if given is not None:
         return int(given)
-    steps = training.get("steps_per_generation") or _trainer_value(
+    steps = training.get("steps_per_generation") or trainer_value(
         training, "gradient_accumulation_steps"
     )
-    return int(_trainer_value(training, "per_device_train_batch_size") * _processes() * steps)
+    return int(trainer_value(training, "per_device_train_batch_size") * _processes() * steps)
 
 
 def _processes() -> int:
@@ -686,10 +490,10 @@ def _check_batches(source: RecipeSource, training: dict[str, Any], data: DataCon
         "generation_batch_size",
     )
     for key in (*positive, "steps_per_generation", "max_completion_length", "max_text_tokens"):
-        value = _trainer_value(training, key)
+        value = trainer_value(training, key)
         if value is not None and value < 1:
             source.problems.append(source.problem((key,), f"must be at least 1, not {value}"))
-    generations = _trainer_value(training, "num_generations")
+    generations = trainer_value(training, "num_generations")
     if generations is None or generations < 2:
         message = (
             f"must be at least 2, not {generations}: an advantage compares rollouts of one text"
@@ -708,7 +512,7 @@ def _check_batches(source: RecipeSource, training: dict[str, Any], data: DataCon
 
     trained = len(_trained_roles(training["roles"]))
     bundle, batch = trained * generations, _batch_size(training)
-    device, accumulation = (_trainer_value(training, key) for key in positive[:2])
+    device, accumulation = (trainer_value(training, key) for key in positive[:2])
     processes = _processes()
     per_step = device * processes
     if training.get("generation_batch_size") is not None:
@@ -797,7 +601,7 @@ def _check_rewards(source: RecipeSource, specs: list[RewardSpec], training: dict
         )
         source.problems.append(source.problem(("reward_weights",), message))
     if loaded is not None:
-        settings = {name: _trainer_value(training, name) for name in SHAPING_SETTINGS}
+        settings = {name: trainer_value(training, name) for name in SHAPING_SETTINGS}
         _collect(source, lambda: check_shaping(settings, loaded))
     gates = [reward.label for reward in loaded or [] if reward.gates and reward.weight]
     if gates and training.get("multi_objective_aggregation") == "normalize_then_sum":
@@ -814,7 +618,7 @@ def _check_ppo(source: RecipeSource, training: dict[str, Any]) -> None:
     fields = dataclasses.fields(GracePPOConfig)
 
     def check() -> None:
-        problems = ppo_problems({f.name: training.get(f.name, _default(f)) for f in fields})
+        problems = ppo_problems({f.name: training.get(f.name, default(f)) for f in fields})
         if problems:
             raise UserError(problems)
 

@@ -21,7 +21,7 @@ class Consistency:
     Relations: the label-free part of `contrastive`; term 3 of `grace_published`, there divided by
     its temperature. Negatives do not enter.
 
-    Source: papers/grace.md 3.1, R_consist.
+    Source: GRACE (arXiv 2510.04506), eq. 13 to 17 (R_consist).
 
     Example:
         >>> from grace_rl.reward.example import example_batch

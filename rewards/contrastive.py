@@ -47,7 +47,7 @@ class Contrastive:
     `grace_published` is the linear form. `MultipleNegativesRankingLoss` of sentence-transformers is
     the same formula as a loss; here both sides are scored and may be negatives of other rows.
 
-    Source: papers/grace.md 3.4 (c); findings.md 4.
+    Source: InfoNCE (van den Oord et al. 2018), paid as a reward.
 
     Example:
         >>> from grace_rl.reward.example import example_batch

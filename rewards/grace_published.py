@@ -22,7 +22,7 @@ class GracePublished:
        / temperature. A truncated rollout gets `truncated_value` instead.
 
     Terms 2 and 4 are the same number for all rollouts of a group and cancel in the advantage: the
-    negatives do not train the policy (papers/grace.md 3.4). Use `contrastive` to train.
+    negatives do not train the policy. Use `contrastive` to train.
 
     Without labels (rollouts of the text, one anchor of the same text): positive is the cosine to
     the own anchor, there is no negative, and cross is the mean cosine of the *rollout* and the
@@ -44,7 +44,7 @@ class GracePublished:
     Differences from the code: two rows with the same positive text stay two groups (the code merges
     them by accident); an anchor with several samples is their mean.
 
-    Source: papers/grace.md 3.1 to 3.6.
+    Source: GRACE (arXiv 2510.04506), eq. 13 to 17 and appendix A.2.5, and its published code.
 
     Example:
         >>> from grace_rl.reward.example import example_batch

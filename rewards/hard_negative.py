@@ -34,7 +34,7 @@ class HardNegative:
     Relations: `contrastive` weighs pull and push in one softmax; this is its push alone. Term 4 of
     `grace_published` with labels cancels, this does not.
 
-    Source: papers/grace.md 3.1 (R_hard) and 3.4 (b).
+    Source: R_hard of GRACE (arXiv 2510.04506, eq. 13 to 17), scored from the document's side.
 
     Example:
         >>> from grace_rl.reward.example import example_batch

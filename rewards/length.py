@@ -24,12 +24,12 @@ class Length:
     Requirements: none. The weight does not change the gate (except that 0 switches it off).
 
     Recommendations: keep it in every recipe. Without it most policies never end and repeat
-    themselves up to the cap (findings.md 5).
+    themselves up to the cap.
 
     Relations: `grace_published` gives a truncated rollout a constant instead, which can be the best
     of its group; `format` is the other gate.
 
-    Source: papers/grace.md 3.4; findings.md 5.
+    Source: in place of the constant reward of GRACE (arXiv 2510.04506), appendix A.2.5.
 
     Example:
         >>> from grace_rl.reward.example import example_batch

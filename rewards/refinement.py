@@ -39,7 +39,8 @@ class Refinement:
 
     Relations: with `segments: 1` it trains exactly as its potential does.
 
-    Source: papers/gircse.md 9.1 to 9.5.
+    Source: the step-wise objective of GIRCSE (arXiv 2509.24291) as a potential (Ng, Harada and
+    Russell 1999).
 
     Example:
         >>> import dataclasses, torch

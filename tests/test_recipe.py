@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from grace_rl.errors import UserError
-from grace_rl.recipe import OWN_KEYS, Recipe, convert, load_recipe
+from grace_rl.recipe import Recipe, load_recipe
+from grace_rl.recipe_keys import OWN_KEYS, convert
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

@@ -2,7 +2,7 @@
 
 With s_0, ..., s_K the scores without a rationale and after each of its K segments, segment k earns
 s_k - s_{k-1}. These sum to s_K - s_0: what is paid for is the same, only its place is known better
-(potential-based shaping; papers/gircse.md 9.1 to 9.7). The advantages of a group are made so:
+(potential-based shaping, Ng, Harada and Russell 1999). The advantages of a group are made so:
 
 1. V_k = a_k + b_k s_k predicts the final score from the score so far; V_K is the rollout's total
    reward, so whatever other rewards say counts at the end. `Calibration` keeps a and b.

@@ -21,7 +21,7 @@ from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import ReaderConfig
 from grace_rl.evaluate.scenes import example_rationales, score_policy
 from grace_rl.evaluate.tables import rationale_table, score_table
-from grace_rl.recipe import RL_METHODS
+from grace_rl.recipe_keys import RL_METHODS
 from grace_rl.reward.loading import load_rewards
 from grace_rl.rollout.policy import load_policy, resolve_model
 from grace_rl.rollout.prompts import PromptTemplate

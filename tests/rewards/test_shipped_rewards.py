@@ -193,7 +193,7 @@ def test_contrastive_clips_at_the_bottom():
     torch.testing.assert_close(clipped, free.clamp(min=-2.0))
 
 
-# grace_published: papers/grace.md 3.6
+# grace_published: values worked out by hand from eq. 13 to 17 of arXiv 2510.04506
 
 QUERY = ([1.0, 0.0], [0.0, 1.0])
 DOCUMENT = ([[1.0, 0.0], [0.6, 0.8]], [[0.0, 1.0], [0.8, 0.6]])
