@@ -2,12 +2,14 @@
 
     python benchmarks/credit.py tabular                       # exact gradients on a small tree
     python benchmarks/credit.py scenes --seeds 0 1 2 --jobs 3 # the table of docs/results.md, hours
+    python benchmarks/credit.py noise --after 0               # of gradients, on the same rollouts
     python benchmarks/credit.py overhead                      # seconds per step, with and without
 
 `tabular` samples groups of 8 from a policy over 3 actions and 5 steps whose gradient is known by
-enumeration. `scenes` trains every row of ROWS with every seed on the same
-number of rollouts, each in a process with one thread, and keeps what it has finished: started again
-it goes on. `overhead` alternates two trainers in one process and prints the ratio of their steps.
+enumeration (papers/gircse.md 9.12 a). `noise` gives several kinds of credit to the same rollouts of
+one policy. `scenes` trains every row of ROWS with every seed on the same number of rollouts, each
+in a process with one thread, and keeps what it has finished: started again it goes on. `overhead`
+alternates two trainers in one process and prints the ratio of their steps.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from grace_rl.errors import UserError
 from grace_rl.evaluate.scenes import score_policy
 from grace_rl.recipe import load_recipe
 from grace_rl.reward.loading import load_rewards
-from grace_rl.reward.shaping import Calibration, shape_advantages
+from grace_rl.reward.shaping import Calibration, shape_advantages, to_tokens
 from grace_rl.rollout.policy import load_policy, resolve_model
 from grace_rl.train.grpo import GraceGRPOTrainer
 from grace_rl.train.ppo import GracePPOTrainer
@@ -51,20 +53,19 @@ PPO = "recipes/quickstart-ppo.yaml"
 POTENTIAL = "{name: refinement, potential: {name: contrastive, temperature: 0.1}"
 LENGTH = "{name: length, weight: 1.0}"
 CONTRASTIVE = "{name: contrastive, temperature: 0.1}"
-CUTS = ["--segments", "4", "--segment_min_tokens", "1"]
+CUTS = ["--segments", "4", "--segment_min_tokens", "2"]
 WATCHED = ["--rewards", f"[{CONTRASTIVE}, {LENGTH}, {POTENTIAL}, weight: 0}}]", *CUTS]
 STEPWISE = ["--rewards", f"[{POTENTIAL}}}, {LENGTH}]", *CUTS]
-FIXED = ["--segment_min_tokens", "1"]
 
 # name -> recipe, overrides. A row that is not step-wise only logs the scores of prefixes.
 ROWS: dict[str, tuple[str, list[str]]] = {
     "GRPO": (PLAIN, WATCHED),
-    "lambda 1": (STEPS, [*FIXED, "--shaping", "{gae_lambda: 1.0, calibrate: false}"]),
-    "lambda 1 calibrated": (STEPS, [*FIXED, "--shaping", "{gae_lambda: 1.0}"]),
-    "lambda 0.9 calibrated": (STEPS, [*FIXED, "--shaping", "{gae_lambda: 0.9}"]),
-    "lambda 0.5": (STEPS, [*FIXED, "--shaping", "{gae_lambda: 0.5, calibrate: false}"]),
-    "lambda 0": (STEPS, [*FIXED, "--shaping", "{gae_lambda: 0.0, calibrate: false}"]),
-    "penalty 0.2": (STEPS, [*FIXED, "--shaping", "{gae_lambda: 0.9, penalty: 0.2}"]),
+    "lambda 1": (STEPS, ["--shaping", "{gae_lambda: 1.0, calibrate: false}"]),
+    "lambda 1 calibrated": (STEPS, ["--shaping", "{gae_lambda: 1.0}"]),
+    "lambda 0.9 calibrated": (STEPS, ["--shaping", "{gae_lambda: 0.9}"]),
+    "lambda 0.5": (STEPS, ["--shaping", "{gae_lambda: 0.5, calibrate: false}"]),
+    "lambda 0": (STEPS, ["--shaping", "{gae_lambda: 0.0, calibrate: false}"]),
+    "penalty 0.2": (STEPS, ["--shaping", "{gae_lambda: 0.9, penalty: 0.2}"]),
     "PPO": (PPO, WATCHED),
     "PPO step-wise": (PPO, STEPWISE),
 }
@@ -266,7 +267,7 @@ def run_row(name: str, seed: int, probe: Probe) -> dict[str, Any]:
         per_batch //= trainer.args.gradient_accumulation_steps
         trainer.args.max_steps = probe.batches * per_batch
         curve: list[dict[str, float]] = []
-        noise: list[float] = []
+        cosines: list[float] = []
         seconds: list[float] = []
 
         def score(batch: int) -> None:
@@ -277,7 +278,8 @@ def run_row(name: str, seed: int, probe: Probe) -> dict[str, Any]:
 
         def probed_loss(model: Any, inputs: dict[str, Any]) -> Tensor:
             if probing:
-                noise.append(half_batch_cosine(trainer, compute, model, inputs))
+                pair = half_batch_gradients(trainer, compute, model, inputs)
+                cosines.append(float(torch.nn.functional.cosine_similarity(*pair, dim=0)))
             return compute(model, inputs)
 
         def timed_step(*given: Any, **keywords: Any) -> Tensor:
@@ -300,7 +302,7 @@ def run_row(name: str, seed: int, probe: Probe) -> dict[str, Any]:
     last = log[-len(log) // 3 :]
     return {
         "curve": curve,
-        "noise": noise,
+        "noise": cosines,
         "seconds_per_batch": statistics.mean(seconds) * per_batch,
         "watched": {
             key: statistics.mean(entry[key] for entry in last if key in entry) for key in watched
@@ -308,10 +310,10 @@ def run_row(name: str, seed: int, probe: Probe) -> dict[str, Any]:
     }
 
 
-def half_batch_cosine(
+def half_batch_gradients(
     trainer: Any, compute: Callable[..., Tensor], model: Any, inputs: dict[str, Any]
-) -> float:
-    """Cosine of the policy gradients of two halves of a batch; a group is never split."""
+) -> tuple[Tensor, Tensor]:
+    """The policy gradients of two halves of a batch; a group is never split."""
     _, text = torch.unique(inputs["prompt_ids"], dim=0, return_inverse=True)
     metrics = copy.deepcopy(trainer._metrics)
     value_weight = getattr(trainer.args, "vf_coef", None)
@@ -330,7 +332,75 @@ def half_batch_cosine(
     trainer._metrics = metrics
     if value_weight is not None:
         trainer.args.vf_coef = value_weight
-    return float(torch.nn.functional.cosine_similarity(*halves, dim=0))
+    return halves[0], halves[1]
+
+
+KINDS: dict[str, tuple[float, bool] | None] = {  # name -> lambda, calibrated; None: TRL's own
+    "GRPO": None,
+    "lambda 1": (1.0, False),
+    "lambda 1 calibrated": (1.0, True),
+    "lambda 0.9 calibrated": (0.9, True),
+    "lambda 0.5 calibrated": (0.5, True),
+    "lambda 0.5": (0.5, False),
+    "lambda 0": (0.0, False),
+}
+
+
+def noise(options: argparse.Namespace, console: Console) -> int:
+    """How much of a half batch's gradient is signal, and where it points.
+
+    With g and h the gradients of two halves of a batch, the signal is E[g h] / E[g g]; the
+    direction is the cosine of two expected gradients, E[g h'] / sqrt(E[g h] E[g' h']) against
+    GRPO's, which needs no expected gradient itself.
+    """
+    torch.set_num_threads(1)
+    halves: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in KINDS}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer("lambda 1 calibrated", options.seed, folder, max_steps=10_000)
+        step = stepper(trainer)
+        for _ in range(max(options.after, 1)):  # at least one batch to calibrate with
+            step(learn=options.after > 0)
+        tables = []
+        trainer._assign_credit = lambda batch, _: tables.append(trainer._step_table(batch))
+        batches = iter(trainer.get_train_dataloader())
+        for _ in range(options.batches):
+            output = trainer._generate_and_score_completions(next(batches))
+            scores, ends, totals, group = tables[-1]
+            width = output["completion_mask"].size(1)
+            for name, kind in KINDS.items():
+                if kind is not None:
+                    fitted = trainer.calibration if kind[1] else Calibration()
+                    credit = shape_advantages(
+                        scores, ends, totals, group,
+                        gae_lambda=kind[0], slopes=fitted.slopes, intercepts=fitted.intercepts,
+                    )  # fmt: skip
+                    output = output | {"advantages": to_tokens(credit, ends, width)}
+                halves[name].append(
+                    half_batch_gradients(trainer, trainer._compute_loss, trainer.model, output)
+                )
+            trainer.calibration.update(scores, ends, group)
+    table = Table(
+        title=f"{options.batches} batches of rollouts of the policy after {options.after} steps, "
+        "halves of 96; mean and standard error",
+        title_justify="left",
+    )
+    for column in ("credit", "signal share", "ratio to GRPO's", "direction, cosine to GRPO's"):
+        table.add_column(column, justify="left" if column == "credit" else "right")
+    dot = {name: torch.stack([g @ h for g, h in pairs]) for name, pairs in halves.items()}
+    own = {n: torch.stack([(g @ g + h @ h) / 2 for g, h in pairs]) for n, pairs in halves.items()}
+    plain = halves["GRPO"]
+    shares = {}
+    for name, pairs in halves.items():
+        cross = [(g @ b + h @ a) / 2 for (g, h), (a, b) in zip(pairs, plain, strict=True)]
+        direction = torch.stack(cross).mean() / (dot[name].mean() * dot["GRPO"].mean()).sqrt()
+        share = shares[name] = float(dot[name].mean() / own[name].mean())
+        error = float(dot[name].std() / own[name].mean()) / options.batches**0.5
+        ratio = f"{share / shares['GRPO']:.2f}"
+        table.add_row(name, f"{share:.4f} +- {error:.4f}", ratio, f"{float(direction):.3f}")
+    console.print(table)
+    betas = ", ".join(f"{slope:.2f}" for slope in trainer.calibration.slopes.tolist())
+    console.print(f"beta_2 ...: {betas}", highlight=False)
+    return 0
 
 
 def scenes(options: argparse.Namespace, console: Console) -> int:
@@ -442,14 +512,14 @@ def predictions(results: dict[str, list[dict[str, Any]]]) -> dict[str, bool | No
 
     names = ("GRPO", "lambda 1", "lambda 0.9 calibrated", "lambda 0.5", "penalty 0.2")
     end = [mean(name, lambda run: final(run, TARGET)) for name in names]
-    noise = [mean(name, lambda run: statistics.mean(run["noise"])) for name in names]
+    cosine = [mean(name, lambda run: statistics.mean(run["noise"])) for name in names]
     early = [mean(name, lambda run: area(run, 1 / 3)) for name in names]
     better = [mean(name, lambda run: run["watched"]["shaping/share_not_worse"]) for name in names]
     return {
         "lambda 1 ends where GRPO does (within 0.03)": holds(
             lambda a, b: abs(a - b) < 0.03, end[0], end[1]
         ),
-        "and its gradient is less noisy": holds(lambda a, b: b > a, noise[0], noise[1]),
+        "and its gradient is less noisy": holds(lambda a, b: b > a, cosine[0], cosine[1]),
         "lambda 0.9 calibrated is faster early": holds(lambda a, b: b > a, early[0], early[2]),
         "lambda 0.5 is faster early": holds(lambda a, b: b > a, early[0], early[3]),
         "the penalty makes fewer segments worse": holds(lambda a, b: b > a, better[2], better[4]),
@@ -527,16 +597,18 @@ def overhead(options: argparse.Namespace, console: Console) -> int:
     return 0 if ratio < 1.02 else 1
 
 
-def stepper(trainer: Any) -> Callable[[], None]:
+def stepper(trainer: Any) -> Callable[..., None]:
     """One training step of a trainer at a time: rollouts, rewards, backward, optimizer."""
     trainer.create_optimizer()
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     batches = iter(trainer.get_train_dataloader())
 
-    def step() -> None:
+    def step(learn: bool = True) -> None:
         trainer.training_step(trainer.model, next(batches), None)
-        trainer.optimizer.step()
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+        if learn:
+            trainer.optimizer.step()
         trainer.optimizer.zero_grad()
 
     return step
@@ -566,6 +638,11 @@ def main() -> int:
             kind.add_argument("--name", choices=list(ROWS), required=True)
             kind.add_argument("--seed", type=int, required=True)
         kind.set_defaults(run=run)
+    kind = kinds.add_parser("noise")
+    kind.add_argument("--after", type=int, default=0, help="training steps before it is measured")
+    kind.add_argument("--batches", type=int, default=30)
+    kind.add_argument("--seed", type=int, default=0)
+    kind.set_defaults(run=noise)
     kind = kinds.add_parser("overhead")
     kind.add_argument("--steps", type=int, default=40)
     kind.set_defaults(run=overhead)

@@ -104,7 +104,8 @@ def test_interrupted_and_killed_runs_resume(root: Path, tmp_path: Path) -> None:
         process = subprocess.Popen(command(root, run, *overrides), stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
-            lines = (run / "metrics.jsonl").read_text().count("\n") if run.exists() else 0
+            metrics = run / "metrics.jsonl"
+            lines = metrics.read_text().count("\n") if metrics.exists() else 0
             if lines >= step:
                 os.kill(process.pid, number)
                 break

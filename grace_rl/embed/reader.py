@@ -35,6 +35,7 @@ from grace_rl.rollout.prompts import Prompt
 Span = Literal["context", "rationale", "bottleneck"]
 Pool = Literal["mean", "last"]
 
+CENTRE_FILE = "reader/centre.safetensors"
 CENTRE_MOMENTUM = 0.9  # a mean over about ten batches: steady, yet it follows a policy that moves
 
 
@@ -290,11 +291,16 @@ class Reader:
         return normalize(raw, dim=-1) * read
 
     def save(self, folder: Path) -> None:
-        """Write the centre to `folder/centre.safetensors`, if there is one."""
+        """Write the centre, if there is one, to `folder/reader/centre.safetensors`.
+
+        It has a folder of its own since vLLM takes every safetensors file beside a model's config
+        for weights of the model.
+        """
         if self.centre is not None:
-            save_file({"centre": self.centre.cpu()}, str(folder / "centre.safetensors"))
+            (folder / "reader").mkdir(exist_ok=True)
+            save_file({"centre": self.centre.cpu()}, str(folder / CENTRE_FILE))
 
     def load(self, folder: Path) -> None:
         """Read the centre back, if the folder has one."""
-        if (folder / "centre.safetensors").exists():
-            self.centre = load_file(str(folder / "centre.safetensors"))["centre"].to(self.device)
+        if (folder / CENTRE_FILE).exists():
+            self.centre = load_file(str(folder / CENTRE_FILE))["centre"].to(self.device)

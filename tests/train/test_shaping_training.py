@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,52 @@ def test_advice_about_beta_comes_once(policy: str, tmp_path: Path) -> None:
     for _ in range(ADVICE_BATCHES + 5):
         step(0.2)
     assert output.getvalue().count("below 0.5") == 1
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from accelerate.utils import gather_object
+from grace_rl.data import scenes
+from grace_rl.train.grpo import GraceGRPOTrainer
+from grace_rl.train.grpo_config import GraceGRPOConfig
+from rewards.length import Length
+from rewards.refinement import Refinement
+
+folder = Path(sys.argv[1])
+args = GraceGRPOConfig(
+    output_dir=str(folder), num_generations=8, per_device_train_batch_size=24, max_steps=2,
+    max_completion_length=12, segment_min_tokens=2, shaping={"penalty": 0.2}, instruction=None,
+    roles={"query": {}, "positive": {}, "negative": {"train": False}}, learning_rate=1e-3,
+    use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1, save_strategy="no",
+    report_to="none", print_rollouts_steps=0,
+)
+rows = scenes.rows("train", "quad", 12)
+trainer = GraceGRPOTrainer(
+    str(scenes.COLD_START), args, rows, [Refinement(), Length()], run_folder=folder
+)
+trainer.train()
+weights = sum(float(p.detach().double().sum()) for p in trainer.model.parameters())
+found = gather_object([(weights, trainer.calibration.state_dict(), trainer.segmenter.state_dict())])
+assert len(found) == 2 and found[0] == found[1], found
+"""
+
+
+@pytest.mark.slow
+def test_groups_that_two_processes_share(tmp_path: Path) -> None:
+    """24 rollouts each: the middle one of the three bundles of 16 lies on both."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    command = [*launcher, "2", str(tmp_path / "program.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [row for row in read_rollouts(tmp_path).to_pylist() if row["advantage"] is not None]
+    assert len(rows) == 2 * 48
+    for step in (1, 2):
+        for group in {row["group"] for row in rows if row["step"] == step}:
+            own = [row for row in rows if (row["step"], row["group"]) == (step, group)]
+            assert len(own) == 8
+            assert len({round(row["step_scores"][0], 3) for row in own}) == 1
 
 
 class StopAt(TrainerCallback):
