@@ -29,13 +29,6 @@ ROLES = {
 }
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("policy")
-    scenes.save_untrained(folder, 0)
-    return str(folder)
-
-
 def build(
     policy: str, folder: Path, rewards: list[Any] | None = None, rows: Any = None, **settings: Any
 ) -> Any:

@@ -29,13 +29,6 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
 EPOCHS = {"num_iterations": 2, "steps_per_generation": 2, "per_device_train_batch_size": 4}
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("policy")
-    scenes.save_untrained(folder, 0)
-    return str(folder)
-
-
 def build(policy: str, folder: Path, rewards: list[Any] | None = None, **settings: Any) -> Any:
     extra = {
         k: settings.pop(k) for k in ("peft_config", "run_folder", "eval_dataset") if k in settings

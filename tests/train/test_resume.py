@@ -27,13 +27,6 @@ class StopAt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("policy")
-    scenes.save_untrained(folder, 0)
-    return str(folder)
-
-
 def build(policy: str, run: Path, **settings: Any) -> GraceGRPOTrainer:
     args = GraceGRPOConfig(
         output_dir=str(run / "checkpoints"),

@@ -29,13 +29,6 @@ ROWS = scenes.rows("train", "quad", 12)
 K = 3
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("policy")
-    scenes.save_untrained(folder, 0)
-    return str(folder)
-
-
 def build(policy: str, folder: Path, rewards: list[Any] | None = None, **settings: Any) -> Any:
     extra = {k: settings.pop(k) for k in ("peft_config", "console") if k in settings}
     arguments: dict[str, Any] = {
