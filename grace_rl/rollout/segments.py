@@ -3,8 +3,8 @@
 Which segment a token belongs to is settled by what stands before it. Cuts at shares of the
 rationale's own length would not do: a policy that ends early would move all of them, so the score
 at a cut would depend on what is written after it and be no baseline for that. (On scenes with cuts
-at quarters of the own length rationales shrank to one word; docs/methods.md.) So cuts are shares of
-the typical length, and a shorter rationale has fewer segments.
+at quarters of the own length rationales shrank from 7 to 5 tokens in 20 steps; docs/methods.md.) So
+cuts are shares of the typical length, and a shorter rationale has fewer segments.
 """
 
 from __future__ import annotations
