@@ -40,8 +40,8 @@ class ShapingConfig:
     """How the scores of prefixes become advantages; `shaping` in a recipe.
 
     Args:
-        gae_lambda: 0 to 1. 1 is unbiased; 0 pays every segment for its own step only. 0.9 is a
-            start.
+        gae_lambda: 0 to 1. 1 is unbiased; 0 pays every segment for its own step only. Below 0.9
+            it was worse than plain GRPO on scenes (docs/results.md).
         calibrate: Predict the final score from each prefix by a running regression, instead of
             taking the prefix's score for it. Does not bias lambda 1, and takes bias from the rest.
         penalty: At least 0. Every fall of the score by more than `margin` costs this share of it
@@ -54,7 +54,7 @@ class ShapingConfig:
         UserError: With every mistake in the values.
     """
 
-    gae_lambda: float = 0.9
+    gae_lambda: float = 1.0
     calibrate: bool = True
     penalty: float = 0.0
     margin: float | None = None
