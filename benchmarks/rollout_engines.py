@@ -1,11 +1,12 @@
 """Tokens per second of both rollout engines, in one run on this machine.
 
-    OMP_NUM_THREADS=1 python benchmarks/rollout_engines.py
+    OMP_NUM_THREADS=4 python benchmarks/rollout_engines.py
 
-A Qwen3 of about 10M random parameters writes --samples rationales of exactly --tokens tokens for
---prompts texts, through the trainer's own generation, `transformers` and vLLM in turn, --repeats
-times after one warm-up each. Prints the median of each and their ratio. Both use torch's threads,
-so OMP_NUM_THREADS holds for both.
+A Qwen3 of about 10M random parameters writes --samples rationales for --prompts texts through the
+trainer's own generation, `transformers` and vLLM in turn, --repeats times after one warm-up each.
+Once all rationales have exactly --tokens tokens; once they end by themselves, as rationales do: at
+each token with the chance --ends, at the latest after --tokens. Prints medians and ratios. Both
+use torch's threads, so OMP_NUM_THREADS holds for both.
 """
 
 from __future__ import annotations
@@ -33,14 +34,21 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--ends", type=float, default=1 / 32)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    print(f"{options.prompts * options.samples} rollouts, {torch.get_num_threads()} threads")
+    measure(options, f"exactly {options.tokens} tokens each", 0.0)
+    measure(options, f"ending with a chance of {options.ends:.3f} a token", options.ends)
 
+
+def measure(options: argparse.Namespace, title: str, ends: float) -> None:
+    """Time both engines in turn on rationales that end so, and print the medians."""
     with tempfile.TemporaryDirectory() as folder:
-        size = save_model(Path(folder))
+        size = save_model(Path(folder), ends)
         trainers = {
-            name: build_trainer(folder, options, name == "vllm")
+            name: build_trainer(folder, options, name == "vllm", exact=not ends)
             for name in ("transformers", "vllm")
         }
         texts = [row["text"] for row in scenes.rows(form="unsupervised", count=options.prompts)]
@@ -53,22 +61,19 @@ def main() -> None:
                 written, _ = GRPOTrainer._generate_single_turn(
                     trainer, prompts, None, {}, options.samples
                 )
-                speed = sum(map(len, written)) / (time.perf_counter() - start)
+                tokens = sum(map(len, written))
                 if repeat > 0:
-                    speeds[name].append(speed)
-    print(f"{size / 1e6:.1f}M parameters, {len(prompts)} rollouts of {options.tokens} tokens, "
-          f"{torch.get_num_threads()} threads, median of {options.repeats}")  # fmt: skip
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
+                    speeds[name].append(tokens / (time.perf_counter() - start))
+    print(f"{title} (mean {tokens / len(prompts):.1f}), {size / 1e6:.1f}M parameters")
     for name, values in speeds.items():
-        print(
-            f"{name:>12}: {medians[name]:8.0f} tokens/s  "
-            f"(from {min(values):.0f} to {max(values):.0f})"
-        )
-    print(f"       ratio: vLLM is {medians['vllm'] / medians['transformers']:.1f} times as fast")
+        low, high, median = min(values), max(values), statistics.median(values)
+        print(f"{name:>14}: {median:8.0f} tokens/s  (from {low:.0f} to {high:.0f})")
+    ratio = statistics.median(speeds["vllm"]) / statistics.median(speeds["transformers"])
+    print(f"         ratio: vLLM is {ratio:.1f} times as fast")
 
 
-def save_model(folder: Path) -> int:
-    """A random model that never ends a rationale by itself, and the scenes policy's tokenizer."""
+def save_model(folder: Path, ends: float) -> int:
+    """A random model with the tokenizer of scenes; a share `ends` of its words ends a rationale."""
     tokenizer = AutoTokenizer.from_pretrained(scenes.COLD_START)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
@@ -85,13 +90,17 @@ def save_model(folder: Path) -> int:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    ends_rationale = range(1000, 1000 + int(ends * model.config.vocab_size))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends_rationale]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model.num_parameters()
 
 
-def build_trainer(folder: str, options: argparse.Namespace, use_vllm: bool) -> GraceGRPOTrainer:
-    exact = {"min_tokens" if use_vllm else "min_new_tokens": options.tokens}
+def build_trainer(
+    folder: str, options: argparse.Namespace, use_vllm: bool, exact: bool
+) -> GraceGRPOTrainer:
+    least = {"min_tokens" if use_vllm else "min_new_tokens": options.tokens}
     args = GraceGRPOConfig(
         output_dir=folder,
         use_cpu=not torch.cuda.is_available(),
@@ -101,7 +110,7 @@ def build_trainer(folder: str, options: argparse.Namespace, use_vllm: bool) -> G
         num_generations=options.samples,
         per_device_train_batch_size=options.prompts * options.samples,
         max_completion_length=options.tokens,
-        generation_kwargs=exact,
+        generation_kwargs=least if exact else None,
         instruction=None,
         roles={"text": {}},
         report_to="none",
