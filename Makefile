@@ -11,8 +11,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# Nothing in the quickstart or the tests needs a hub. Tiny models are slower on several threads, and
-# much slower where other work shares the cores.
+# Nothing in the quickstart or the tests needs a hub. One thread is a little slower on an idle machine
+# and much faster on one that shares its cores; OMP_NUM_THREADS=4 make quickstart uses more.
 quickstart test test-fast: export HF_HUB_OFFLINE = 1
 quickstart test test-fast: export OMP_NUM_THREADS ?= 1
 

