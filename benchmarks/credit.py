@@ -361,7 +361,7 @@ def noise(options: argparse.Namespace, console: Console) -> int:
         for _ in range(max(options.after, 1)):  # at least one batch to calibrate with
             step(learn=options.after > 0)
         tables = []
-        trainer._assign_credit = lambda batch, _: tables.append(trainer._step_table(batch))
+        trainer._assign_credit = lambda batch, _: tables.append(batch.steps)
         batches = iter(trainer.get_train_dataloader())
         for _ in range(options.batches):
             output = trainer._generate_and_score_completions(next(batches))

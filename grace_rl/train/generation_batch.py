@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,22 @@ from grace_rl.reward import Pool
 from grace_rl.reward.loading import LoadedReward
 from grace_rl.reward.runtime import Scored
 from grace_rl.rollout.prompts import Prompt
+
+
+class StepTable(NamedTuple):
+    """Step-wise scores of the W rollouts of all processes, on the CPU.
+
+    Attributes:
+        scores: (W, K+1) of each prefix; NaN where a rollout is not scored.
+        ends: (W, K+1) tokens of each prefix.
+        totals: (W,) total rewards.
+        group: (W,).
+    """
+
+    scores: Tensor
+    ends: Tensor
+    totals: Tensor
+    group: Tensor
 
 
 @dataclasses.dataclass
@@ -28,6 +44,7 @@ class GenerationBatch:
         anchor_count: Anchors of all processes without the repeats.
         prompts, token_ids: One per rollout; `anchor_token_ids` one per anchor of the share.
         ends: (B, K+1) where segments end, in tokens, where a reward asks for prefixes.
+        steps: What every process's rollouts score step by step, where a reward does.
         raw: (B, H) raw vectors, or with `ends` (B, K+1, H), once a forward of TRL's has given them.
     """
 
@@ -39,6 +56,7 @@ class GenerationBatch:
     anchor_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
     ends: Tensor | None = None
     raw: Tensor | None = None
+    steps: StepTable | None = None
     scored: Scored | None = None
     pool: Pool | None = None
 
@@ -93,19 +111,10 @@ def step_scores(rewards: Sequence[LoadedReward], scored: Scored) -> Tensor:
     return torch.stack([weights.get(name, float(not weights)) * s for name, s in named]).sum(0)
 
 
-def stored_scores(
-    rewards: Sequence[LoadedReward], batch: GenerationBatch
-) -> list[list[float] | None]:
-    if batch.scored is None or batch.ends is None:
-        return [None] * len(batch.texts)
-    return [row.tolist() for row in step_scores(rewards, batch.scored)]
-
-
 def stored_columns(
     batch: GenerationBatch,
     rewards: Sequence[LoadedReward],
     advantages: Tensor,
-    steps: Sequence[list[float] | None],
 ) -> dict[str, Any]:
     """The columns of the rollout store, for the rollouts and then the anchors of all processes.
 
@@ -113,10 +122,11 @@ def stored_columns(
         batch: With its pool and its scores.
         rewards: Names of the scores.
         advantages: (W,), one number per rollout.
-        steps: From `stored_scores`, of all processes.
     """
     assert batch.pool is not None and batch.scored is not None
     pool, anchors = batch.pool, [None] * batch.anchor_count
+    unscored: list[list[float] | None] = [None] * len(advantages)
+    steps = unscored if batch.steps is None else batch.steps.scores.tolist()
     columns = {
         "example": pool.example.tolist(),
         "group": pool.group.tolist(),

@@ -68,13 +68,13 @@ from grace_rl.train.callbacks import print_group
 from grace_rl.train.checkpoints import CheckpointMixin
 from grace_rl.train.generation_batch import (
     GenerationBatch,
+    StepTable,
     rollout_columns,
     rollout_fields,
     row_columns,
     row_means,
     step_scores,
     stored_columns,
-    stored_scores,
 )
 from grace_rl.train.grpo_config import GraceGRPOConfig, check_batches
 
@@ -227,7 +227,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         first = self.accelerator.process_index * share
         self._batch = GenerationBatch(texts, padded[first : first + share], len(anchors))
         output = super()._generate_and_score_completions(inputs)
-        self._watch_steps(self._batch)
+        if self._batch.ends is not None:
+            self._batch.steps = self._step_table(self._batch)
         self._assign_credit(self._batch, output)
         if self.model.training:
             self._keep_rollouts(self._batch, row_means(output))
@@ -238,7 +239,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         """Settle `output["advantages"]`: TRL's (B,), or (B, T) where a reward scores steps."""
         if not step_labels(self.rewards):
             return
-        scores, ends, totals, group = self._step_table(batch)
+        assert batch.steps is not None
+        scores, ends, totals, group = batch.steps
         fitted = self.calibration if self.shaping.calibrate else Calibration()
         credit = shape_advantages(
             scores,
@@ -261,23 +263,17 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         advantages = to_tokens(credit[own], ends[own], output["completion_mask"].size(1))
         output["advantages"] = advantages.to(output["advantages"].device)
 
-    def _watch_steps(self, batch: GenerationBatch) -> None:
-        """Log how scores rise over the segments, also where they only are to be looked at."""
-        if batch.ends is None:
-            return
-        scores, ends, _, group = self._step_table(batch)
-        for name, value in shaping_metrics(scores, ends, group).items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
-
-    def _step_table(self, batch: GenerationBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For the W rollouts of all processes, on the CPU: scores of prefixes and their ends, (W,
-        K+1) each, total rewards and groups, (W,) each."""
+    def _step_table(self, batch: GenerationBatch) -> StepTable:
+        """What all processes' rollouts score step by step, logged also where it is only watched."""
         assert batch.scored is not None and batch.ends is not None
         rewards = batch.scored.rewards
         totals = weighted_totals(rewards, self.runtime.weights.to(rewards.device))
-        scores = gather(step_scores(self.rewards, batch.scored))
-        ends = gather(batch.ends.to(rewards.device))
-        return scores.cpu(), ends.cpu(), totals.cpu(), batch.scored.group.cpu()
+        scores = gather(step_scores(self.rewards, batch.scored)).cpu()
+        ends = gather(batch.ends.to(rewards.device)).cpu()
+        group = batch.scored.group.cpu()
+        for name, value in shaping_metrics(scores, ends, group).items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+        return StepTable(scores, ends, totals.cpu(), group)
 
     def _own_rows(self, batch: GenerationBatch) -> slice:
         """This process's rollouts among all."""
@@ -481,15 +477,16 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         Both are those of every process.
         """
         step = self.state.global_step + 1
-        advantages = gather(advantages)
-        steps = gather_object(stored_scores(self.rewards, batch))
         every = self.args.print_rollouts_steps
         logged = step % max(1, int(self.state.logging_steps)) == 0
         logged = logged or (step == 1 and self.args.logging_first_step)
         printed = every > 0 and (step % every == 0 or step == 1)
-        if not self.accelerator.is_main_process or not (logged or printed):
+        if not (logged or printed):
             return
-        columns = stored_columns(batch, self.rewards, advantages, steps)
+        advantages = gather(advantages)
+        if not self.accelerator.is_main_process:
+            return
+        columns = stored_columns(batch, self.rewards, advantages)
         if logged and self.run_folder is not None:
             write_rollouts(self.run_folder, step, columns)
         if printed:

@@ -38,7 +38,6 @@ from grace_rl.reward.shaping import (
     prefix_values,
     regressions,
     segment_rewards,
-    shaping_metrics,
     step_labels,
 )
 from grace_rl.train.generation_batch import GenerationBatch
@@ -186,14 +185,13 @@ class GracePPOTrainer(GraceGRPOTrainer):
             totals = weighted_totals(batch.scored.rewards, weights)[own]
             ends = torch.tensor([len(ids) for ids in batch.token_ids], device=device)
             return totals[:, None], ends[:, None]
-        scores, ends, totals, group = self._step_table(batch)
+        assert batch.steps is not None
+        scores, ends, totals, group = batch.steps
         ends = torch.where(scores.isnan().any(1, keepdim=True), one_segment(ends), ends)
         earned = segment_rewards(prefix_values(scores, ends, totals, group))
         progress = self.state.global_step / max(1, self.state.max_steps)
         penalty = faded_penalty(self.shaping.penalty, progress)
         earned = earned - penalty * regressions(scores, self.shaping.margin).nan_to_num()
-        for name, value in shaping_metrics(scores, ends, group).items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
         return earned[own].to(device), ends[own, 1:].to(device)
 
     def _log_rollouts(
