@@ -1,24 +1,32 @@
 """The command line: parse, call, print. Torch is imported by what is called, never here.
 
+Each verb is a module of `grace_rl.commands` with
+
+    HELP                one line for `grace-rl --help`
+    RECIPE_OVERRIDES    whether it takes the keys of a recipe as options
+    add_arguments(parser)
+    run(options, overrides) -> exit code
+
 Exit codes: 0 done; 2 a mistake of the user's, explained on stderr; 130 interrupted and saved.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import yaml
+from importlib import import_module
+from typing import Any
 
 from grace_rl import __version__
 from grace_rl.errors import UserError
 
-if TYPE_CHECKING:
-    from grace_rl.recipe import Recipe
-
+COMMANDS = (
+    "train",
+    "check",
+)
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -27,8 +35,9 @@ overrides:
   Any key of the recipe can be given as --key value or --key=value, also one that the file does not
   have: --learning_rate 2e-4 --use_vllm true. Dots go deeper: --reader.span context,
   --rewards.contrastive.temperature 0.05, --roles '{query: {}, positive: {}}'.
-  The keys are those of docs/recipes.md and every field of TRL's GRPOConfig (method: grpo),
-  SFTConfig (method: sft) and ModelConfig. A wrong key is answered with the nearest right one.
+  The keys are those of docs/recipes.md, every field of the method's config (TRL's GRPOConfig for
+  grpo, SFTConfig for sft) and of TRL's ModelConfig. A wrong key is answered with the nearest right
+  one.
 """
 
 
@@ -36,13 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     # vLLM's own log begins when TRL imports it, whether or not it is used; errors still show.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    parser = _parser()
-    options, overrides = parser.parse_known_args(arguments)
+    commands = {name: import_module(f"grace_rl.commands.{name}") for name in COMMANDS}
+    parsers = _parsers(commands)
+    options, rest = parsers[""].parse_known_args(arguments)
+    command = commands[options.command]
+    if rest and not command.RECIPE_OVERRIDES:
+        _refuse(parsers[options.command], rest)
     try:
-        from grace_rl.recipe import load_recipe
-
-        recipe = load_recipe(options.recipe, overrides)
-        return _train(recipe, options) if options.command == "train" else _check(recipe, options)
+        return int(command.run(options, rest))
     except UserError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
@@ -52,80 +62,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parsers(commands: dict[str, Any]) -> dict[str, argparse.ArgumentParser]:
+    """The parser of every command by its name, and the one over them all as ""."""
+    whole = argparse.ArgumentParser(
         prog="grace-rl",
         description="Reinforcement learning for text embeddings "
         "that come with a written rationale.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"grace-rl {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, help_ in (
-        ("train", "train a policy as a recipe says; an unfinished run resumes"),
-        ("check", "read recipe, rows and rewards and say what is wrong with them"),
-    ):
-        command = commands.add_parser(
+    whole.add_argument("--version", action="version", version=f"grace-rl {__version__}")
+    verbs = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {"": whole}
+    for name, command in commands.items():
+        parsers[name] = verbs.add_parser(
             name,
-            help=help_,
-            description=help_[0].upper() + help_[1:] + ".",
-            usage=f"grace-rl {name} RECIPE [--key value ...] [options]",
-            epilog=OVERRIDES,
+            help=command.HELP,
+            description=command.HELP[0].upper() + command.HELP[1:] + ".",
+            epilog=OVERRIDES if command.RECIPE_OVERRIDES else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-        if name == "train":
-            command.add_argument(
-                "--dry-run",
-                action="store_true",
-                help="print the resolved recipe and the plan, and stop",
-            )
-            command.add_argument("--overwrite", action="store_true", help="replace a finished run")
-        else:
-            command.add_argument(
-                "--oracle",
-                action="store_true",
-                help="force known rationales: can the embedding see a better one?",
-            )
-    return parser
+        command.add_arguments(parsers[name])
+    return parsers
 
 
-def _train(recipe: Recipe, options: argparse.Namespace) -> int:
-    if options.dry_run:
-        from grace_rl.data.rows import read_rows
-        from grace_rl.recipe import SCENES, describe, is_local_file
-
-        recipe.model_config()
-        recipe.training_arguments()
-        local = recipe.data.dataset_name == SCENES or is_local_file(recipe.data.dataset_name)
-        rows = len(read_rows(recipe.data)) if local else None
-        print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=100))
-        _print_plan(describe(recipe, rows))
-        return 0
-    from grace_rl.train.run import train
-
-    return train(recipe, overwrite=options.overwrite)
-
-
-def _check(recipe: Recipe, options: argparse.Namespace) -> int:
-    if options.oracle:
-        from grace_rl.evaluate.oracle import print_oracle_table
-
-        print_oracle_table(recipe)
-        return 0
-    from grace_rl.data.rows import read_rows
-    from grace_rl.recipe import check_rows, describe
-
-    recipe.model_config()
-    recipe.training_arguments()
-    rows = read_rows(recipe.data)
-    check_rows(recipe, rows)
-    _print_plan(describe(recipe, len(rows)))
-    print("recipe, rows and rewards are in order")
-    return 0
-
-
-def _print_plan(lines: Sequence[str]) -> None:
-    for line in lines:
-        print(f"# {line}")
+def _refuse(parser: argparse.ArgumentParser, rest: list[str]) -> None:
+    """Name the first argument that nothing takes, and the nearest option."""
+    given = rest[0].partition("=")[0]
+    known = [option for action in parser._actions for option in action.option_strings]
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+    advice = f"; did you mean {close[0]}?" if close else ""
+    parser.error(f"unknown argument {rest[0]}{advice}")

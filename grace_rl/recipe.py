@@ -1,8 +1,8 @@
 """A YAML file and command-line overrides -> one validated, typed recipe.
 
-A recipe is flat, like TRL's: every field of TRL's `GRPOConfig` (`SFTConfig` for `method: sft`) and
-`ModelConfig` keeps its name, and the keys of `OWN_KEYS` come on top. Every mistake is reported
-together with the others, before a model loads: where it was written, the key, what to do.
+A recipe is flat, like TRL's: every field of the method's config and of TRL's `ModelConfig` keeps
+its name, and the keys of `OWN_KEYS` come on top. Every mistake is reported together with the
+others, before a model loads: where it was written, the key, what to do.
 
 Importing this module is cheap; TRL is imported when a recipe is loaded.
 """
@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grace_rl.errors import UserError
+from grace_rl.methods import METHODS, Method, named
 from grace_rl.recipe_keys import (
-    METHODS,
-    RL_METHODS,
-    config_class,
     convert,
     default,
     model_hints,
@@ -92,12 +90,12 @@ class Recipe:
     """One validated recipe.
 
     Attributes:
-        method: `grpo`, `ppo` or `sft`.
+        method: Name of an entry of `grace_rl.methods.METHODS`.
         model: Keywords of TRL's `ModelConfig`; always has `model_name_or_path`.
         training: Keywords of the trainer's config that were given, all of our own with their
             defaults, and `output_dir`.
         data: Where rows come from.
-        rewards: In the recipe's order; empty for sft.
+        rewards: In the recipe's order; empty for methods without rollouts.
         evaluation: None leaves evaluation out.
         name: From the file: `quickstart.yaml` -> `quickstart`, `scenes/sft.yaml` -> `scenes-sft`.
         path: The file.
@@ -113,7 +111,7 @@ class Recipe:
     path: Path = field(compare=False)
 
     def training_arguments(self) -> Any:
-        """The trainer's config: `GraceGRPOConfig`, `GracePPOConfig`, or TRL's `SFTConfig`.
+        """The trainer's config, such as `GraceGRPOConfig`.
 
         Raises:
             UserError: The config refuses the values on this machine, or a package that they need
@@ -130,7 +128,7 @@ class Recipe:
         ]
         if problems:
             raise UserError(problems)
-        config = config_class(self.method)
+        config = METHODS[self.method].config_class()
         names = {f.name for f in dataclasses.fields(config)}
         return self._build(config, {k: v for k, v in self.training.items() if k in names})
 
@@ -211,13 +209,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data = _data(source, values)
     evaluation = _evaluation(source, values, data)
     _check_files(source, training)
-    _check_reader(source, training["reader"])
+    if "reader" in training:
+        _check_reader(source, training["reader"])
     rewards = _rewards(source, values, method)
-    if method in RL_METHODS:
+    if METHODS[method].rollouts:
         _check_batches(source, training, data)
         _check_rewards(source, rewards, training)
-    if method == "ppo":
-        _check_ppo(source, training)
+    _check_settings(source, training, METHODS[method])
     if problems:
         raise UserError(problems)
     return Recipe(method, model, training, data, rewards, evaluation, name, source.path)
@@ -230,31 +228,6 @@ def is_local_file(dataset_name: str) -> bool:
     (True, False)
     """
     return dataset_name.endswith(ROW_SUFFIXES)
-
-
-def check_rows(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> None:
-    """Whether the rows have what the recipe's method needs.
-
-    Raises:
-        UserError: Rows lack the text of a trained role or, for sft, every rationale; or they are
-            too few for one generation batch.
-    """
-    if recipe.method == "sft":
-        if not any(row.get("rationale") or row.get("rationale_positive") for row in rows):
-            raise UserError(
-                f"{recipe.path}: method sft needs rows with a rationale, and none has one"
-            )
-        return
-    from grace_rl.data.bundles import Bundles, parse_roles
-
-    generations = trainer_value(recipe.training, "num_generations")
-    bundles = Bundles(rows, parse_roles(recipe.training["roles"], generations))
-    per_batch = _batch_size(recipe.training) // (len(bundles.trained) * generations)
-    if per_batch > len(rows):
-        raise UserError(
-            f"{recipe.path}: a generation batch takes {per_batch} rows, "
-            f"but there are only {len(rows)}"
-        )
 
 
 def describe(recipe: Recipe, rows: int | None) -> list[str]:
@@ -270,7 +243,7 @@ def describe(recipe: Recipe, rows: int | None) -> list[str]:
         f"model      {recipe.model['model_name_or_path']}",
         f"rows       {data.dataset_name}, split {data.train_split}: {counted}",
     ]
-    if recipe.method in RL_METHODS:
+    if METHODS[recipe.method].rollouts:
         batch = _batch_size(recipe.training)
         trained = _trained_roles(recipe.training["roles"])
         generations = trainer_value(recipe.training, "num_generations")
@@ -558,11 +531,10 @@ def _rewards(source: RecipeSource, values: dict[str, Any], method: str) -> list[
     from grace_rl.reward.loading import RewardSpec
 
     entries = values.get("rewards", [])
-    if method == "sft" and entries:
-        source.problems.append(
-            source.problem(("rewards",), "method: sft trains on rationales, not rewards; remove it")
-        )
-    if method in RL_METHODS and not entries:
+    if entries and not METHODS[method].rollouts:
+        message = f"method: {method} writes nothing that could be rewarded; remove it"
+        source.problems.append(source.problem(("rewards",), message))
+    if METHODS[method].rollouts and not entries:
         _check_given(source, "rewards", "give at least one, for example [{name: contrastive}]")
     specs = []
     for i, entry in enumerate(entries):
@@ -612,13 +584,14 @@ def _check_rewards(source: RecipeSource, specs: list[RewardSpec], training: dict
         source.problems.append(source.problem(("multi_objective_aggregation",), message))
 
 
-def _check_ppo(source: RecipeSource, training: dict[str, Any]) -> None:
-    from grace_rl.train.ppo_config import GracePPOConfig, ppo_problems
-
-    fields = dataclasses.fields(GracePPOConfig)
+def _check_settings(source: RecipeSource, training: dict[str, Any], method: Method) -> None:
+    if method.check is None:
+        return
+    find_problems = named(method.check)
+    fields = dataclasses.fields(method.config_class())
 
     def check() -> None:
-        problems = ppo_problems({f.name: training.get(f.name, default(f)) for f in fields})
+        problems = find_problems({f.name: training.get(f.name, default(f)) for f in fields})
         if problems:
             raise UserError(problems)
 

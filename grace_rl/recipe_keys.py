@@ -9,10 +9,9 @@ import types
 import typing
 from typing import Any, Literal
 
+from grace_rl.methods import METHODS
 from grace_rl.recipe_source import RecipeSource
 
-METHODS = ("grpo", "ppo", "sft")
-RL_METHODS = ("grpo", "ppo")  # they roll out and need rewards
 # Keys that are no fields of TRL's or our trainer configs, and their types.
 OWN_KEYS: dict[str, Any] = {
     "method": str,
@@ -25,8 +24,6 @@ OWN_KEYS: dict[str, Any] = {
     "rewards": list[dict[str, Any]],
     "evaluation": dict[str, Any] | None,
 }
-# Fields of GraceGRPOConfig that a cold start shares: RL then begins with the prompt it was taught.
-SHARED_FIELDS = ("instruction", "max_text_tokens", "reader", "chat_template_kwargs")
 # TRL looks at these only after the model has been loaded, or takes any other value for the default.
 CHOICES: dict[str, tuple[str, ...]] = {
     "importance_sampling_level": ("token", "sequence"),
@@ -44,27 +41,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def config_class(method: str) -> Any:
-    if method == "sft":
-        from trl import SFTConfig
-
-        return SFTConfig
-    if method == "ppo":
-        from grace_rl.train.ppo_config import GracePPOConfig
-
-        return GracePPOConfig
-    from grace_rl.train.grpo_config import GraceGRPOConfig
-
-    return GraceGRPOConfig
-
-
 def trainer_hints(method: str) -> dict[str, Any]:
     """Field -> type of the trainer's config."""
-    hints = _field_hints(config_class(method))
-    if method == "sft":
-        ours = _field_hints(config_class("grpo"))
-        hints = {name: ours[name] for name in SHARED_FIELDS} | hints
-    return hints
+    return _field_hints(METHODS[method].config_class())
 
 
 def model_hints() -> dict[str, Any]:
@@ -80,12 +59,10 @@ def _field_hints(config: Any) -> dict[str, Any]:
 
 def trainer_defaults(method: str) -> dict[str, Any]:
     """Our own fields of the trainer's config, with their defaults."""
-    from trl import GRPOConfig
-
-    trl_names = {f.name for f in dataclasses.fields(GRPOConfig)}
-    config = config_class("grpo" if method == "sft" else method)
-    ours = [f for f in dataclasses.fields(config) if f.name not in trl_names]
-    return {f.name: default(f) for f in ours if method != "sft" or f.name in SHARED_FIELDS}
+    config = METHODS[method].config_class()
+    libraries = [base for base in config.__mro__[:-1] if not base.__module__.startswith("grace_rl")]
+    theirs = {f.name for base in libraries for f in dataclasses.fields(base)}
+    return {f.name: default(f) for f in dataclasses.fields(config) if f.name not in theirs}
 
 
 def default(f: dataclasses.Field[Any]) -> Any:
@@ -94,7 +71,7 @@ def default(f: dataclasses.Field[Any]) -> Any:
 
 def trainer_value(training: dict[str, Any], name: str) -> Any:
     """The value that GraceGRPOConfig would have."""
-    fields = {f.name: f for f in dataclasses.fields(config_class("grpo"))}
+    fields = {f.name: f for f in dataclasses.fields(METHODS["grpo"].config_class())}
     return training.get(name, default(fields[name]))
 
 
@@ -112,7 +89,7 @@ def typed_values(source: RecipeSource, method: str) -> dict[str, Any]:
             continue
         try:
             values[key] = convert(value, hints[key])
-            if key in CHOICES and method in RL_METHODS and values[key] not in CHOICES[key]:
+            if key in CHOICES and METHODS[method].rollouts and values[key] not in CHOICES[key]:
                 raise TypeError(f"must be one of {', '.join(CHOICES[key])}, not {value!r}")
         except TypeError as error:
             source.problems.append(source.problem((key,), str(error)))

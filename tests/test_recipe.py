@@ -340,7 +340,8 @@ def test_sft_takes_the_prompt_and_no_rewards(write):
     assert recipe.training["max_text_tokens"] == 64 and recipe.training["instruction"]
     assert recipe.training_arguments().packing is False
     assert any(
-        "not rewards" in problem for problem in problems_of(path, "--rewards", "[{name: length}]")
+        "nothing that could be rewarded" in problem
+        for problem in problems_of(path, "--rewards", "[{name: length}]")
     )
 
 

@@ -74,6 +74,9 @@ class Encoded:
 class RationaleEncoder:
     """Writes a rationale for each text and reads it into a vector.
 
+    Attributes:
+        writes_rationales: True; encoders of other methods embed a text as it is.
+
     Args:
         model: The policy.
         tokenizer: Its tokenizer.
@@ -83,6 +86,8 @@ class RationaleEncoder:
         max_rationale_tokens: Longest rationale.
         batch_size: Texts per generation batch.
     """
+
+    writes_rationales = True
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather, gather_object
@@ -77,8 +77,36 @@ from grace_rl.train.generation_batch import (
     stored_columns,
 )
 from grace_rl.train.grpo_config import GraceGRPOConfig, check_batches
+from grace_rl.train.start import Build, Start
+
+if TYPE_CHECKING:
+    from grace_rl.recipe import Recipe
 
 ADVICE_BATCHES = 10  # the calibration is judged once it has seen so many
+
+
+def plan(
+    recipe: Recipe, args: GraceGRPOConfig, rows: list[dict[str, Any]], trainer: Any = None
+) -> Build:
+    """See `grace_rl.methods.Method`. `trainer` is the class to build, by default GRPO's."""
+    rewards = load_rewards(recipe.rewards, recipe.path.parent)
+    assert args.num_generations is not None  # TRL's config compares it with 2
+    check_batches(args, Bundles(rows, parse_roles(args.roles, args.num_generations)), rewards)
+
+    def build(start: Start) -> Any:
+        model, tokenizer = start.load_policy()
+        return (trainer or GraceGRPOTrainer)(
+            model,
+            args,
+            rows,
+            rewards,
+            processing_class=tokenizer,
+            peft_config=start.peft_config,
+            run_folder=start.run_folder,
+            console=start.console,
+        )
+
+    return build
 
 
 class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):

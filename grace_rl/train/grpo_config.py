@@ -11,7 +11,7 @@ from trl import GRPOConfig
 from grace_rl.data.bundles import Bundles
 from grace_rl.errors import UserError
 from grace_rl.reward.loading import LoadedReward
-from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION
+from grace_rl.train.reading_config import ReadingConfig
 
 
 def _default_roles() -> dict[str, dict[str, Any]]:
@@ -19,8 +19,8 @@ def _default_roles() -> dict[str, dict[str, Any]]:
 
 
 @dataclass
-class GraceGRPOConfig(GRPOConfig):
-    """TRL's `GRPOConfig`; every TRL field keeps its name and meaning.
+class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL takes JSON text too
+    """TRL's `GRPOConfig` and `ReadingConfig`; every TRL field keeps its name and meaning.
 
     Args:
         roles: Which texts of a row get rationales, `{role: {samples: int, train: bool}}`. Roles are
@@ -29,10 +29,6 @@ class GraceGRPOConfig(GRPOConfig):
             `num_generations` times and updates the policy on it. `train: false` makes an anchor:
             `samples` rationales (default 1) are written once per row and batch, scored against and
             never updated.
-        reader: Keywords of `grace_rl.embed.reader.ReaderConfig`: how a rationale becomes a vector.
-        instruction: System instruction of the prompt; `None` leaves it out.
-        max_text_tokens: Longer texts are cut here (at least 1); the chat template around them stays
-            whole.
         anchor_temperature: Sampling temperature of anchors, above 0; `None` is the rollouts' own.
             GRACE uses 0.5.
         segments: How many segments a rationale is cut into for rewards that return steps
@@ -47,9 +43,6 @@ class GraceGRPOConfig(GRPOConfig):
     """
 
     roles: dict[str, Any] = field(default_factory=_default_roles)
-    reader: dict[str, Any] = field(default_factory=dict)
-    instruction: str | None = DEFAULT_INSTRUCTION
-    max_text_tokens: int = 512
     anchor_temperature: float | None = None
     segments: int = 4
     segment_min_tokens: int = 16

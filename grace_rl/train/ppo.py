@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,6 +42,7 @@ from grace_rl.reward.shaping import (
 )
 from grace_rl.train.generation_batch import GenerationBatch
 from grace_rl.train.grpo import GraceGRPOTrainer
+from grace_rl.train.grpo import plan as plan_rollouts
 from grace_rl.train.ppo_config import GracePPOConfig
 from grace_rl.train.ppo_terms import (
     adapted_kl_coefficient,
@@ -52,6 +53,7 @@ from grace_rl.train.ppo_terms import (
     place_rewards,
     whiten,
 )
+from grace_rl.train.start import Build
 from grace_rl.train.value_model import (
     attach_value_model,
     is_value_parameter,
@@ -59,7 +61,15 @@ from grace_rl.train.value_model import (
     without_value_model,
 )
 
+if TYPE_CHECKING:
+    from grace_rl.recipe import Recipe
+
 VALUE_MODEL_FILE = "value_model.safetensors"
+
+
+def plan(recipe: Recipe, args: GracePPOConfig, rows: list[dict[str, Any]]) -> Build:
+    """See `grace_rl.methods.Method`."""
+    return plan_rollouts(recipe, args, rows, GracePPOTrainer)
 
 
 class GracePPOTrainer(GraceGRPOTrainer):

@@ -15,17 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from grace_rl.embed.encoder import RationaleEncoder, end_token_ids
 from grace_rl.embed.reader import Reader, ReaderConfig
 from grace_rl.errors import UserError
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.train.checkpoints import CheckpointMixin
+from grace_rl.train.sft_config import GraceSFTConfig
+from grace_rl.train.start import Build, Start
+
+if TYPE_CHECKING:
+    from grace_rl.recipe import Recipe
 
 Example = tuple[str, str]
 """(text, rationale)"""
@@ -89,17 +94,35 @@ def tokenize_examples(
     return Dataset.from_dict(columns)
 
 
+def _check_examples(examples: Sequence[Example], rows: Sequence[Mapping[str, Any]]) -> None:
+    if not examples:
+        raise UserError(
+            f"method sft: none of the {len(rows)} rows has a rationale; give rows with text "
+            "and rationale, or with query, positive and rationale_positive"
+        )
+
+
+def plan(recipe: Recipe, args: GraceSFTConfig, rows: Sequence[Mapping[str, Any]]) -> Build:
+    """See `grace_rl.methods.Method`."""
+    _check_examples(sft_examples(rows)[0], rows)
+
+    def build(start: Start) -> GraceSFTTrainer:
+        model, tokenizer = start.load_policy()
+        return GraceSFTTrainer(model, args, rows, tokenizer, peft_config=start.peft_config)
+
+    return build
+
+
 class GraceSFTTrainer(CheckpointMixin, SFTTrainer):
     """TRL's `SFTTrainer` on rows of texts and rationales.
 
     Args:
         model: The policy.
-        args: TRL's arguments. `train_sampling_strategy: sequential` keeps the order of the rows.
+        args: `train_sampling_strategy: sequential` keeps the order of the rows. `reader` is how the
+            policy's rationales will be read; it is kept beside the weights.
         rows: See `sft_examples`.
-        prompt_template: Renders texts as rollouts will see them.
         processing_class: The policy's tokenizer, with an end token; its padding token must be
             another one.
-        reader: How the policy's rationales will be read; kept beside the weights.
         callbacks, peft_config: As in TRL.
 
     Attributes:
@@ -114,11 +137,9 @@ class GraceSFTTrainer(CheckpointMixin, SFTTrainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        args: SFTConfig,
+        args: GraceSFTConfig,
         rows: Sequence[Mapping[str, Any]],
-        prompt_template: PromptTemplate,
         processing_class: PreTrainedTokenizerBase,
-        reader: ReaderConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
     ) -> None:
@@ -129,16 +150,14 @@ class GraceSFTTrainer(CheckpointMixin, SFTTrainer):
             )
         examples, self.skipped_rows = sft_examples(rows)
         self.examples = len(examples)
-        if not examples:
-            raise UserError(
-                f"method sft: none of the {len(rows)} rows has a rationale; give rows with text "
-                "and rationale, or with query, positive and rationale_positive"
-            )
+        _check_examples(examples, rows)
         if args.completion_only_loss is None:
             args.completion_only_loss = True
-        self.prompt_template = prompt_template
-        self.reader_config = reader or ReaderConfig()
-        dataset = tokenize_examples(examples, prompt_template, processing_class)
+        self.prompt_template = PromptTemplate(
+            processing_class, args.instruction, args.max_text_tokens, args.chat_template_kwargs
+        )
+        self.reader_config = ReaderConfig(**args.reader)
+        dataset = tokenize_examples(examples, self.prompt_template, processing_class)
         self.longest_rationale = max(sum(mask) for mask in dataset["completion_mask"])
         super().__init__(
             model=model,

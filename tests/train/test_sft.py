@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig
 
 from grace_rl.data import scenes
 from grace_rl.errors import UserError
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.train.sft import GraceSFTTrainer, sft_examples, tokenize_examples
+from grace_rl.train.sft_config import GraceSFTConfig
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trainer_for(folder: Path, output: Path, rows: list[dict], **arguments) -> GraceSFTTrainer:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    args = SFTConfig(
+    args = GraceSFTConfig(
         **{
+            "instruction": None,
             "output_dir": str(output),
             "use_cpu": True,
             "bf16": False,
@@ -39,7 +40,7 @@ def trainer_for(folder: Path, output: Path, rows: list[dict], **arguments) -> Gr
         }
     )
     model = AutoModelForCausalLM.from_pretrained(folder)
-    return GraceSFTTrainer(model, args, rows, PromptTemplate(tokenizer, None), tokenizer)
+    return GraceSFTTrainer(model, args, rows, tokenizer)
 
 
 def test_pairs_with_explanations_become_examples_and_rows_without_are_counted():

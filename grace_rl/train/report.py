@@ -1,0 +1,64 @@
+"""Scores of a policy before and after training."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from grace_rl.evaluate.scenes import example_rationales, score_policy
+from grace_rl.evaluate.tables import rationale_table, score_table
+from grace_rl.methods import METHODS
+from grace_rl.train.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from grace_rl.recipe import Recipe
+
+
+class Report:
+    """Scores of the policy before and after training, in evaluation.json and on the screen.
+
+    Without `evaluation` in the recipe it does nothing. The scores from before are kept when a run
+    is resumed.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, encoder: Any) -> None:
+        self.recipe = recipe
+        self.run = run
+        self.encoder = encoder
+        self.content: dict[str, Any] = {}
+
+    def before(self) -> None:
+        if self.recipe.evaluation is None:
+            return
+        if self.run.evaluation.exists():
+            self.content = json.loads(self.run.evaluation.read_text(encoding="utf-8"))
+            return
+        self.content = {"model": str(self.run.model), "rows": [], "examples": {}}
+        rollouts = METHODS[self.recipe.method].rollouts
+        self._add("cold_start" if rollouts else "untrained", "none")
+        if rollouts:
+            self._add("cold_start", "greedy")
+        self.run.write_evaluation(self.content)
+
+    def after(self) -> None:
+        if self.recipe.evaluation is not None:
+            self._add(self.recipe.method, "greedy" if self.encoder.writes_rationales else "none")
+            self.run.write_evaluation(self.content)
+
+    def _add(self, name: str, rationale: Any) -> None:
+        evaluation = self.recipe.evaluation
+        assert evaluation is not None
+        scores = score_policy(self.encoder, evaluation.dataset_splits, evaluation.rows, rationale)
+        row = {"name": name, "rationale": rationale, "scores": scores}
+        same = [r for r in self.content["rows"] if (r["name"], r["rationale"]) != (name, rationale)]
+        self.content["rows"] = [*same, row]
+        if rationale != "none":
+            self.content["examples"][name] = example_rationales(self.encoder)
+
+    def show(self, console: Console) -> None:
+        """Print the table of scores and three rationales before and after."""
+        if self.content:
+            console.print(score_table(self.content["rows"]))
+            console.print(rationale_table(self.content["examples"]))
