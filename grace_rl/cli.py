@@ -26,6 +26,8 @@ from grace_rl.errors import UserError
 COMMANDS = (
     "train",
     "check",
+    "rewards",
+    "replay",
 )
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -47,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     commands = {name: import_module(f"grace_rl.commands.{name}") for name in COMMANDS}
     parsers = _parsers(commands)
-    options, rest = parsers[""].parse_known_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0].startswith("--local_rank="):
+        del given[0]  # deepspeed's launcher puts it there; LOCAL_RANK says the same
+    options, rest = parsers[""].parse_known_args(given)
     command = commands[options.command]
     if rest and not command.RECIPE_OVERRIDES:
         _refuse(parsers[options.command], rest)

@@ -110,8 +110,11 @@ class Recipe:
     name: str = field(compare=False)
     path: Path = field(compare=False)
 
-    def training_arguments(self) -> Any:
+    def training_arguments(self, **settled: Any) -> Any:
         """The trainer's config, such as `GraceGRPOConfig`.
+
+        Args:
+            **settled: Fields that are settled by how the run was started, whatever the recipe says.
 
         Raises:
             UserError: The config refuses the values on this machine, or a package that they need
@@ -130,7 +133,8 @@ class Recipe:
             raise UserError(problems)
         config = METHODS[self.method].config_class()
         names = {f.name for f in dataclasses.fields(config)}
-        return self._build(config, {k: v for k, v in self.training.items() if k in names})
+        given = {k: v for k, v in self.training.items() if k in names}
+        return self._build(config, given | settled)
 
     def model_config(self) -> Any:
         """TRL's `ModelConfig`. Raises UserError if it refuses the values."""
@@ -211,6 +215,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     _check_files(source, training)
     if "reader" in training:
         _check_reader(source, training["reader"])
+    _check_false_negatives(source, training.get("false_negatives"))
     rewards = _rewards(source, values, method)
     if METHODS[method].rollouts:
         _check_batches(source, training, data)
@@ -219,6 +224,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise UserError(problems)
     return Recipe(method, model, training, data, rewards, evaluation, name, source.path)
+
+
+def read_rewards(path: str | Path) -> list[RewardSpec]:
+    """Only the `rewards` of a YAML file, which may be a whole recipe or have nothing else.
+
+    Raises:
+        UserError: There are none, or an entry has no name.
+    """
+    source = read_source(path)
+    try:
+        entries = convert(source.tree.get("rewards"), list[dict[str, Any]])
+    except TypeError as error:
+        raise UserError([*source.problems, source.problem(("rewards",), str(error))]) from error
+    specs = _reward_specs(source, entries)
+    if not specs:
+        source.problems.append(source.problem(("rewards",), "has no entry"))
+    if source.problems:
+        raise UserError(source.problems)
+    return specs
 
 
 def is_local_file(dataset_name: str) -> bool:
@@ -410,6 +434,13 @@ def _check_reader(source: RecipeSource, reader: dict[str, Any]) -> None:
     _collect(source, lambda: ReaderConfig(**{k: v for k, v in reader.items() if k in known}))
 
 
+def _check_false_negatives(source: RecipeSource, values: dict[str, Any] | None) -> None:
+    if values is not None:
+        from grace_rl.data.false_negatives import false_negative_config
+
+        _collect(source, lambda: false_negative_config(values))
+
+
 def _collect(source: RecipeSource, check: Callable[[], Any]) -> Any:
     """Run a check whose problems begin with a dotted key, and say where that key was written."""
     try:
@@ -528,14 +559,18 @@ def _check_batches(source: RecipeSource, training: dict[str, Any], data: DataCon
 
 
 def _rewards(source: RecipeSource, values: dict[str, Any], method: str) -> list[RewardSpec]:
-    from grace_rl.reward.loading import RewardSpec
-
     entries = values.get("rewards", [])
     if entries and not METHODS[method].rollouts:
         message = f"method: {method} writes nothing that could be rewarded; remove it"
         source.problems.append(source.problem(("rewards",), message))
     if METHODS[method].rollouts and not entries:
         _check_given(source, "rewards", "give at least one, for example [{name: contrastive}]")
+    return _reward_specs(source, entries)
+
+
+def _reward_specs(source: RecipeSource, entries: list[dict[str, Any]]) -> list[RewardSpec]:
+    from grace_rl.reward.loading import RewardSpec
+
     specs = []
     for i, entry in enumerate(entries):
         entry = dict(entry)

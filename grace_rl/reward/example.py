@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from grace_rl.reward.batch import Pool, RewardBatch
+from grace_rl.reward.batch import Pool, RewardBatch, Rollouts
 from grace_rl.rollout.segments import Segmenter
 
 FORMS: dict[str, dict[str, bool]] = {  # role -> is it trained
@@ -140,7 +140,7 @@ def batch_of_pool(pool: Pool, rows: torch.Tensor) -> RewardBatch:
     """The batch of some rows of a pool: (B,) long -> B rollouts, with the pool shared."""
     numbers = rows.tolist()
     chosen: dict[str, Any] = {}
-    for field in dataclasses.fields(pool):
+    for field in dataclasses.fields(Rollouts):
         values = getattr(pool, field.name)
         is_list = isinstance(values, list)
         chosen[field.name] = [values[i] for i in numbers] if is_list else values[rows]
@@ -156,13 +156,18 @@ def split_batch(batch: RewardBatch, processes: int) -> list[RewardBatch]:
     """
     if len(batch) % processes:
         raise ValueError(f"{len(batch)} rollouts do not divide over {processes} processes")
-    return [
-        dataclasses.replace(
-            batch_of_pool(batch.pool, rows),
-            prefix_embeddings=None
-            if batch.prefix_embeddings is None
-            else batch.prefix_embeddings[rows],
-            prefix_ends=None if batch.prefix_ends is None else batch.prefix_ends[rows],
-        )
-        for rows in torch.arange(len(batch)).chunk(processes)
-    ]
+    return [take_rows(batch, rows) for rows in torch.arange(len(batch)).chunk(processes)]
+
+
+def take_rows(batch: RewardBatch, rows: torch.Tensor) -> RewardBatch:
+    """Some rollouts of a batch in some order: (N,) long -> N rollouts, with the same pool."""
+    numbers = rows.tolist()
+    taken: dict[str, Any] = {}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            taken[field.name] = value[rows]
+        elif isinstance(value, list):
+            taken[field.name] = [value[i] for i in numbers]
+    columns = {name: [values[i] for i in numbers] for name, values in batch.columns.items()}
+    return dataclasses.replace(batch, **taken, columns=columns)

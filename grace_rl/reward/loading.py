@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from grace_rl.errors import UserError
 from grace_rl.reward.batch import RewardBatch
+from grace_rl.zero import outside_zero3
 
 ENTRY_POINT_GROUP = "grace_rl.rewards"
 TRL_PARAMETERS = frozenset({"prompts", "completions", "completion_ids"})
@@ -107,6 +108,7 @@ class LoadedReward:
         return self.function(**keywords)
 
 
+@outside_zero3()
 def load_rewards(
     specs: Sequence[RewardSpec | str | LoadedReward | Callable[..., Any]], base_dir: str | Path
 ) -> list[LoadedReward]:
@@ -159,6 +161,15 @@ def available_rewards() -> dict[str, str]:
         point.name: point.value
         for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     }
+
+
+def find_reward(name: str, base_dir: str | Path) -> Any:
+    """The class or function that a name means, not built.
+
+    Raises:
+        UserError: There is none, or its file cannot be imported.
+    """
+    return _find(name, Path(base_dir), {})
 
 
 def _load(spec: Any, target: Any, label: str) -> LoadedReward:

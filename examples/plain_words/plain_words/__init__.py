@@ -1,0 +1,1 @@
+"""A reward for rationales in short, plain words."""

@@ -1,0 +1,83 @@
+"""grace-rl replay RUN --rewards FILE"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grace_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from grace_rl.reward.replay import ReplayedGroup
+
+HELP = "score the rollouts of a run again with other rewards, and show what would have changed"
+RECIPE_OVERRIDES = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run directory")
+    parser.add_argument(
+        "--rewards", metavar="FILE", required=True, help="a recipe, or YAML with its `rewards`"
+    )
+    parser.add_argument("--steps", metavar="N", type=int, nargs="+", help="only these steps")
+    parser.add_argument(
+        "--show", metavar="N", type=int, default=3, help="groups to show whole (default: 3)"
+    )
+
+
+def run(options: argparse.Namespace, overrides: list[str]) -> int:
+    from rich.console import Console
+    from rich.progress import track
+
+    from grace_rl.recipe import load_recipe, read_rewards
+    from grace_rl.recipe_keys import trainer_value
+    from grace_rl.reward import load_rewards
+    from grace_rl.reward.replay import replay, write_replay
+    from grace_rl.reward.stored import run_rows, stored_steps
+    from grace_rl.rollout.store import rollout_files
+
+    path, folder = Path(options.rewards), Path(options.run)
+    steps = options.steps or sorted(rollout_files(folder))
+    rewards = load_rewards(read_rewards(path), path.parent)
+    scale = "group"
+    if (folder / "recipe.yaml").is_file():
+        scale = trainer_value(load_recipe(folder / "recipe.yaml").training, "scale_rewards")
+    console = Console()
+    tables, groups = [], []
+    stored = stored_steps(folder, steps, run_rows(folder))
+    replayed = replay(stored, rewards, scale)  # type: ignore[arg-type]
+    for table, some in track(replayed, "replaying", total=len(steps), console=console):
+        tables.append(table)
+        groups += some
+    if not groups:
+        raise UserError(f"{folder}: no rollouts are stored there yet")
+    kept = write_replay(folder, path.stem, tables)
+    _show(console, groups, options.show)
+    console.print(f"every rollout is in {kept}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _show(console: Any, groups: list[ReplayedGroup], count: int) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    ranked = [group for group in groups if group.order_kept == group.order_kept]
+    changed = sum(group.best_changed for group in ranked)
+    mean = sum(group.order_kept for group in ranked) / max(1, len(ranked))
+    console.print(
+        f"{len(groups)} groups; in {changed} another rollout would have been the best; "
+        f"{mean:.0%} of the pairs keep their order"
+    )
+    for group in sorted(ranked, key=lambda group: group.order_kept)[:count]:
+        title = Text(f"step {group.step}, {group.role}: {group.text}")
+        table = Table(title=title, title_justify="left", header_style="bold")
+        table.add_column("was", justify="right")
+        table.add_column("would be", justify="right")
+        table.add_column("rationale", overflow="fold")
+        order = sorted(range(len(group.after)), key=lambda i: -group.after[i])
+        for i in order:
+            table.add_row(
+                f"{group.before[i]:+.2f}", f"{group.after[i]:+.2f}", Text(group.rationales[i])
+            )
+        console.print(table)

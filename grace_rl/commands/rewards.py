@@ -1,0 +1,173 @@
+"""grace-rl rewards list | show NAME | new FILE | check NAME"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grace_rl.errors import UserError
+
+HELP = "list, show, write and check rewards"
+RECIPE_OVERRIDES = False
+
+KINDS = ("contrastive", "text", "step", "remote")
+STEPS_TRIED = 2  # of a run's stored steps: the first and the last
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs.add_parser("list", help="the installed rewards: name, what it pays for, needs, source")
+    show = verbs.add_parser("show", help="what a reward does, its arguments and an example")
+    show.add_argument("name", metavar="NAME", help="a name, package.module:Name or file.py:Name")
+    new = verbs.add_parser("new", help="write a small working reward, with a test beside it")
+    new.add_argument("file", metavar="FILE", help="such as my_reward.py; must not exist")
+    new.add_argument("--kind", choices=KINDS, default="contrastive", help="what it looks at")
+    check = verbs.add_parser("check", help="run a reward on a few rollouts and say what is wrong")
+    check.add_argument("name", metavar="NAME", help="a name, package.module:Name or file.py:Name")
+    check.add_argument("--arguments", metavar="YAML", default="{}", help="'{temperature: 0.1}'")
+    check.add_argument("--rollouts", metavar="RUN", help="also on the rollouts of this run")
+    check.add_argument(
+        "--columns", metavar="YAML", default="{}", help="columns of the canned rows: '{answer: 7}'"
+    )
+
+
+def run(options: argparse.Namespace, overrides: list[str]) -> int:
+    verb: Any = {"list": _list, "show": _show, "new": _new, "check": _check}[options.verb]
+    return int(verb(options))
+
+
+def _list(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from grace_rl.reward import available_rewards
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("name", "what it pays for", "requirements", "source"):
+        table.add_column(title, overflow="fold")
+    problems = []
+    for name, place in sorted(available_rewards().items()):
+        try:
+            target = _target(name)
+        except UserError as error:
+            problems += [f"{name} ({place}): {problem}" for problem in error.problems]
+            continue
+        summary, requirements = _summary(target)
+        table.add_row(name, *map(_plain, (summary, requirements, place)))
+    Console().print(table)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    import inspect
+
+    target = _target(options.name)
+    signature = str(inspect.signature(target))
+    print(f"{options.name}{signature}\n{inspect.getsourcefile(inspect.unwrap(target))}\n")
+    print(inspect.getdoc(target) or "It has no docstring.")
+    return 0
+
+
+def _new(options: argparse.Namespace) -> int:
+    from grace_rl.files import write_text
+
+    path = Path(options.file)
+    test = path.with_name(f"test_{path.name}")
+    problems = []
+    if path.suffix != ".py" or not path.stem.isidentifier():
+        problems.append(f"{path}: give a Python file with a plain name, such as my_reward.py")
+    problems += [
+        f"{p}: exists already; remove it or choose another name" for p in (path, test) if p.exists()
+    ]
+    if not path.parent.is_dir():
+        problems.append(f"{path}: there is no folder {path.parent}")
+    if problems:
+        raise UserError(problems)
+    name = "".join(word.capitalize() for word in path.stem.split("_") if word)
+    templates = Path(__file__).parents[1] / "reward" / "templates"
+    for target, template in ((path, f"{options.kind}.py"), (test, f"test_{options.kind}.txt")):
+        text = (templates / template).read_text(encoding="utf-8")
+        write_text(target, text.replace("MyReward", name).replace("my_reward", path.stem))
+    print(f"wrote {path} and {test}")
+    print(f"edit it, then: grace-rl rewards check {path}:{name}")
+    print(f"in a recipe beside it: rewards: [{{name: {path.name}:{name}}}]")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from grace_rl.reward import RewardSpec, load_rewards
+    from grace_rl.reward.stored import run_rows, stored_steps
+    from grace_rl.reward.trial import canned_batches, try_reward
+    from grace_rl.rollout.store import rollout_files
+
+    arguments, columns = (_mapping(options, name) for name in ("arguments", "columns"))
+    [reward] = load_rewards([RewardSpec(options.name, keywords=arguments)], Path.cwd())
+    batches = {
+        name: dataclasses.replace(
+            batch, columns={key: [value] * len(batch) for key, value in columns.items()}
+        )
+        for name, batch in canned_batches().items()
+    }
+    if options.rollouts:
+        steps = sorted(rollout_files(options.rollouts))
+        chosen = sorted({steps[0], steps[-1]})[:STEPS_TRIED] if steps else None
+        for stored in stored_steps(options.rollouts, chosen, run_rows(options.rollouts)):
+            batches[f"step {stored.step} of {options.rollouts}"] = stored.batch
+    findings = try_reward(reward, batches)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
+    for finding in findings:
+        table.add_row(marks[finding.level], finding.name, _plain(finding.message))
+    console = Console()
+    console.print(table)
+    errors = sum(finding.level == "error" for finding in findings)
+    rollouts = sum(map(len, batches.values()))
+    console.print(
+        f"{rollouts} rollouts of {', '.join(batches)}: {errors or 'no'} error{'s' * (errors != 1)}"
+    )
+    return 2 if errors else 0
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _mapping(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    text = getattr(options, name)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--{name}: {text!r} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"--{name}: must be a mapping such as '{{key: value}}', not {text!r}")
+    return value
+
+
+def _target(name: str) -> Any:
+    from grace_rl.reward.loading import find_reward
+
+    return find_reward(name, Path.cwd())
+
+
+def _summary(target: Any) -> tuple[str, str]:
+    """First line of the docstring, and its `Requirements:` paragraph."""
+    import inspect
+
+    text = inspect.getdoc(target) or ""
+    found = re.search(r"Requirements: (.*?)(?:\n\n|\Z)", text, re.DOTALL)
+    requirements = " ".join(found[1].split()) if found else "not stated"
+    return text.partition("\n")[0] or "has no docstring", requirements

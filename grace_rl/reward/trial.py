@@ -1,0 +1,263 @@
+"""Trying a reward on a few rollouts, and saying what a run with it would suffer from.
+
+`grace-rl rewards check` prints what `try_reward` finds. It calls the reward as training does,
+through `RewardRuntime`, so whatever would end a run is found here, with the line of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from grace_rl.evaluate.similarity import rank_correlation
+from grace_rl.reward.batch import RewardBatch, group_means, group_stds
+from grace_rl.reward.example import (
+    batch_of_pool,
+    random_batch,
+    split_batch,
+    take_rows,
+    with_prefixes,
+)
+from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
+from grace_rl.reward.runtime import RewardError, RewardRuntime, Scored
+
+TOLERANCE = 1e-5  # relative; float32 sums in another order
+PEERS = ("contrastive", "consistency", "hard_negative", "length")
+TEXTS = {
+    "query": "A grey cat sleeps on the warm roof of a house.",
+    "positive": "An animal is asleep outside, on a roof in the sun.",
+    "negative": "A grey dog sleeps on the warm roof of a house.",
+    "negative_positive": "Another animal, a dog, is asleep on a roof.",
+    "text": "A grey cat sleeps on the warm roof of a house.",
+}
+RATIONALES = (
+    "A grey cat sleeps on the warm roof.",
+    "cat roof",
+    "An animal rests outside in the sun, and it does not move for a long time.",
+    "The cat. The cat. The cat. The cat.",
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        level: `ok`; `warning`, a run would go on but something is odd; `error`, it would end.
+        name: What was looked at, such as `within-group variance`.
+        message: A sentence.
+    """
+
+    level: Literal["ok", "warning", "error"]
+    name: str
+    message: str
+
+
+def canned_batches() -> dict[str, RewardBatch]:
+    """Rollouts made by hand, a batch for each form of rows, with texts, prefixes and truncation."""
+    batches = {}
+    for form in ("triplet", "quad", "unsupervised"):
+        batch = random_batch(form, rows=4, samples=4)  # type: ignore[arg-type]
+        own, count = len(batch), len(batch.pool)
+        rationales = [RATIONALES[i % 4] for i in range(count)]
+        pool = dataclasses.replace(
+            batch.pool,
+            texts=[
+                f"{TEXTS['text' if role == 'anchor' else role]} Place {example}."
+                for role, example in zip(batch.pool.roles, batch.pool.example.tolist(), strict=True)
+            ],
+            rationales=rationales,
+            token_ids=[list(range(len(rationale.split()))) for rationale in rationales],
+            truncated=torch.tensor([i % 4 == 3 for i in range(count)]),
+        )
+        batches[f"canned {form} rollouts"] = with_prefixes(batch_of_pool(pool, torch.arange(own)))
+    return batches
+
+
+def try_reward(reward: LoadedReward, batches: Mapping[str, RewardBatch]) -> list[Finding]:
+    """Call a reward on every batch and look at what it returns.
+
+    Args:
+        reward: From `load_rewards`.
+        batches: By the name to call them in messages; the first that it can score is also used for
+            timing and comparison.
+
+    Returns:
+        What was found, errors first.
+    """
+    findings: list[Finding] = []
+    scored: dict[str, Scored] = {}
+    for name, batch in batches.items():
+        try:
+            scored[name] = _score(reward, batch)
+        except RewardError as error:
+            findings.append(Finding("error", "call", f"on {name}: {error}"))
+            if _is_async(reward):  # every further batch might wait for the same dead service
+                break
+    if not scored:
+        return findings
+    values = {name: result.values[:, 0] for name, result in scored.items()}
+    findings += [_range(values), _nonfinite(scored, reward), _variance(scored, batches, reward)]
+    first = next(iter(scored))
+    findings += _repeat(reward, batches[first], values[first], first)
+    findings.append(_negatives(reward, batches, values))
+    findings.append(_peers(reward, batches[first], values[first]))
+    findings.append(_time(reward, batches[first]))
+    order = ("error", "warning", "ok")
+    return sorted(findings, key=lambda finding: order.index(finding.level))
+
+
+def _score(reward: LoadedReward, batch: RewardBatch) -> Scored:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the runtime warns about is a finding here
+        return RewardRuntime([reward]).score(batch)
+
+
+def _is_async(reward: LoadedReward) -> bool:
+    function = reward.function
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004  # its kind, not whether it has one
+    )
+
+
+def _range(values: Mapping[str, Tensor]) -> Finding:
+    whole = torch.cat(list(values.values()))
+    known = whole[~whole.isnan()]
+    if not len(known):
+        return Finding("error", "range", "it scored no rollout at all")
+    share = len(known) / len(whole)
+    unscored = "" if share == 1 else f"; {1 - share:.0%} of the rollouts were not scored"
+    text = f"{float(known.min()):.4g} to {float(known.max()):.4g}, mean {float(known.mean()):.4g}"
+    return Finding("ok" if share > 0.5 else "warning", "range", text + unscored)
+
+
+def _nonfinite(scored: Mapping[str, Scored], reward: LoadedReward) -> Finding:
+    counts = {
+        name: result.metrics[f"rewards/{reward.label}/nonfinite"] for name, result in scored.items()
+    }
+    bad = [f"{count:.0f} on {name}" for name, count in counts.items() if count]
+    if bad:
+        message = f"infinite values, which count as not scored: {', '.join(bad)}"
+        return Finding("error", "finite", message)
+    return Finding("ok", "finite", "no infinite value")
+
+
+def _variance(
+    scored: Mapping[str, Scored], batches: Mapping[str, RewardBatch], reward: LoadedReward
+) -> Finding:
+    flat, spreads = [], []
+    for name, result in scored.items():
+        std = group_stds(result.values[:, 0], batches[name].group).nan_to_num()
+        scale = float(result.values.nan_to_num().abs().max())
+        spreads.append(float(std.mean()))
+        if float(std.max()) <= 1e-6 * scale:
+            flat.append(name)
+    text = f"standard deviation inside groups {sum(spreads) / len(spreads):.4g}"
+    if not flat:
+        return Finding("ok", "within-group variance", text)
+    if reward.gates:
+        return Finding("ok", "within-group variance", f"{text}; a gate may be flat")
+    message = (
+        f"none on {', '.join(flat)}: what is the same for all rollouts of a text changes no "
+        "advantage; compare batch.embeddings, or something that the rationale decides"
+    )
+    return Finding(
+        "error" if len(flat) == len(scored) else "warning", "within-group variance", message
+    )
+
+
+def _repeat(reward: LoadedReward, batch: RewardBatch, values: Tensor, name: str) -> list[Finding]:
+    """Is it deterministic, and does the order or the split of the batch matter?"""
+    again = _score(reward, batch).values[:, 0]
+    if not _same(again, values):
+        message = (
+            f"two calls on {name} differ by up to {_distance(again, values):.3g}; derive random "
+            "numbers from batch.seed and batch.step, so that a resumed run scores alike"
+        )
+        return [Finding("warning", "deterministic", message)]
+    findings = [Finding("ok", "deterministic", "two calls agree")]
+    order = torch.arange(len(batch) - 1, -1, -1)
+    turned = _score(reward, take_rows(batch, order)).values[:, 0]
+    moved = _distance(turned, values[order])
+    if _same(turned, values[order]):
+        findings.append(Finding("ok", "order", "the order of the rollouts does not matter"))
+    else:
+        message = f"values move by up to {moved:.3g} when the rollouts come in another order"
+        findings.append(Finding("error", "order", message))
+    halves = [_score(reward, half).values[:, 0] for half in split_batch(batch, 2)]
+    if _same(torch.cat(halves), values):
+        findings.append(Finding("ok", "processes", "1 and 2 processes give the same values"))
+    else:
+        message = (
+            f"values move by up to {_distance(torch.cat(halves), values):.3g} when two processes "
+            "share the batch; compare with batch.pool, which is the same on all, not within batch"
+        )
+        findings.append(Finding("error", "processes", message))
+    return findings
+
+
+def _negatives(
+    reward: LoadedReward, batches: Mapping[str, RewardBatch], values: Mapping[str, Tensor]
+) -> Finding:
+    """Do advantages change when the negatives (anchors, never in the batch) are other vectors?"""
+    name = next((n for n in values if "negative" in batches[n].pool.roles[len(batches[n]) :]), None)
+    if name is None:
+        return Finding("ok", "negatives", "not looked at: no rollouts with negative anchors")
+    batch = batches[name]
+    rows = torch.tensor([role == "negative" for role in batch.pool.roles])
+    rows[: len(batch)] = False
+    noise = torch.randn(batch.pool.embeddings.shape, generator=torch.Generator().manual_seed(0))
+    moved = torch.where(
+        rows[:, None], torch.nn.functional.normalize(noise, dim=1), batch.pool.embeddings
+    )
+    other = dataclasses.replace(batch, pool=dataclasses.replace(batch.pool, embeddings=moved))
+    after = _score(reward, other).values[:, 0]
+    within = [v - group_means(v, batch.group) for v in (values[name], after)]
+    if not _same(values[name], after) and _same(within[0], within[1]):
+        message = (
+            "negatives move its values, but equally for all rollouts of a text, so they cancel in "
+            "the advantages; let the rollout's own embedding meet the negatives"
+        )
+        return Finding("warning", "negatives", message)
+    if _same(values[name], after):
+        return Finding("ok", "negatives", "it does not look at negatives")
+    return Finding("ok", "negatives", "negatives move advantages")
+
+
+def _peers(reward: LoadedReward, batch: RewardBatch, values: Tensor) -> Finding:
+    """Rank correlation with shipped rewards, inside groups."""
+    own = values - group_means(values, batch.group)
+    found = []
+    for peer in load_rewards([RewardSpec(name) for name in PEERS], "."):
+        theirs = _score(peer, batch).values[:, 0]
+        theirs = theirs - group_means(theirs, batch.group)
+        known = ~(own.isnan() | theirs.isnan())
+        if known.any() and min(float(own[known].std()), float(theirs[known].std())) > 0:
+            correlation = rank_correlation(own[known].tolist(), theirs[known].tolist())
+            found.append(f"{peer.label} {correlation:+.2f}")
+    text = "rank correlation inside groups: " + (", ".join(found) or "none can be computed")
+    return Finding("ok", "shipped rewards", text)
+
+
+def _time(reward: LoadedReward, batch: RewardBatch) -> Finding:
+    start = time.perf_counter()
+    _score(reward, batch)
+    seconds = (time.perf_counter() - start) / len(batch) * 1000
+    return Finding("ok", "time", f"{seconds:.3g} s for 1,000 rollouts")
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).nan_to_num().abs().max())
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    scale = max(1.0, float(b.nan_to_num().abs().max()))
+    return torch.equal(a.isnan(), b.isnan()) and _distance(a, b) <= TOLERANCE * scale
