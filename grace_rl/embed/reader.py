@@ -29,12 +29,15 @@ from transformers import PreTrainedTokenizerBase
 
 from grace_rl.embed.hidden_states import decoder_stack, pool_prefixes, pool_states, tap_layers
 from grace_rl.errors import UserError
+from grace_rl.files import whole_file
 from grace_rl.rollout.prompts import Prompt
+from grace_rl.zero import outside_zero3, plain_copy
 
 Span = Literal["context", "rationale", "bottleneck"]
 Pool = Literal["mean", "last"]
 
 CENTRE_FILE = "reader/centre.safetensors"
+FROZEN_FOLDER = "reader/frozen"
 CENTRE_MOMENTUM = 0.9  # a mean over about ten batches: steady, yet it follows a policy that moves
 
 
@@ -147,10 +150,20 @@ class Reader:
         self.centre: Tensor | None = None
         self._policy = model
         if config.weights == "frozen":
-            self._policy = copy.deepcopy(model).to(self.device).requires_grad_(False).eval()
+            self._policy = plain_copy(model).to(self.device).requires_grad_(False).eval()
         self._sentence_encoder = (
             None if config.reads_with_language_model else _load_encoder(config.weights, self.device)
         )
+
+    @property
+    def frozen_policy(self) -> nn.Module | None:
+        """The copy that reads, with `weights: frozen`."""
+        return self._policy if self.config.weights == "frozen" else None
+
+    @property
+    def sentence_encoder(self) -> Any:
+        """The sentence-transformers model that reads, if one does."""
+        return self._sentence_encoder
 
     # -- raw vectors ---------------------------------
 
@@ -180,8 +193,10 @@ class Reader:
         self._policy.eval()
         stack = decoder_stack(self._policy)
         device = next(stack.parameters()).device
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # little padding
         for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
+            chosen = order[start : start + self.batch_size]
+            batch = [rows[i] for i in chosen]
             width = max(len(ids) for ids, _ in batch)
             ids = torch.full((len(batch), width), self._padding, dtype=torch.long)
             attention = torch.zeros_like(ids)
@@ -190,7 +205,7 @@ class Reader:
                 ids[i, : len(row)] = torch.tensor(row)
                 attention[i, : len(row)] = 1
                 mask[i, first : len(row)] = True
-            span = (mask.to(device), None if places is None else places[start:][: len(batch)])
+            span = (mask.to(device), None if places is None else places[chosen])
 
             def receive(states: Tensor, span: tuple[Tensor, Tensor | None] = span) -> None:
                 vectors.append(self._pool(states, *span))
@@ -200,10 +215,16 @@ class Reader:
                     input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False
                 )
         self._policy.train(was_training)
-        return torch.cat(vectors)
+        back = torch.tensor(order, device=vectors[0].device).argsort()
+        return torch.cat(vectors)[back]
 
     def tokens_to_read(self, item: Written) -> tuple[list[int], int]:
-        """The tokens one forward sees, and the first of them that is pooled."""
+        """The tokens one forward sees, and the first of them that is pooled.
+
+        Where there is neither a prompt nor a rationale, none is, and the raw vector is zero.
+        """
+        if not item.prompt.token_ids and not item.token_ids:
+            return [self._padding], 1
         if self.config.span == "bottleneck":
             words = [token for token in item.token_ids if token not in self.end_ids]
             return words or [self._padding], 0
@@ -288,12 +309,18 @@ class Reader:
     def save(self, folder: Path) -> None:
         """Write the centre, if there is one, to `folder/reader/centre.safetensors`.
 
-        It has a folder of its own since vLLM takes every safetensors file beside a model's config
-        for weights of the model.
+        Frozen weights go to `folder/reader/frozen`. Both have a folder of their own since vLLM
+        takes every safetensors file beside a model's config for weights of the model.
         """
         if self.centre is not None:
             (folder / "reader").mkdir(exist_ok=True)
-            save_file({"centre": self.centre.cpu()}, str(folder / CENTRE_FILE))
+            with whole_file(folder / CENTRE_FILE) as unfinished:
+                save_file({"centre": self.centre.cpu()}, str(unfinished))
+        if self.config.weights == "frozen":
+            frozen: Any = self._policy
+            if hasattr(frozen, "merge_and_unload"):  # an adapter that had learned nothing yet
+                frozen = copy.deepcopy(frozen).merge_and_unload()
+            frozen.save_pretrained(folder / FROZEN_FOLDER)
 
     def load(self, folder: Path) -> None:
         """Read the centre back, if the folder has one."""
@@ -306,7 +333,8 @@ def _load_encoder(name: str, device: torch.device) -> Any:
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(name, device=str(device))
+        with outside_zero3():
+            return SentenceTransformer(name, device=str(device))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"reader.weights: cannot load {name!r}: {reason}") from error

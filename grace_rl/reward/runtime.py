@@ -23,6 +23,7 @@ from torch import Tensor
 from grace_rl.errors import UserError
 from grace_rl.reward.batch import RewardBatch, RewardOutput, group_means, group_stds
 from grace_rl.reward.loading import LoadedReward, describe_error
+from grace_rl.zero import outside_zero3
 
 FLAT_BATCHES = 10  # a weighted reward that is flat for so many batches in a row is named once
 RESERVED_COMPONENTS = {
@@ -174,6 +175,7 @@ class RewardRuntime:
             self._flat_batches[label] = state["flat_batches"].get(label, 0)
         self._warned = set(state["warned"])
 
+    @outside_zero3()
     def _call_all(
         self, batch: RewardBatch, trainer_arguments: Mapping[str, Any]
     ) -> tuple[list[_Output], list[Exception | None]]:

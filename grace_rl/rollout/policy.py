@@ -26,7 +26,9 @@ def resolve_model(name: str, scratch: Path, seed: int = 0) -> str:
     if name == SCENES_UNTRAINED:
         folder = scratch / "untrained"
         if not (folder / "config.json").exists():
-            scenes.save_untrained(folder, seed)
+            writing = scratch / ".untrained.writing"
+            scenes.save_untrained(writing, seed)
+            writing.rename(folder)
         return str(folder)
     return name
 

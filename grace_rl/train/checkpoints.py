@@ -22,6 +22,7 @@ from grace_rl.errors import UserError
 from grace_rl.files import sync_tree, write_text
 
 COMPLETE = "COMPLETE"
+GATHER_ON_SAVE = "stage3_gather_16bit_weights_on_model_save"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -36,6 +37,12 @@ class CheckpointMixin:
     control: Any
     accelerator: Any
     _saved_step = -1
+
+    def create_accelerator_and_postprocess(self) -> None:
+        plugin = getattr(self.args, "deepspeed_plugin", None)
+        if plugin is not None:  # else ZeRO-3 writes its shards where a model is wanted
+            plugin.deepspeed_config["zero_optimization"][GATHER_ON_SAVE] = True
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     def save_extra_state(self, folder: Path) -> None:
         """Write further files into a checkpoint; called on the main process only."""

@@ -11,6 +11,7 @@ from grace_rl.evaluate.scenes import example_rationales, score_policy
 from grace_rl.evaluate.tables import rationale_table, score_table
 from grace_rl.methods import METHODS
 from grace_rl.train.run_directory import RunDirectory
+from grace_rl.zero import whole_policy
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -20,13 +21,19 @@ class Report:
     """Scores of the policy before and after training, in evaluation.json and on the screen.
 
     Without `evaluation` in the recipe it does nothing. The scores from before are kept when a run
-    is resumed.
+    is resumed. One process scores, the others wait for its answer.
+
+    Args:
+        recipe: The run's recipe.
+        run: Its directory.
+        trainer: Its trainer.
     """
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, encoder: Any) -> None:
+    def __init__(self, recipe: Recipe, run: RunDirectory, trainer: Any) -> None:
         self.recipe = recipe
         self.run = run
-        self.encoder = encoder
+        self.trainer = trainer
+        self.encoder = trainer.encoder()
         self.content: dict[str, Any] = {}
 
     def before(self) -> None:
@@ -48,14 +55,19 @@ class Report:
             self.run.write_evaluation(self.content)
 
     def _add(self, name: str, rationale: Any) -> None:
-        evaluation = self.recipe.evaluation
-        assert evaluation is not None
-        scores = score_policy(self.encoder, evaluation.dataset_splits, evaluation.rows, rationale)
+        with whole_policy(self.trainer):
+            scores, examples = self.run.on_main(lambda: self._score(rationale))
         row = {"name": name, "rationale": rationale, "scores": scores}
         same = [r for r in self.content["rows"] if (r["name"], r["rationale"]) != (name, rationale)]
         self.content["rows"] = [*same, row]
         if rationale != "none":
-            self.content["examples"][name] = example_rationales(self.encoder)
+            self.content["examples"][name] = examples
+
+    def _score(self, rationale: Any) -> tuple[dict[str, float], list[dict[str, str]]]:
+        evaluation = self.recipe.evaluation
+        assert evaluation is not None
+        scores = score_policy(self.encoder, evaluation.dataset_splits, evaluation.rows, rationale)
+        return scores, [] if rationale == "none" else example_rationales(self.encoder)
 
     def show(self, console: Console) -> None:
         """Print the table of scores and three rationales before and after."""

@@ -16,10 +16,12 @@ from rich.console import Console
 from grace_rl.data.rows import read_rows
 from grace_rl.methods import METHODS, named
 from grace_rl.train.callbacks import follow
+from grace_rl.train.processes import join_processes
 from grace_rl.train.report import Report
 from grace_rl.train.run_directory import RunDirectory
 from grace_rl.train.start import Start
 from grace_rl.train.value_model import without_value_model
+from grace_rl.zero import whole_policy
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -37,7 +39,8 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> int:
         UserError: The recipe, its rows, its rewards, its model or the output directory is wrong.
     """
     console = Console()
-    args, model_config = recipe.training_arguments(), recipe.model_config()
+    args = recipe.training_arguments(**join_processes(recipe.training))
+    model_config = recipe.model_config()
     build = named(METHODS[recipe.method].plan)(recipe, args, read_rows(recipe.data))
 
     run = RunDirectory(args.output_dir, PartialState())
@@ -45,7 +48,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> int:
     args.output_dir = str(run.checkpoints)
     try:
         trainer = build(Start(model_config, args, run.path, console))
-        report = Report(recipe, run, trainer.encoder())
+        report = Report(recipe, run, trainer)
         report.before()
         with follow(
             trainer,
@@ -68,13 +71,18 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> int:
 
 
 def save_policy(trainer: Any, folder: Path) -> None:
-    """Write a policy that transformers and vLLM load: an adapter is merged into its base model."""
+    """Write a policy that transformers and vLLM load: an adapter is merged into its base model.
+
+    All processes call it, after training; one writes.
+    """
     trainer.save_model(str(folder))
     if trainer.args.should_save:
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says it all
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload") and trainer.args.should_save:
-        for file in folder.glob("adapter_*"):
-            file.unlink()
-        with without_value_model(model):
+    if not hasattr(model, "merge_and_unload"):
+        return
+    with whole_policy(trainer), without_value_model(model):
+        if trainer.args.should_save:
+            for file in folder.glob("adapter_*"):
+                file.unlink()
             model.merge_and_unload().save_pretrained(folder)

@@ -38,6 +38,7 @@ import yaml
 
 from grace_rl.errors import UserError
 from grace_rl.files import UNFINISHED, sync, sync_tree, write_text
+from grace_rl.launch.lines import COMMAND
 from grace_rl.rollout.store import cut_rollouts, rollout_files
 from grace_rl.train.checkpoints import (
     checkpoint_step,
@@ -188,7 +189,7 @@ class RunDirectory:
         """
         # Its YAML form: so that tuples and the like compare equal to what the file holds.
         plain = yaml.safe_load(_dump(recipe))
-        return self._on_main(lambda: self._open(plain, overwrite, seed))
+        return self.on_main(lambda: self._open(plain, overwrite, seed))
 
     def _open(self, recipe: dict[str, Any], overwrite: bool, seed: int | None) -> Opened:
         if self.path.exists() and not self.path.is_dir():
@@ -328,7 +329,7 @@ class RunDirectory:
 
     def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         """Write evaluation.json."""
-        self._on_main(lambda: write_json(self.evaluation, evaluation))
+        self.on_main(lambda: write_json(self.evaluation, evaluation))
 
     def publish_model(self, write: Callable[[Path], None]) -> None:
         """Write the trained policy to `model/`, whole, and mark the run finished.
@@ -355,11 +356,11 @@ class RunDirectory:
             status = read_status(self.path) or {}
             self._write_status({**status, "status": "finished", "finished": _now()})
 
-        self._on_main(clear)
+        self.on_main(clear)
         write(unfinished)
         if self.processes is not None:
             self.processes.wait_for_everyone()
-        self._on_main(swap)
+        self.on_main(swap)
 
     # -- within ---------------------------------
 
@@ -370,8 +371,12 @@ class RunDirectory:
     def _write_status(self, status: Mapping[str, Any]) -> None:
         write_json(self.status_file, {"grace_rl": _version("grace-rl"), **status})
 
-    def _on_main(self, action: Callable[[], Any]) -> Any:
-        """On every process, what the main process returns, or the `UserError` that it raises."""
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """What only the main process does, and every process gets: the result, or the `UserError`.
+
+        Args:
+            action: Called on the main process; its result must be picklable.
+        """
         result, problems = None, None
         if self.is_main_process:
             try:
@@ -470,7 +475,7 @@ def command_line(without: tuple[str, ...] = ()) -> str:
     Args:
         without: Flags to leave out, such as `--overwrite` where the command is to resume.
     """
-    program, *arguments = sys.argv or [""]
+    program, *arguments = shlex.split(os.environ.get(COMMAND, "")) or sys.argv or [""]
     if Path(program).name == "__main__.py":
         words = ["python", "-m", Path(program).parent.name]
     elif program.endswith(".py"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -37,7 +38,8 @@ class Start:
     def model_path(self) -> str:
         """Folder or hub id of the model."""
         name = str(self.model_config.model_name_or_path)
-        return resolve_model(name, self.run_folder, self.args.seed)
+        with PartialState().main_process_first():  # it may write the model
+            return resolve_model(name, self.run_folder, self.args.seed)
 
     def load_policy(self) -> Any:
         """Model and tokenizer, with what the recipe says about loading them.

@@ -6,7 +6,6 @@ shard it with the rest. What is written for users, or pushed into vLLM, goes wit
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
 from grace_rl.embed.hidden_states import decoder_stack
+from grace_rl.zero import plain_copy
 
 NAME = "value_model"
 
@@ -67,7 +67,7 @@ def attach_value_model(
         receive: Gets (B, T) values in every forward that uses the fused head.
     """
     owner, stack = _owner(policy), decoder_stack(policy)
-    backbone = copy.deepcopy(stack) if critic == "separate" else None
+    backbone = plain_copy(stack) if critic == "separate" else None
     hidden_size = owner.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
     device = next(stack.parameters()).device
     value_model = ValueModel(hidden_size, backbone, detach=critic == "detached").to(device)
