@@ -78,7 +78,8 @@ class Contrastive:
         texts = batch.pool.by_text
         similarity = batch.embeddings @ texts.centroids.T  # (B, G)
         positive = batch.positives()[:, texts.rows]  # (B, G)
-        negative = (batch.hard_negatives() | batch.others())[:, texts.rows]
+        weights = batch.negative_weights()[:, texts.rows]  # (B, G), 0 where it is no negative
+        negative = weights > 0
 
         siblings, count = batch.siblings_mean()
         siblings = torch.nn.functional.normalize(siblings, dim=1)
@@ -89,14 +90,15 @@ class Contrastive:
         )  # (B,)
         hardest = similarity.masked_fill(~negative, -torch.inf)
         logits = torch.cat([counterpart[:, None], hardest], dim=1) / self.temperature
+        logits[:, 1:] += weights.log()
         values = logits.log_softmax(dim=1)[:, 0]
         if self.clip is not None:
             values = values.clamp(min=self.clip)
         if self.score == "probability":
             values = values.exp()
         elif self.score == "margin":
-            count_negatives = negative.sum(dim=1).clamp(min=1)
-            values = counterpart - (similarity * negative).sum(dim=1) / count_negatives
+            total = weights.sum(dim=1).where(negative.any(dim=1), 1.0)
+            values = counterpart - (similarity * weights).sum(dim=1) / total
 
         scored = negative.any(dim=1) & (positive.any(dim=1) | (count > 0))
         hardest = hardest.amax(dim=1)

@@ -55,9 +55,10 @@ class HardNegative:
         texts = batch.pool.by_text
         negative = batch.others() | batch.hard_negatives() if self.own_row else batch.others()
         negative = negative[:, texts.rows]  # (B, G)
+        weights = batch.negative_weights()[:, texts.rows] * negative
         cosine = (batch.embeddings @ texts.centroids.T).masked_fill(~negative, -torch.inf)
-        count = negative.sum(dim=1).clamp(min=1)
-        smooth = (cosine / self.temperature).logsumexp(dim=1) - count.log()
+        total = weights.sum(dim=1).where(negative.any(dim=1), 1.0)
+        smooth = (cosine / self.temperature + weights.log()).logsumexp(dim=1) - total.log()
         scored = negative.any(dim=1)
         hardest = cosine.amax(dim=1)
         return RewardOutput(

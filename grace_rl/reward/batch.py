@@ -10,9 +10,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from grace_rl.data.false_negatives import FalseNegatives
 
 
 def _check_lists(owner: object, names: tuple[str, ...], length: int) -> None:
@@ -109,7 +113,13 @@ class PoolTexts:
 
 @dataclass(frozen=True, eq=False)
 class Pool(Rollouts):
-    """Every process's trained rollouts in world order, then every process's anchors: P in all."""
+    """Every process's trained rollouts in world order, then every process's anchors: P in all.
+
+    Args:
+        false_negatives: a guide that tells which texts mean the same; None compares words only.
+    """
+
+    false_negatives: FalseNegatives | None = None
 
     @cached_property
     def by_text(self) -> PoolTexts:
@@ -153,6 +163,32 @@ class Pool(Rollouts):
         same_text = says[mine][:, text[: len(self)]]  # (B, P)
         same_side = mine[:, None] == pool[None, :]
         return (same_side | ~same_text).to(self.embeddings.device)
+
+    def guide_weights(self, batch: Rollouts) -> Tensor:
+        """(B, P) in [0, 1], how much the guide lets a pool row count as a negative of a batch row.
+
+        Rows of the batch row's own side (its text, and what means the same) are 1: a guide has no
+        say in positives. Without a guide all are 1.
+        """
+        guide = self.false_negatives
+        if guide is None:
+            return self.embeddings.new_ones(len(batch), len(self))
+        sides: dict[tuple[int, int], list[str]] = {}
+        for side, text in zip(_sides(self), self.texts, strict=True):
+            sides.setdefault(side, []).append(text)
+        mine = list(zip(batch.texts, _sides(batch), strict=True))
+        asked = {key: i for i, key in enumerate(dict.fromkeys(mine))}  # rollouts share a text's
+        known = {text: i for i, text in enumerate(dict.fromkeys(self.texts))}
+        counterparts = [
+            next((text for text in sides.get(side, []) if text != own), None) for own, side in asked
+        ]
+        weights = guide.weights([own for own, _ in asked], list(known), counterparts)
+        weights = weights[[asked[key] for key in mine]][:, [known[text] for text in self.texts]]
+        weights = weights.to(self.embeddings)
+        same_example = batch.example[:, None] == self.example[None, :]
+        same_side = same_example & (batch.side[:, None] == self.side[None, :])
+        trusted = same_side if guide.config.own_negatives else same_example
+        return weights.masked_fill(trusted, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +266,21 @@ class RewardBatch(Rollouts):
         """(B, P) bool: the same example and side, another text."""
         return self._relations[0]
 
+    def negative_weights(self) -> Tensor:
+        """(B, P) float in [0, 1]: how much a pool row counts as a negative of a rollout.
+
+        1 for hard negatives and others; less where a guide's `soft` mode doubts it; 0 for
+        positives, siblings and false negatives. In a softmax, add its logarithm to the logit.
+        """
+        return self._relations[3]
+
+    def masked_share(self) -> float:
+        """The share of candidates (texts of other sides) that are masked as false negatives."""
+        same_example = self.example[:, None] == self.pool.example[None, :]
+        candidates = ~(same_example & (self.side[:, None] == self.pool.side[None, :]))
+        masked = candidates & (self.negative_weights() == 0)
+        return float(masked.sum() / candidates.sum().clamp(min=1))
+
     def hard_negatives(self) -> Tensor:
         """(B, P) bool: the same example, another side, not a false negative."""
         return self._relations[1]
@@ -248,17 +299,15 @@ class RewardBatch(Rollouts):
         return self._siblings
 
     @cached_property
-    def _relations(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Positives, hard negatives and others."""
+    def _relations(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Positives, hard negatives, others, and the weights of the two kinds of negatives."""
         same_example = self.example[:, None] == self.pool.example[None, :]
         same_side = same_example & (self.side[:, None] == self.pool.side[None, :])
         other_text = self.group[:, None] != self.pool.group[None, :]
-        allowed = self.pool.mask(self)
-        return (
-            same_side & other_text,
-            same_example & ~same_side & allowed,
-            ~same_example & allowed,
-        )
+        weights = self.pool.guide_weights(self) * self.pool.mask(self)
+        hard = same_example & ~same_side & (weights > 0)
+        others = ~same_example & (weights > 0)
+        return same_side & other_text, hard, others, weights * (hard | others)
 
     @cached_property
     def _siblings(self) -> tuple[Tensor, Tensor]:
@@ -293,6 +342,10 @@ class RewardOutput:
     def __post_init__(self) -> None:
         if not self.margin > 0:
             raise ValueError(f"RewardOutput.margin is {self.margin}; it must be above 0")
+
+
+def _sides(rollouts: Rollouts) -> list[tuple[int, int]]:
+    return list(zip(rollouts.example.tolist(), rollouts.side.tolist(), strict=True))
 
 
 def _group_index(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from grace_rl.reward import RewardOutput, RewardRuntime, group_means, load_rewards
+from grace_rl.reward.batch import Rollouts
 from grace_rl.reward.example import batch_of_pool, example_batch, random_batch, split_batch
 from grace_rl.reward.runtime import weighted_totals
 from rewards.consistency import Consistency
@@ -130,7 +131,7 @@ def test_the_order_of_rows_does_not_matter(name, form):
     mixed = batch_of_pool(batch.pool, pool_order)
     pool = dataclasses.replace(
         batch.pool,
-        **{f.name: getattr(mixed, f.name) for f in dataclasses.fields(batch.pool)},
+        **{f.name: getattr(mixed, f.name) for f in dataclasses.fields(Rollouts)},
     )
     for other in (shuffled, batch_of_pool(pool, torch.arange(count))):
         torch.testing.assert_close(
