@@ -50,6 +50,21 @@ METHODS = {
         config="grace_rl.train.sft_config:GraceSFTConfig",
         plan="grace_rl.train.sft:plan",
     ),
+    "contrastive": Method(
+        config="grace_rl.train.contrastive_config:GraceContrastiveConfig",
+        plan="grace_rl.train.contrastive:plan",
+        check="grace_rl.train.contrastive_config:contrastive_problems",
+    ),
+    "refinement": Method(
+        config="grace_rl.train.refinement_config:RefinementConfig",
+        plan="grace_rl.train.refinement:plan",
+        check="grace_rl.train.refinement_config:refinement_problems",
+    ),
+    "reconstruction": Method(
+        config="grace_rl.train.reconstruction_config:ReconstructionConfig",
+        plan="grace_rl.train.reconstruction:plan",
+        check="grace_rl.train.reconstruction_config:reconstruction_problems",
+    ),
 }
 
 

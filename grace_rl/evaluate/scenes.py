@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder, RationaleMode
+from grace_rl.embed.reader import Written
 from grace_rl.evaluate.similarity import rank_correlation, retrieval_scores
 
 SIMILARITY_SCORES = ("recall_at_1", "triplet_accuracy", "spearman")
@@ -21,7 +22,7 @@ def task_name(split: str) -> str:
 
 
 def score_policy(
-    encoder: RationaleEncoder,
+    encoder: Any,
     splits: Sequence[str],
     count: int,
     rationale: RationaleMode = "greedy",
@@ -34,8 +35,15 @@ def score_policy(
     - `coverage`, `precision`: share of true facts that rationales state, and of statements that are
       true; only where rationales are written.
 
-    Every split's texts are centred by their own mean, so that policies compare on equal terms
-    whether or not they have trained a centre.
+    Every split's texts are centred by their own mean where the reader centres, so that policies
+    compare on equal terms whether or not they have trained a centre. An encoder that writes no
+    rationales (`writes_rationales` is false) is scored on the vectors that it gives.
+
+    Args:
+        encoder: A `RationaleEncoder`, or one whose `encode(texts)` gives `Encoded` unit vectors.
+        splits: Splits of scenes.
+        count: Triplets, and pairs, of each split.
+        rationale: `none` has the text read in the rationale's place.
 
     Returns:
         `{"scenes/recall_at_1": ..., ...}`, in 0 to 1, Spearman in -1 to 1.
@@ -48,14 +56,18 @@ def score_policy(
         texts = [row["query"] for row in triplets] + [row["positive"] for row in triplets]
         texts += [row["negative"][0] for row in triplets]
         texts += [row["sentence1"] for row in pairs] + [row["sentence2"] for row in pairs]
-        written = encoder.write(texts, rationale)
-        raw = encoder.reader.read(written)
-        unit = normalize(raw - raw.mean(0) if encoder.reader.config.centre else raw, dim=-1)
+        written: list[Written] = []
+        if encoder.writes_rationales:
+            written = encoder.write(texts, rationale)
+            raw = encoder.reader.read(written)
+            unit = normalize(raw - raw.mean(0) if encoder.reader.config.centre else raw, dim=-1)
+        else:
+            unit = encoder.encode(texts).vectors
         queries, positives, negatives, first, second = unit.split(count)
         found = retrieval_scores(queries, positives, negatives)
         gold = [row["score"] for row in pairs]
         found["spearman"] = rank_correlation((first * second).sum(-1).tolist(), gold)
-        if rationale != "none":
+        if written and rationale != "none":
             found |= score_facts(triplets, [item.rationale for item in written[: 3 * count]])
         scores |= {f"{task_name(split)}/{name}": value for name, value in found.items()}
     return scores

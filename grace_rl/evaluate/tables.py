@@ -32,7 +32,9 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     tasks = dict.fromkeys(score.split("/")[0] for row in rows for score in row["scores"])
     for task in tasks:
         for i, row in enumerate(rows):
-            label = "no rationale" if row["rationale"] == "none" else row["name"].replace("_", " ")
+            label = row["name"].replace("_", " ")
+            if row["rationale"] == "none" and row["name"] == "cold_start":
+                label = "no rationale"
             values = [row["scores"].get(f"{task}/{score}") for score in HEADINGS]
             cells = ["" if value is None else f"{value:.3f}" for value in values]
             split = "test" if task == "scenes" else task.removeprefix("scenes_")

@@ -73,4 +73,5 @@ class Report:
         """Print the table of scores and three rationales before and after."""
         if self.content:
             console.print(score_table(self.content["rows"]))
-            console.print(rationale_table(self.content["examples"]))
+            if self.content["examples"]:
+                console.print(rationale_table(self.content["examples"]))
