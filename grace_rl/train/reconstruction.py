@@ -1,0 +1,271 @@
+"""Bidirectional reconstruction: a stage before RL that makes a vector say what the other side says.
+
+A pair's query is read into one vector, the way the next stage will read rationales, and the same
+model rebuilds the positive from this vector alone; and the other way round, on every batch. Besides
+it goes on writing ordinary text or rationales, or RL would find a policy that cannot write.
+
+The log has each direction's loss and the information gain: how much worse, in nats per token, a
+text is rebuilt from another row's vector. While it is zero, the vector says nothing.
+
+Source: bidirectional reconstruction ("Anchor Embedding", EMNLP 2025 main 216); what differs is in
+`grace_rl.train.reconstruction_loss`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+
+from grace_rl.data.rows import read_rows
+from grace_rl.embed.encoder import RationaleEncoder, RationaleMode, end_token_ids
+from grace_rl.embed.reader import Reader, ReaderConfig, Written
+from grace_rl.errors import UserError
+from grace_rl.rollout.prompts import PromptTemplate
+from grace_rl.train.checkpoints import CheckpointMixin
+from grace_rl.train.reconstruction_config import ReconstructionConfig
+from grace_rl.train.reconstruction_loss import Objective, PairCollator, add_reconstruction
+from grace_rl.train.sft import sft_examples
+from grace_rl.train.start import Build, Start
+
+if TYPE_CHECKING:
+    from grace_rl.recipe import Recipe
+
+WritingExample = tuple[str | None, str]
+"""(text, rationale), or (None, plain text)."""
+
+NO_GAIN = 0.01  # nats per token; untrained models lie below, and a few dozen steps pass it
+WATCHED = 5  # logged gains in a row before the user is warned
+LONGEST_RATIONALE = 128  # tokens the saved model may write until another stage says better
+
+
+def plan(
+    recipe: Recipe, args: ReconstructionConfig, rows: Sequence[Mapping[str, Any]]
+) -> Build:
+    """See `grace_rl.methods.Method`."""
+    examples = paired_with_writing(rows, args)
+
+    def build(start: Start) -> ReconstructionTrainer:
+        model, tokenizer = start.load_policy()
+        return ReconstructionTrainer(
+            model,
+            args,
+            examples,
+            tokenizer,
+            peft_config=start.peft_config,
+            console=start.console,
+        )
+
+    return build
+
+
+def writing_examples(
+    rows: Sequence[Mapping[str, Any]], args: ReconstructionConfig
+) -> list[WritingExample]:
+    """What the model goes on writing: rationales where there are any, else the texts themselves.
+
+    Raises:
+        UserError: The file that `writing_dataset_name` names is bad.
+    """
+    if args.writing_dataset_name is not None:
+        from grace_rl.recipe import DataConfig
+
+        data = DataConfig(args.writing_dataset_name, rows=args.writing_dataset_rows)
+        rows = read_rows(data)
+    rationales, _ = sft_examples(rows)
+    if rationales:
+        return list(rationales)
+    texts = [row[key] for row in rows for key in ("text", "query", "positive") if key in row]
+    return [(None, text) for text in texts]
+
+
+def paired_with_writing(
+    rows: Sequence[Mapping[str, Any]], args: ReconstructionConfig
+) -> list[dict[str, Any]]:
+    """`{query, positive, writing}` for each row.
+
+    Raises:
+        UserError: The rows are no pairs, or what is to be written cannot be read.
+    """
+    if rows and "query" not in rows[0]:
+        raise UserError(
+            "method reconstruction needs pairs, rows with query and positive; these have text only"
+        )
+    if len(rows) < 2:
+        raise UserError(f"method reconstruction needs at least 2 rows, not {len(rows)}")
+    writing = writing_examples(rows, args) if args.writing_share else [(None, "")]
+    return [
+        {"query": row["query"], "positive": row["positive"], "writing": writing[i % len(writing)]}
+        for i, row in enumerate(rows)
+    ]
+
+
+class TextEncoder(RationaleEncoder):
+    """Embeds texts as they are, as the stage reads them."""
+
+    writes_rationales = False
+    collator: PairCollator
+
+    def write(
+        self, texts: Sequence[str], rationale: RationaleMode | None = None, **changes: Any
+    ) -> list[Written]:
+        """The texts in their rationales' places, whatever is asked for."""
+        return [self.collator.written(text) for text in texts]
+
+
+class ReconstructionTrainer(CheckpointMixin, Trainer):
+    """transformers' trainer with the reconstruction loss.
+
+    Args:
+        model: The policy.
+        args: The configuration.
+        rows: From `paired_with_writing`.
+        processing_class: Its tokenizer, with an end token.
+        peft_config: Train an adapter instead of all weights.
+        callbacks: As in transformers.
+        console: Where it is said that the information gain stays at zero.
+
+    Raises:
+        UserError: The tokenizer has no end token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: ReconstructionConfig,
+        rows: Sequence[Mapping[str, Any]],
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        if processing_class.eos_token_id is None:
+            raise UserError(
+                f"{processing_class.name_or_path}: the tokenizer has no end token, "
+                "so no rebuilt text could end"
+            )
+        args.remove_unused_columns = False
+        self.console = console or Console()
+        self.reader_config = ReaderConfig(**args.reader)
+        self.template = PromptTemplate(
+            processing_class, args.instruction, args.max_text_tokens, args.chat_template_kwargs
+        )
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)  # type: ignore[assignment]
+        end_ids = end_token_ids(model, processing_class)
+        self.reader = Reader(self.reader_config, processing_class, end_ids, model, args.device)
+        assert self.reader_config.layers is not None
+        add_reconstruction(
+            model,
+            Objective(
+                self.reader_config.layers, self.reader_config.pool, args.alpha, args.writing_share
+            ),
+        )
+        self.collator = PairCollator(
+            self.template, self.reader, processing_class, args.writing_share
+        )
+        self._found: dict[str, list[Tensor]] = defaultdict(list)
+        self._gains: list[float] = []
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=list(rows),  # type: ignore[arg-type]  # anything with a length
+            data_collator=self.collator,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = False  # a mean over rows: nothing to be rescaled
+
+    # -- the loss, and what is logged of it ---------------------------------
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        outputs = model(pairs=inputs, probe=self._probes())
+        centre = self.accelerator.reduce(outputs.pop("centre"), reduction="mean")
+        self.reader.update_centre(centre)
+        for name, value in outputs.items():
+            if name != "loss":
+                self._found[name].append(value)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _probes(self) -> bool:
+        step = self.state.global_step + 1
+        logged = step % max(1, int(self.state.logging_steps)) == 0
+        return logged or (step == 1 and self.args.logging_first_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._found:
+            names = sorted(self._found)
+            means = torch.stack([torch.stack(self._found[name]).mean() for name in names])
+            means = self.accelerator.reduce(means, reduction="mean")
+            logs |= dict(zip(names, means.tolist(), strict=True))
+            self._found.clear()
+            if "gain_q2d" in logs:
+                logs["information_gain"] = (logs["gain_q2d"] + logs["gain_d2q"]) / 2
+                self._watch(logs["information_gain"])
+        super().log(logs, start_time)
+
+    def _watch(self, gain: float) -> None:
+        """Say so, every few logs, while vectors say nothing of the other side."""
+        self._gains.append(gain)
+        if len(self._gains) < WATCHED:
+            return
+        if max(self._gains) < NO_GAIN and self.accelerator.is_main_process:
+            self.console.print(
+                f"The information gain is {gain:.4f} nats per token after {WATCHED} logs: texts "
+                "are rebuilt as well from another row's vector, so the vector says nothing yet. If "
+                "this stays so, raise learning_rate or look at the pairs (docs/reconstruction.md).",
+                style="yellow",
+                highlight=False,
+            )
+        self._gains.clear()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: transformers knows single texts only."""
+        return 0
+
+    # -- using and saving it ---------------------------------
+
+    def encoder(self) -> TextEncoder:
+        """The model as it is now, as an encoder of texts."""
+        policy = self.accelerator.unwrap_model(self.model)
+        tokenizer: Any = self.processing_class
+        encoder = TextEncoder(
+            policy,
+            tokenizer,
+            self.template,
+            self.reader,
+            end_token_ids(policy, tokenizer),
+            LONGEST_RATIONALE,
+        )
+        encoder.rationale, encoder.collator = "none", self.collator
+        return encoder
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.encoder().save(Path(output_dir or self.args.output_dir))
+
+    def save_extra_state(self, folder: Path) -> None:
+        (folder / "gains.json").write_text(json.dumps(self._gains), encoding="utf-8")
+
+    def load_extra_state(self, folder: Path) -> None:
+        self.reader.load(folder)
+        self._gains = json.loads((folder / "gains.json").read_text(encoding="utf-8"))
