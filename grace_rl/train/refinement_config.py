@@ -1,0 +1,87 @@
+"""Arguments of `RefinementTrainer`, and what must fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Any
+
+from transformers import TrainingArguments
+
+from grace_rl.errors import UserError
+from grace_rl.train.refinement_terms import ICRConfig
+
+
+@dataclass
+class RefinementConfig(TrainingArguments):
+    """transformers' `TrainingArguments` with the keys of soft-token refinement.
+
+    Args:
+        refinement_steps: Soft tokens after each text, at least 0; 5 is published. 0 trains the last
+            token's state, without any.
+        inference_steps: Steps of the saved encoder, at least 0; `null` takes `refinement_steps`.
+            Published scores use 20. It can be changed with every call.
+        soft_temperature: Temperature of the soft tokens' softmax, above 0.
+        icr: Keywords of `grace_rl.train.refinement_terms.ICRConfig`, and `preset`.
+        hard_negatives: How many of a row's negatives become candidates, at least 0. Rows with fewer
+            go without.
+        mini_batch_size: Texts per forward, at least 1; the loss still sees the whole batch
+            (gradient cache, arXiv 2101.06983). Activations are kept for one part only, at the price
+            of a second forward, so that a batch may be as large as one likes. `null` forwards the
+            batch at once.
+        query_prompt, passage_prompt: What comes before a text. `{column}` is filled from the row:
+            "Instruct: {instruction}\\nQuery:".
+        max_text_tokens: Prompt and text are cut here, at least 1.
+        word_examples: Texts whose soft tokens are kept as words (soft_tokens.jsonl), before and
+            after training; 0 keeps none.
+        learning_rate: Published 1e-5.
+        dataloader_drop_last: A last smaller batch has fewer negatives, and is left out.
+    """
+
+    refinement_steps: int = 5
+    inference_steps: int | None = None
+    soft_temperature: float = 1.0
+    icr: dict[str, Any] = field(default_factory=dict)
+    hard_negatives: int = 1
+    mini_batch_size: int | None = None
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    max_text_tokens: int = 512
+    word_examples: int = 3
+    learning_rate: float = 1e-5
+    dataloader_drop_last: bool = True
+
+
+def refinement_problems(settings: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the settings, each as `key: what to do`."""
+    problems = []
+    least = {"refinement_steps": 0, "inference_steps": 0, "hard_negatives": 0, "word_examples": 0}
+    for key, bound in (least | {"mini_batch_size": 1, "max_text_tokens": 1}).items():
+        if settings[key] is not None and settings[key] < bound:
+            problems.append(f"{key}: must be at least {bound}, not {settings[key]}")
+    if settings["soft_temperature"] <= 0:
+        problems.append(f"soft_temperature: must be above 0, not {settings['soft_temperature']}")
+    if settings["per_device_train_batch_size"] * (1 + settings["hard_negatives"]) < 2:
+        problems.append(
+            "per_device_train_batch_size: 1 without hard negatives has nothing to contrast with"
+        )
+    for key in ("query_prompt", "passage_prompt"):
+        try:
+            prompt_columns(settings[key])
+        except ValueError as error:
+            problems.append(f"{key}: {error}; braces name a column, as in {{instruction}}")
+    try:
+        ICRConfig.from_settings(settings["icr"])
+    except UserError as error:
+        problems += error.problems
+    return problems
+
+
+def prompt_columns(prompt: str) -> set[str]:
+    """The columns that a prompt names.
+
+    >>> prompt_columns("Instruct: {instruction}\\nQuery:")
+    {'instruction'}
+    """
+    return {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
