@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models.utils import disable_gradient_checkpointing
 
 from grace_rl.errors import UserError
@@ -81,8 +80,8 @@ class GracePPOTrainer(GraceGRPOTrainer):
         *others, **keywords: As in `GraceGRPOTrainer`.
 
     Raises:
-        UserError: As in `GraceGRPOTrainer`; or DeepSpeed would leave the critic without its own
-            learning rate or weights.
+        UserError: As in `GraceGRPOTrainer`; or DeepSpeed's own optimizer would leave the critic
+            without its own learning rate.
     """
 
     args: GracePPOConfig
@@ -351,14 +350,9 @@ class GracePPOTrainer(GraceGRPOTrainer):
 
 def _check_deepspeed(args: GracePPOConfig) -> None:
     """Raises UserError where DeepSpeed could not give the critic what it needs."""
-    problems = []
-    config = getattr(args.hf_deepspeed_config, "config", {}) if args.deepspeed else {}
-    if "optimizer" in config:
-        problems.append(
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None and "optimizer" in plugin.deepspeed_config:
+        raise UserError(
             "deepspeed: its own optimizer knows one learning rate; remove the section optimizer, "
             "then value_learning_rate holds"
         )
-    if args.critic == "separate" and is_deepspeed_zero3_enabled():
-        problems.append("critic: separate cannot copy weights that ZeRO-3 has split; use ZeRO-2")
-    if problems:
-        raise UserError(problems)

@@ -56,7 +56,9 @@ def join_processes(training: Mapping[str, Any]) -> dict[str, Any]:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     os.environ["DS_ACCELERATOR"] = "cpu"
     from accelerate import PartialState
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # that of an earlier run in this process
     PartialState(backend="gloo", timeout=timedelta(seconds=training.get("ddp_timeout") or 1800))
     given = training.get("accelerator_config") or {}
     if isinstance(given, (str, Path)):

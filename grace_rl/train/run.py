@@ -15,10 +15,12 @@ from rich.console import Console
 
 from grace_rl.data.rows import read_rows
 from grace_rl.methods import METHODS, named
-from grace_rl.train.callbacks import follow
+from grace_rl.rollout.policy import resolve_model
+from grace_rl.rollout.server import ServerLost, require_server
+from grace_rl.train.callbacks import TimeBudget, follow
 from grace_rl.train.processes import join_processes
 from grace_rl.train.report import Report
-from grace_rl.train.run_directory import RunDirectory
+from grace_rl.train.run_directory import RunDirectory, command_line
 from grace_rl.train.start import Start
 from grace_rl.train.value_model import without_value_model
 from grace_rl.zero import whole_policy
@@ -26,14 +28,19 @@ from grace_rl.zero import whole_policy
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
 
-DONE, INTERRUPTED = 0, 130
+DONE, SERVER_LOST, INTERRUPTED = 0, 75, 130
 
 
-def train(recipe: Recipe, *, overwrite: bool = False) -> int:
+def train(recipe: Recipe, *, overwrite: bool = False, seconds: float | None = None) -> int:
     """Run a recipe in its output directory, resuming what an earlier attempt left there.
 
+    Args:
+        recipe: The recipe.
+        overwrite: Replace a finished run.
+        seconds: End the training in order after so many seconds, whatever `max_steps` says.
+
     Returns:
-        Exit code: 0 done, 130 interrupted with a checkpoint saved.
+        Exit code: 0 done, 75 the vLLM server was lost, 130 interrupted; with a checkpoint saved.
 
     Raises:
         UserError: The recipe, its rows, its rewards, its model or the output directory is wrong.
@@ -42,6 +49,8 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> int:
     args = recipe.training_arguments(**join_processes(recipe.training))
     model_config = recipe.model_config()
     build = named(METHODS[recipe.method].plan)(recipe, args, read_rows(recipe.data))
+    if getattr(args, "use_vllm", False) and args.vllm_mode == "server":
+        require_server(args, resolve_model(str(model_config.model_name_or_path), Path(), args.seed))
 
     run = RunDirectory(args.output_dir, PartialState())
     opened = run.open(recipe.resolved(), overwrite=overwrite, seed=args.seed)
@@ -57,6 +66,8 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> int:
             steps_between_generations=getattr(args, "steps_between_generations", 1),
             stale_engine_threshold=getattr(args, "stale_engine_threshold", 0.1),
         ) as stop:
+            if seconds is not None:
+                trainer.add_callback(TimeBudget(seconds))
             trainer.train(resume_from_checkpoint=opened.checkpoint)
         if stop.interrupted:
             return INTERRUPTED
@@ -65,9 +76,28 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> int:
         if run.is_main_process:
             report.show(console)
             console.print(f"The policy is in {run.model}", highlight=False, soft_wrap=True)
+    except ServerLost as lost:
+        save_without_server(trainer, lost, console)
+        return SERVER_LOST
     finally:
         run.close()
     return DONE
+
+
+def save_without_server(trainer: Any, lost: ServerLost, console: Console) -> None:
+    """Save a checkpoint of the last finished step and say how to go on; all processes call it."""
+    step = trainer.state.global_step
+    if step:
+        trainer._save_checkpoint(trainer.model_wrapped, None)
+    if trainer.accelerator.is_main_process:
+        saved = f"a checkpoint of step {step} is saved" if step else "no step was finished"
+        lines = (
+            f"The vLLM server did not come back ({lost}); {saved}. Start the server again with",
+            f"  grace-rl serve {trainer.model.name_or_path}",
+            "and go on with",
+            f"  {command_line(without=('--overwrite',))}",
+        )
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def save_policy(trainer: Any, folder: Path) -> None:
@@ -82,7 +112,8 @@ def save_policy(trainer: Any, folder: Path) -> None:
     if not hasattr(model, "merge_and_unload"):
         return
     with whole_policy(trainer), without_value_model(model):
+        merged = model.merge_and_unload()  # everywhere: DeepSpeed numbers modules alike
         if trainer.args.should_save:
             for file in folder.glob("adapter_*"):
                 file.unlink()
-            model.merge_and_unload().save_pretrained(folder)
+            merged.save_pretrained(folder)
