@@ -62,7 +62,7 @@ def refinement_problems(settings: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key}: must be at least {bound}, not {settings[key]}")
     if settings["soft_temperature"] <= 0:
         problems.append(f"soft_temperature: must be above 0, not {settings['soft_temperature']}")
-    if settings["per_device_train_batch_size"] * (1 + settings["hard_negatives"]) < 2:
+    if settings["per_device_train_batch_size"] == 1 and settings["hard_negatives"] == 0:
         problems.append(
             "per_device_train_batch_size: 1 without hard negatives has nothing to contrast with"
         )
