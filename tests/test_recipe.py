@@ -13,7 +13,8 @@ from grace_rl.recipe import Recipe, load_recipe
 from grace_rl.recipe_keys import OWN_KEYS, convert
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+LAUNCHERS = ROOT / "recipes" / "accelerate"  # accelerate's files, no recipes
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent != LAUNCHERS)
 SMALL = """\
 model_name_or_path: scenes
 dataset_name: scenes

@@ -1,10 +1,16 @@
-"""grace-rl train RECIPE [--key value ...]"""
+"""grace-rl train RECIPE [--launch NAME] [--key value ...]"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+from typing import TYPE_CHECKING
 
 import yaml
+
+if TYPE_CHECKING:
+    from grace_rl.recipe import Recipe
 
 HELP = "train a policy as a recipe says; an unfinished run resumes"
 RECIPE_OVERRIDES = True
@@ -16,23 +22,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a finished run")
+    add_launch_arguments(parser)
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--launch` and `--num_processes`, which `check` has too."""
+    parser.add_argument(
+        "--launch",
+        metavar="NAME",
+        help="start many processes: a file of recipes/accelerate such as zero3, or your own",
+    )
+    parser.add_argument(
+        "--num_processes",
+        type=int,
+        metavar="N",
+        help="with --launch: how many (default: the GPUs of this machine)",
+    )
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
-    from grace_rl.recipe import SCENES, describe, is_local_file, load_recipe
+    from grace_rl.launch.lines import launched
 
-    recipe = load_recipe(options.recipe, overrides)
-    if not options.dry_run:
+    if options.launch or options.num_processes is not None:
+        return _launch(options, overrides)
+    with launched() as tell:
+        from grace_rl.recipe import load_recipe
+
+        recipe = load_recipe(options.recipe, overrides)
+        if options.dry_run:
+            return _dry_run(recipe, int(os.environ.get("WORLD_SIZE", "1")))
         from grace_rl.train.run import train
 
-        return train(recipe, overwrite=options.overwrite)
+        return int(tell(train(recipe, overwrite=options.overwrite)))
+
+
+def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Start `grace-rl train` on many processes; what is wrong with the recipe is said once."""
+    from grace_rl.errors import UserError
+    from grace_rl.launch.lines import counted, read_launch, run_launch
+    from grace_rl.recipe import load_recipe
+
+    if options.launch is None:
+        raise UserError("--num_processes: needs --launch, such as --launch zero2")
+    launch = read_launch(options.launch, options.num_processes)
+    with counted(launch.processes):
+        recipe = load_recipe(options.recipe, overrides)
+    if options.dry_run:
+        print("#", shlex.join(launch.line(["train", options.recipe, *overrides])))
+        return _dry_run(recipe, launch.processes)
+    again = ["grace-rl", "train", options.recipe, "--launch", options.launch]
+    again += ["--num_processes", str(launch.processes), *overrides]
+    overwrite = ["--overwrite"] if options.overwrite else []
+    return run_launch(launch, ["train", options.recipe, *overwrite, *overrides], again)
+
+
+def _dry_run(recipe: Recipe, processes: int) -> int:
     from grace_rl.data.rows import read_rows
+    from grace_rl.launch.alone import arguments_alone
+    from grace_rl.launch.lines import counted
+    from grace_rl.recipe import SCENES, describe, is_local_file
 
     recipe.model_config()
-    recipe.training_arguments()
+    arguments_alone(recipe, processes)
     local = recipe.data.dataset_name == SCENES or is_local_file(recipe.data.dataset_name)
     rows = len(read_rows(recipe.data)) if local else None
     print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=100))
-    for line in describe(recipe, rows):
-        print(f"# {line}")
+    with counted(processes):
+        for line in describe(recipe, rows):
+            print(f"# {line}")
     return 0

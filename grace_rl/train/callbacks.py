@@ -36,6 +36,7 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
 )
 
+from grace_rl.launch.lines import OUTCOME
 from grace_rl.train.run_directory import RunDirectory, command_line, plain_numbers, read_metrics
 
 SHOWN = {
@@ -247,7 +248,7 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         # The terminal tells every process and the launcher, which tells them again: that is one
         # signal.
-        self._grace = 2.0 if args.world_size > 1 else 0.0
+        self._grace = 2.0 if args.world_size > 1 or OUTCOME in os.environ else 0.0
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers.setdefault(number, signal.signal(number, self._on_signal))
@@ -295,6 +296,29 @@ class StopOnSignal(TrainerCallback):
         while self._handlers:
             number, handler = self._handlers.popitem()
             signal.signal(number, handler)
+
+
+class TimeBudget(TrainerCallback):
+    """Ends the training in order, as after its last step, when its seconds are used up.
+
+    Args:
+        seconds: Of training, scoring during it included; a resumed run has them anew.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._began = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if _any_process(time.monotonic() - self._began >= self.seconds, args):
+            control.should_training_stop = True
 
 
 class StaleEngineAlarm(TrainerCallback):
