@@ -92,7 +92,30 @@ def read_source(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSource
     return source
 
 
+def read_list(path: str | Path) -> tuple[list[Any], RecipeSource]:
+    """Read a file that is a YAML list; `source.problem((i, key), ...)` names a line of item i.
+
+    Raises:
+        UserError: The file is missing or is no YAML list.
+    """
+    source = RecipeSource(Path(path))
+    node = _parse(source.path)
+    if not isinstance(node, yaml.SequenceNode):
+        raise UserError(f"{path}: must be a list, an item a line that begins with '- '")
+    try:
+        return _plain(node, (), source), source
+    except RecursionError as error:
+        raise UserError(f"{path}: an alias (*name) contains itself") from error
+
+
 def _compose(path: Path) -> yaml.MappingNode:
+    node = _parse(path)
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}: a recipe is lines of 'key: value', and this file has none")
+    return node
+
+
+def _parse(path: Path) -> yaml.Node | None:
     if not path.exists():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"; in that folder: {', '.join(near)}" if near else ""
@@ -107,7 +130,7 @@ def _compose(path: Path) -> yaml.MappingNode:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        node = yaml.compose(text, Loader=_Yaml12)
+        return yaml.compose(text, Loader=_Yaml12)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -115,9 +138,6 @@ def _compose(path: Path) -> yaml.MappingNode:
         raise UserError(f"{path}:{line}: is not valid YAML: {reason}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: a recipe is lines of 'key: value', and this file has none")
-    return node
 
 
 def _plain(node: yaml.Node, path: KeyPath, source: RecipeSource) -> Any:

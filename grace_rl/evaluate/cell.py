@@ -1,0 +1,226 @@
+"""One cell of a comparison, in a process of its own: train as its recipe says, score, write down.
+
+python -m grace_rl.evaluate.cell FOLDER     # FOLDER/spec.json -> FOLDER/cell.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grace_rl.errors import UserError
+from grace_rl.evaluate.comparison import overriding
+from grace_rl.files import write_text
+
+
+def run_cell(folder: Path) -> int:
+    """Do what `spec.json` says; `cell.json` appears when all of it is done.
+
+    Returns:
+        Exit code: 0 done, 130 interrupted with a checkpoint saved.
+    """
+    from grace_rl.data.rows import read_rows
+    from grace_rl.recipe import load_recipe
+    from grace_rl.train.run import train
+    from grace_rl.train.run_directory import read_metrics, read_status
+
+    spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = {"spec": spec}
+    recipe, model = None, spec["model"]
+    if spec["recipe"]:
+        recipe = load_recipe(spec["recipe"], overriding(spec["changes"]))
+        training = recipe.training | {"output_dir": str(folder / "run")}
+        recipe = dataclasses.replace(recipe, training=training, evaluation=None)
+        result["method"] = recipe.method
+        result["data_rows"] = len(read_rows(recipe.data))
+    if recipe is not None and spec["train"]:
+        run = folder / "run"
+        status = read_status(run)
+        if status is None or status["status"] != "finished":
+            code = train(recipe, seconds=spec["budget_seconds"])
+            if code:
+                return code
+        summary = (read_status(run) or {}).get("summary", {})
+        result["training"] = _training(read_metrics(run), summary.get("train_runtime", 0.0))
+        model = str(run / "model")
+    if recipe is not None and not spec["train"]:
+        encoder = _untrained_encoder(recipe, folder)
+    else:
+        assert model is not None
+        encoder = _encoder(Path(model))
+    writes = encoder.writes_rationales and spec["rationale"] != "none"
+    started = time.perf_counter()
+    result |= _scores(encoder, spec, model)
+    result["scoring_seconds"] = time.perf_counter() - started
+    result["writes_rationales"] = writes
+    if recipe is not None:
+        result["perplexity"] = _perplexity(recipe, model, spec["held_out"], folder)
+    write_text(folder / "cell.json", json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _training(metrics: Sequence[Mapping[str, Any]], runtime: float) -> dict[str, Any]:
+    """Seconds, steps, tokens where the trainer counts them, and the metrics of validation rows."""
+    scored = [line for line in metrics if any(key.startswith("eval_") for key in line)]
+    tokens = [line["num_tokens"] for line in metrics if "num_tokens" in line]
+    return {
+        "seconds": max([runtime, *(line["seconds"] for line in metrics)]),
+        "steps": max((line["step"] for line in metrics), default=0),
+        "tokens": tokens[-1] if tokens else None,
+        "validation": [
+            {key: value for key, value in line.items() if key.startswith("eval_") or key == "step"}
+            for line in scored
+        ],
+    }
+
+
+def _encoder(folder: Path) -> Any:
+    """Of a finished model: as a policy with its rationales, or as a sentence encoder."""
+    if (folder / "grace.json").exists():
+        from grace_rl.embed.encoder import RationaleEncoder
+
+        try:
+            return RationaleEncoder.from_pretrained(folder)
+        except (UserError, KeyError, TypeError):
+            pass  # a model of ours that writes no rationales
+    from sentence_transformers import SentenceTransformer
+
+    from grace_rl.embed.sentence_encoder import SentenceEncoder
+
+    return SentenceEncoder(SentenceTransformer(str(folder)))
+
+
+def _untrained_encoder(recipe: Any, scratch: Path) -> Any:
+    """The recipe's policy as it is before any training, read as the recipe reads."""
+    from grace_rl.embed.encoder import RationaleEncoder, end_token_ids
+    from grace_rl.embed.reader import Reader, ReaderConfig
+    from grace_rl.recipe_keys import trainer_value
+    from grace_rl.rollout.policy import load_policy, resolve_model
+
+    training = recipe.training
+    model, tokenizer = load_policy(
+        resolve_model(recipe.model["model_name_or_path"], scratch, training.get("seed", 0)),
+        dtype="float32",
+    )
+    model.eval()
+    end_ids = end_token_ids(model, tokenizer)
+    reader = Reader(ReaderConfig(**training["reader"]), tokenizer, end_ids, model)
+    longest = trainer_value(training, "max_completion_length")
+    return RationaleEncoder(
+        model, tokenizer, _template(recipe, tokenizer), reader, end_ids, longest
+    )
+
+
+def _template(recipe: Any, tokenizer: Any) -> Any:
+    from grace_rl.rollout.prompts import PromptTemplate
+
+    keys = ("instruction", "max_text_tokens", "chat_template_kwargs")
+    return PromptTemplate(
+        tokenizer, **{key: recipe.training[key] for key in keys if key in recipe.training}
+    )
+
+
+def _scores(encoder: Any, spec: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+    score = spec["score"]
+    if "tasks" not in score:
+        from grace_rl.evaluate.scenes import score_policy
+
+        rows, splits = score.get("rows", 200), score["dataset_splits"]
+        started = time.perf_counter()
+        scores = score_policy(encoder, splits, rows, spec["rationale"])
+        seconds = time.perf_counter() - started
+        texts = 5 * rows * len(splits)
+        return {"scores": scores, "seconds_per_1000_texts": 1000 * seconds / texts}
+    from grace_rl.evaluate.evaluation import evaluate_tasks
+    from grace_rl.evaluate.mteb_encoder import MtebEncoder
+    from grace_rl.evaluate.tasks import load_tasks
+
+    results = evaluate_tasks(
+        MtebEncoder(encoder, rationale=spec["rationale"]), load_tasks(score["tasks"])
+    )
+    seconds = sum(task["encode_seconds"] for task in results)
+    texts = sum(task["texts"] for task in results)
+    return {
+        "scores": {f"{task['name']}/{task['main_metric']}": task["score"] for task in results},
+        "seconds_per_1000_texts": 1000 * seconds / max(1, texts),
+    }
+
+
+HELD_OUT_ROWS = 200
+
+
+def _perplexity(
+    recipe: Any, model: str | None, held_out: str | None, scratch: Path
+) -> float | None:
+    """Of held-out text under the model as a language model; None where it is none.
+
+    Scenes: the canonical rationales of test rows, each after its text's prompt. Elsewhere the texts
+    of the file `held_out`.
+    """
+    from transformers import AutoConfig
+
+    from grace_rl.data import scenes
+    from grace_rl.data.rows import read_rows
+    from grace_rl.recipe import DataConfig
+    from grace_rl.rollout.policy import load_policy, resolve_model
+    from grace_rl.rollout.prompts import PromptTemplate
+
+    path = model or resolve_model(
+        recipe.model["model_name_or_path"], scratch, recipe.training.get("seed", 0)
+    )
+    architectures = AutoConfig.from_pretrained(path).architectures or []
+    of_scenes = recipe.data.dataset_name == "scenes"
+    if not any(name.endswith("ForCausalLM") for name in architectures):
+        return None
+    if not of_scenes and held_out is None:
+        return None
+    policy, tokenizer = load_policy(path, dtype="float32")
+    if of_scenes:
+        template = PromptTemplate(tokenizer, None)
+        rows = scenes.rows("test", "triplet", HELD_OUT_ROWS, 1)
+        pairs = [(template.render(row["query"]).token_ids, row["rationale"]) for row in rows]
+    else:
+        assert held_out is not None
+        texts = read_rows(DataConfig(held_out, rows=HELD_OUT_ROWS))
+        pairs = [([], row.get("text") or row["query"]) for row in texts]
+    return perplexity(policy, tokenizer, pairs)
+
+
+def perplexity(policy: Any, tokenizer: Any, pairs: Sequence[tuple[list[int], str]]) -> float:
+    """exp of the mean negative log-likelihood of a token, 1 or more.
+
+    Args:
+        policy: A causal language model.
+        tokenizer: Its tokenizer.
+        pairs: Token ids of a prompt (may be empty) and the text that follows, of at least two
+            tokens if the prompt is empty.
+    """
+    import torch
+
+    policy.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for prompt, text in pairs:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"][:512]
+            logits = policy(torch.tensor([prompt + ids], device=policy.device)).logits[0].float()
+            first = max(1, len(prompt))
+            target = torch.tensor((prompt + ids)[first:], device=policy.device)
+            total += float(
+                torch.nn.functional.cross_entropy(logits[first - 1 : -1], target, reduction="sum")
+            )
+            count += len(target)
+    return math.exp(total / max(1, count))
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(run_cell(Path(sys.argv[1])))
+    except UserError as mistake:
+        print(mistake, file=sys.stderr)
+        raise SystemExit(2) from mistake

@@ -1,0 +1,291 @@
+"""What `grace-rl compare` compares: a YAML file -> checked rows, and the cells they come to.
+
+    output_dir: runs/compare-scenes
+    seeds: [0, 1, 2]
+    labels: [32, 512]              # dataset_rows of every recipe
+    budget_seconds: 600            # of training, for every run
+    jobs: 2                        # processes at once
+    score: {dataset_splits: [test, transfer], rows: 200}     # scenes; or {tasks: tasks.yaml}
+    rows:
+      - {name: no rationale, recipe: recipes/quickstart.yaml, train: false, rationale: none}
+      - {name: untrained rationale, recipe: recipes/quickstart.yaml, train: false}
+      - name: InfoNCE
+        recipe: recipes/scenes/contrastive.yaml
+        grid: [{learning_rate: 1e-3}, {learning_rate: 3e-3}]    # the best on validation rows
+      - {name: GRPO, recipe: recipes/quickstart.yaml}
+      - {name: MiniLM, model: path/to/a/sentence-transformers/model}
+
+A row of `method: contrastive` must be there: without it nobody knows what rationales are worth.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grace_rl.errors import UserError
+from grace_rl.recipe import Recipe, load_recipe
+from grace_rl.recipe_keys import nearest
+from grace_rl.recipe_source import RecipeSource, read_source
+
+KEYS = ("output_dir", "seeds", "labels", "budget_seconds", "jobs", "score", "held_out", "rows")
+ROW_KEYS = ("name", "recipe", "model", "set", "grid", "choose", "train", "labels", "rationale")
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """One row of the table.
+
+    Attributes:
+        name: As shown.
+        recipe: Path of its recipe; None for a finished model.
+        model: A sentence-transformers model that is only scored.
+        changes: Keys of the recipe and the values to set.
+        grid: Further changes to choose among, on validation rows with the first seed.
+        choose: The metric of metrics.jsonl that chooses, higher is better; ties go to the lower
+            `eval_loss`.
+        train: Whether the recipe's policy is trained, or scored as it is.
+        labels: Whether the number of labelled rows is set; False leaves the recipe's own rows.
+        rationale: `greedy` or `none`.
+    """
+
+    name: str
+    recipe: str | None = None
+    model: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    grid: Sequence[Mapping[str, Any]] = ()
+    choose: str = "eval_recall_at_1"
+    train: bool = True
+    labels: bool = True
+    rationale: str = "greedy"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checked comparison; see the module's text for the keys of the file."""
+
+    output_dir: Path
+    rows: list[ComparedRow]
+    seeds: list[int]
+    labels: list[int]
+    budget_seconds: float
+    jobs: int
+    score: Mapping[str, Any]
+    held_out: str | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run and its scores.
+
+    Attributes:
+        row: Name of its row.
+        labels: Number of labelled rows; None where none are set.
+        seed: Of the run; None for what is not trained.
+        choice: Number of the grid's setting; None where there is no grid.
+        spec: All that the work depends on, as JSON has it.
+    """
+
+    row: str
+    labels: int | None
+    seed: int | None
+    choice: int | None
+    spec: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        words = [re.sub(r"[^a-z0-9]+", "-", self.row.lower()).strip("-")]
+        for word, value in (("labels", self.labels), ("choice", self.choice), ("seed", self.seed)):
+            words += [] if value is None else [f"{word}{value}"]
+        return "_".join(words)
+
+
+def load_comparison(path: str | Path) -> Comparison:
+    """Read and check a comparison's file, its recipes too.
+
+    Raises:
+        UserError: With every mistake: where, the key, what to do.
+    """
+    source = read_source(path)
+    tree, problems = source.tree, source.problems
+
+    def problem(key: str, message: str) -> None:
+        problems.append(source.problem((key,), message))
+
+    for key in tree:
+        if key not in KEYS:
+            problem(key, f"unknown key{nearest(key, KEYS)}; there are {', '.join(KEYS)}")
+    seeds, labels = tree.get("seeds", [0, 1, 2]), tree.get("labels", [])
+    for key, values, least in (("seeds", seeds, 0), ("labels", labels, 1)):
+        if not isinstance(values, list) or not all(_whole(value, least) for value in values):
+            problem(key, f"must be a list of whole numbers from {least} on, not {values!r}")
+    if not seeds:
+        problem("seeds", "give at least one, better three")
+    jobs, budget = tree.get("jobs", 1), tree.get("budget_seconds")
+    if not _whole(jobs, 1):
+        problem("jobs", f"must be a whole number from 1 on, not {jobs!r}")
+    if not isinstance(budget, (int, float)) or isinstance(budget, bool) or budget <= 0:
+        problem("budget_seconds", "is missing; give the seconds that every training may take")
+    score = tree.get("score")
+    if not isinstance(score, dict) or not ({"tasks"} == set(score) or _of_scenes(score)):
+        problem("score", "give {dataset_splits: [test, transfer], rows: 200} or {tasks: FILE}")
+    elif "tasks" in score:
+        from grace_rl.evaluate.tasks import load_tasks
+
+        _collected(problems, load_tasks, score["tasks"])
+    rows = _rows(source, tree.get("rows"))
+    if problems:
+        raise UserError(problems)
+    assert budget is not None and score is not None  # or they were problems
+    output = tree.get("output_dir") or f"runs/{Path(path).stem}"
+    held_out = tree.get("held_out")
+    return Comparison(Path(output), rows, seeds, labels, budget, jobs, score, held_out)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _of_scenes(score: Mapping[str, Any]) -> bool:
+    from grace_rl.recipe import SCENES_SPLITS
+
+    splits = score.get("dataset_splits")
+    return (
+        set(score) <= {"dataset_splits", "rows"}
+        and isinstance(splits, list)
+        and bool(splits)
+        and all(split in SCENES_SPLITS for split in splits)
+        and _whole(score.get("rows", 200), 2)
+    )
+
+
+def _rows(source: RecipeSource, entries: Any) -> list[ComparedRow]:
+    """The checked rows; what is wrong goes to `source.problems`."""
+    found: list[ComparedRow] = []
+    baseline = False
+    if not isinstance(entries, list) or not entries:
+        source.problems.append(source.problem(("rows",), "give a list of rows"))
+        return found
+    for i, entry in enumerate(entries):
+
+        def problem(message: str, *key: str, i: int = i) -> None:
+            source.problems.append(source.problem(("rows", i, *key), message))
+
+        if not isinstance(entry, dict):
+            problem("must be a mapping with name and recipe")
+            continue
+        for key in entry:
+            if key not in ROW_KEYS:
+                message = f"unknown key{nearest(key, ROW_KEYS)}; there are {', '.join(ROW_KEYS)}"
+                problem(message, key)
+        if not isinstance(entry.get("name"), str):
+            problem("has no name")
+        elif entry["name"] in [row.name for row in found]:
+            problem(f"there are two rows {entry['name']!r}; give each a name of its own")
+        if ("recipe" in entry) == ("model" in entry):
+            problem("give a recipe, or a finished model to score; one of the two")
+            continue
+        if entry.get("rationale", "greedy") not in ("greedy", "none"):
+            problem("must be greedy or none", "rationale")
+        grid = entry.get("grid", [])
+        if not isinstance(grid, list) or not all(isinstance(one, dict) for one in grid):
+            problem("must be a list of mappings, each some keys and values of the recipe", "grid")
+            continue
+        changes = entry.get("set", {})
+        if not isinstance(changes, dict):
+            problem("must be a mapping of keys and values of the recipe", "set")
+            continue
+        for one in grid or [{}]:
+            if "recipe" in entry:
+                overrides = overriding(changes | one)
+                recipe: Recipe | None = _collected(
+                    source.problems, load_recipe, entry["recipe"], overrides
+                )
+                baseline |= recipe is not None and recipe.method == "contrastive"
+        known = {key: entry[key] for key in ROW_KEYS if key in entry and key != "set"}
+        found.append(ComparedRow(**known | {"changes": changes}))
+    if not baseline:
+        message = (
+            "no row is plain InfoNCE, and without it nobody knows what rationales are worth; add "
+            "a row with a recipe of method: contrastive, such as recipes/scenes/contrastive.yaml"
+        )
+        source.problems.append(source.problem(("rows",), message))
+    return found
+
+
+def _collected(problems: list[str], load: Any, *arguments: Any) -> Any:
+    try:
+        return load(*arguments)
+    except UserError as error:
+        problems += [problem for problem in error.problems if problem not in problems]
+        return None
+
+
+def overriding(changes: Mapping[str, Any]) -> list[str]:
+    """Keys and values as a recipe's overrides.
+
+    >>> overriding({"learning_rate": 0.001, "validation.rows": 50})
+    ['--learning_rate=0.001', '--validation.rows=50']
+    """
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in changes.items()
+    ]
+
+
+def cells_of(comparison: Comparison, row: ComparedRow, chosen: Mapping[int, int]) -> list[Cell]:
+    """The cells of a row that can be run now.
+
+    Args:
+        comparison: The comparison.
+        row: One of its rows.
+        chosen: Number of labels (0 for none) -> the setting of the row's grid that was chosen.
+            Without an answer yet, the cells are those that find it: every setting, first seed.
+    """
+    trains = row.recipe is not None and row.train
+    if not trains:
+        return [_cell(comparison, row, None, None, None)]
+    counts: list[int | None] = list(comparison.labels) if row.labels else []
+    cells = []
+    for labels in counts or [None]:
+        if not row.grid:
+            cells += [_cell(comparison, row, labels, seed, None) for seed in comparison.seeds]
+            continue
+        first, *others = comparison.seeds
+        cells += [_cell(comparison, row, labels, first, i) for i in range(len(row.grid))]
+        if (labels or 0) in chosen:
+            i = chosen[labels or 0]
+            cells += [_cell(comparison, row, labels, seed, i) for seed in others]
+    return cells
+
+
+def _cell(
+    comparison: Comparison,
+    row: ComparedRow,
+    labels: int | None,
+    seed: int | None,
+    choice: int | None,
+) -> Cell:
+    changes = dict(row.changes)
+    if choice is not None:
+        changes |= row.grid[choice]
+    if labels is not None:
+        changes["dataset_rows"] = labels
+    if seed is not None:
+        changes["seed"] = seed
+    spec = {
+        "recipe": row.recipe,
+        "model": row.model,
+        "changes": changes,
+        "train": row.train,
+        "rationale": row.rationale,
+        "score": dict(comparison.score),
+        "budget_seconds": comparison.budget_seconds,
+        "held_out": comparison.held_out,
+    }
+    return Cell(row.name, labels, seed, choice, spec)
