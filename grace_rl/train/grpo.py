@@ -43,6 +43,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import GRPOTrainer
 
 from grace_rl.data.bundles import Bundles, BundleSampler, parse_roles
+from grace_rl.data.false_negatives import false_negative_config, load_false_negatives
 from grace_rl.embed.diagnostics import collapse_metrics, distinct_n
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
@@ -63,6 +64,7 @@ from grace_rl.reward.shaping import (
 from grace_rl.rollout.engines import repair_weight_push, vllm_start
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.rollout.segments import Segmenter, sentence_end_test
+from grace_rl.rollout.server import keep_server
 from grace_rl.rollout.store import write_rollouts
 from grace_rl.train.callbacks import print_group
 from grace_rl.train.checkpoints import CheckpointMixin
@@ -75,6 +77,7 @@ from grace_rl.train.generation_batch import (
     row_means,
     step_scores,
     stored_columns,
+    token_advantages,
 )
 from grace_rl.train.grpo_config import GraceGRPOConfig, check_batches
 from grace_rl.train.start import Build, Start
@@ -164,6 +167,11 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             self._bundles["eval"] = Bundles(list(eval_dataset), roles)
         check_batches(args, self._bundles["train"], self.rewards)
         self.shaping = check_shaping(vars(args), self.rewards)
+        self.false_negatives = load_false_negatives(
+            false_negative_config(args.false_negatives),
+            [row for bundles in self._bundles.values() for row in bundles.rows],
+            run_folder,
+        )
         self.calibration = Calibration()
         self.run_folder = run_folder
         self.console = console or Console()
@@ -184,6 +192,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             )
         if self.use_vllm:
             repair_weight_push(self.vllm_generation)
+            if self.vllm_mode == "server":
+                keep_server(self.vllm_generation, args.vllm_server_retry_timeout, self.console)
             generation: Any = self.vllm_generation  # mypy lets nothing replace a method
             generation.sync_weights = self._timed("sync", generation.sync_weights)
         self.prompt_template = PromptTemplate(
@@ -194,6 +204,9 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         )
         self._render = lru_cache(maxsize=65_536)(self.prompt_template.render)
         policy = self.accelerator.unwrap_model(self.model)
+        for reward in self.rewards:
+            if hasattr(reward.function, "start_from"):
+                reward.function.start_from(policy.name_or_path)
         self.reader = Reader(
             reader_config, self._tokenizer, self.eos_token_ids, policy, self.accelerator.device
         )
@@ -259,7 +272,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             self._batch.steps = self._step_table(self._batch)
         self._assign_credit(self._batch, output)
         if self.model.training:
-            self._keep_rollouts(self._batch, row_means(output))
+            self._keep_rollouts(self._batch, output)
         self._batch = None
         return output
 
@@ -443,24 +456,26 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         fields = rollout_fields(batch.texts, written, self.eos_token_ids)
         anchor_fields = rollout_fields(batch.anchors, anchors, self.eos_token_ids)
         world = gather_object(fields) + gather_object(anchor_fields)[: batch.anchor_count]
-        batch.pool = Pool(**rollout_columns(world, self.reader.finish(world_raw)))
+        batch.pool = Pool(
+            **rollout_columns(world, self.reader.finish(world_raw)),
+            false_negatives=self.false_negatives,
+        )
         self._phases["embed"] += time.perf_counter() - start
 
         start = time.perf_counter()
         mode = "train" if self.model.training else "eval"
+        seen = RewardBatch(
+            **rollout_columns(fields, self.reader.finish(raw)),
+            prompts=[item.prompt.string for item in written],
+            prefix_embeddings=None if batch.ends is None else self.reader.finish(read),
+            prefix_ends=None if batch.ends is None else batch.ends.to(raw.device),
+            columns=row_columns([self._bundles[mode].rows[text.example] for text in batch.texts]),
+            pool=batch.pool,
+            step=self.state.global_step + 1,
+            seed=self.args.seed,
+        )
         batch.scored = self.runtime.score(
-            RewardBatch(
-                **rollout_columns(fields, self.reader.finish(raw)),
-                prompts=[item.prompt.string for item in written],
-                prefix_embeddings=None if batch.ends is None else self.reader.finish(read),
-                prefix_ends=None if batch.ends is None else batch.ends.to(raw.device),
-                columns=row_columns(
-                    [self._bundles[mode].rows[text.example] for text in batch.texts]
-                ),
-                pool=batch.pool,
-                step=self.state.global_step + 1,
-                seed=self.args.seed,
-            ),
+            seen,
             {
                 "trainer_state": self.state,
                 "log_extra": self._log_completion_extra,
@@ -470,6 +485,11 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         self._phases["reward"] += time.perf_counter() - start
         metrics = batch.scored.metrics | distinct_n(batch.pool.token_ids)
         metrics |= collapse_metrics(batch.pool.embeddings, world_raw, batch.pool.example)
+        if self.false_negatives is not None:
+            metrics["false_negatives/masked_share"] = seen.masked_share()
+            advice = self.false_negatives.watch(seen.masked_share())
+            if advice and self.accelerator.is_main_process:
+                self.console.print(advice, style="yellow", highlight=False)
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         return batch.scored.rewards
@@ -499,7 +519,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
 
     # -- keeping and reporting them ---------------------------------
 
-    def _keep_rollouts(self, batch: GenerationBatch, advantages: Tensor) -> None:
+    def _keep_rollouts(self, batch: GenerationBatch, output: dict[str, Any]) -> None:
         """Store the rollouts and anchors of a logged step; now and then print a group.
 
         Both are those of every process.
@@ -511,10 +531,11 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         printed = every > 0 and (step % every == 0 or step == 1)
         if not (logged or printed):
             return
-        advantages = gather(advantages)
+        advantages = gather(row_means(output))
+        by_token = gather_object(token_advantages(batch, output["advantages"]))
         if not self.accelerator.is_main_process:
             return
-        columns = stored_columns(batch, self.rewards, advantages)
+        columns = stored_columns(batch, self.rewards, advantages, by_token)
         if logged and self.run_folder is not None:
             write_rollouts(self.run_folder, step, columns)
         if printed:

@@ -52,9 +52,7 @@ WATCHED = 5  # logged gains in a row before the user is warned
 LONGEST_RATIONALE = 128  # tokens the saved model may write until another stage says better
 
 
-def plan(
-    recipe: Recipe, args: ReconstructionConfig, rows: Sequence[Mapping[str, Any]]
-) -> Build:
+def plan(recipe: Recipe, args: ReconstructionConfig, rows: Sequence[Mapping[str, Any]]) -> Build:
     """See `grace_rl.methods.Method`."""
     examples = paired_with_writing(rows, args)
 

@@ -25,7 +25,7 @@ from grace_rl.embed.reader import Reader, Written
 from grace_rl.embed.rebuild import rebuild_logps, right_padded, row_means, token_logps
 from grace_rl.rollout.prompts import PromptTemplate
 
-Written_ids = tuple[list[int], int]
+Example = tuple[list[int], int]
 """Token ids, and the first of them that the model must learn to write."""
 
 
@@ -45,7 +45,12 @@ class Objective:
 
 
 def read_vectors(
-    stack: nn.Module, ids: Tensor, attention: Tensor, pooled: Tensor, layers: Sequence[int], pool: str
+    stack: nn.Module,
+    ids: Tensor,
+    attention: Tensor,
+    pooled: Tensor,
+    layers: Sequence[int],
+    pool: str,
 ) -> Tensor:
     """The raw vectors that a `Reader` reads, (N, H) float32, with gradients."""
     output = stack(
@@ -93,8 +98,8 @@ def reconstruct(
         probe: Also rebuild every text from another row's vector.
 
     Returns:
-        Scalars `loss`, `loss_q2d`, `loss_d2q`, `loss_writing` where something is written, `gain_q2d`
-        and `gain_d2q` with `probe` (nats per token), and `centre`, the (H,) mean vector.
+        Scalars `loss`, `loss_q2d`, `loss_d2q`, `loss_writing` where something is written,
+        `gain_q2d` and `gain_d2q` with `probe` (nats per token), and `centre`, the (H,) mean vector.
     """
     vectors = read_vectors(
         model.get_decoder(),
@@ -143,7 +148,6 @@ class PairCollator:
         template: Renders and cuts texts.
         reader: Says which tokens of a text are read.
         tokenizer: With an end token.
-        ends: Whether vectors are read at an end token (`anchor: eos`).
         writing_share: Every so many-th row brings its `writing` example.
     """
 
@@ -195,7 +199,7 @@ class PairCollator:
         mask = attention * (torch.arange(ids.size(1)) >= first)
         return {"write_ids": ids, "write_attention": attention, "write_mask": mask}
 
-    def _example(self, text: str | None, written: str) -> Written_ids:
+    def _example(self, text: str | None, written: str) -> Example:
         """(text, rationale) as the cold start sees it; (None, text) as plain text."""
         if text is None:
             prompt = self.template.render(written)

@@ -1,5 +1,4 @@
-"""The reconstruction stage: what padding, batches, processes and resuming may not change, and that it
-learns and leaves a model that can write."""
+"""The reconstruction stage: what padding, batches, processes and resuming may not change."""
 
 from __future__ import annotations
 
