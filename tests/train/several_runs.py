@@ -3,7 +3,9 @@ Python, torch and DeepSpeed takes longer than each of these runs.
 
     python -m torch.distributed.run --nproc_per_node 2 several_runs.py COMMANDS.json
 
-COMMANDS.json is a list of `{"arguments": [...], "interrupt_at": step or null, "exit": code}`.
+COMMANDS.json is a list of objects: `arguments`, and where wanted `exit` (the expected code),
+`interrupt_at` (a step after which the last process is told to stop) and `given_rollouts` (rollouts
+that depend on step and place in the batch of all processes alone, instead of samples).
 """
 
 from __future__ import annotations
@@ -15,10 +17,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from trl import GRPOTrainer
+
 from grace_rl import cli
+from grace_rl.data.scenes.world import FACT_OF_WORD
 from grace_rl.train.callbacks import StopOnSignal
 
 on_step_end = StopOnSignal.on_step_end
+sample = GRPOTrainer._generate_single_turn
 
 
 def interrupting(step: int | None) -> Any:
@@ -32,8 +39,25 @@ def interrupting(step: int | None) -> Any:
     return on_step_end_told
 
 
+def given_rollouts(self: Any, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
+    """Random words in the place of samples: of rollouts by place, of anchors by text."""
+    own, process = len(self._batch.texts), self.accelerator.process_index
+    words = self._tokenizer(" ".join(["", *sorted(FACT_OF_WORD)]))["input_ids"]
+    written = []
+    for i, prompt in enumerate(prompt_ids):
+        place = process * own + i if i < own else 1_000_000 + sum(prompt)
+        generator = torch.Generator().manual_seed(1_000 * place + self.state.global_step)
+        length = int(torch.randint(3, self.max_completion_length, (), generator=generator))
+        chosen = torch.randint(len(words), (length,), generator=generator).tolist()
+        ended = place % 5 != 0  # every fifth is cut off
+        written.append([words[c] for c in chosen] + [self.eos_token_ids[0]] * ended)
+    return written, None
+
+
 for command in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-    StopOnSignal.on_step_end = interrupting(command["interrupt_at"])  # type: ignore[method-assign]
+    StopOnSignal.on_step_end = interrupting(command.get("interrupt_at"))  # type: ignore[method-assign]
+    given = command.get("given_rollouts", False)
+    GRPOTrainer._generate_single_turn = given_rollouts if given else sample  # type: ignore[method-assign]
     code = cli.main(command["arguments"])
-    if code != command["exit"]:
+    if code != command.get("exit", 0):
         sys.exit(f"exit code {code} of {command}")

