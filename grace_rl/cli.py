@@ -7,7 +7,8 @@ Each verb is a module of `grace_rl.commands` with
     add_arguments(parser)
     run(options, overrides) -> exit code
 
-Exit codes: 0 done; 2 a mistake of the user's, explained on stderr; 130 interrupted and saved.
+Exit codes: 0 done; 2 a mistake of the user's, explained on stderr; 75 the vLLM server was lost, 130
+interrupted, both saved and to be resumed with the same command.
 """
 
 from __future__ import annotations
@@ -26,8 +27,13 @@ from grace_rl.errors import UserError
 COMMANDS = (
     "train",
     "check",
+    "serve",
     "rewards",
     "replay",
+    "curate",
+    "evaluate",
+    "compare",
+    "inspect",
 )
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -195,7 +195,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: With every mistake: where, the key, what to do.
     """
-    source = read_source(path, overrides)
+    return recipe_of(read_source(path, overrides))
+
+
+def recipe_of(source: RecipeSource) -> Recipe:
+    """A recipe from what was read; see `load_recipe`."""
     tree, problems = source.tree, source.problems
     method = tree.get("method", "grpo")
     if method not in METHODS:
@@ -205,12 +209,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         method = "grpo"
 
     values = typed_values(source, method)
-    name = _name(source.path)
+    name = default_name(source.path)
     training = trainer_defaults(method) | {"output_dir": f"runs/{name}"}
     training |= {k: values[k] for k in values if k in trainer_hints(method)}
     model = {k: values[k] for k in values if k in model_hints()}
     _check_model(source, model)
-    data = _data(source, values)
+    data = data_config(source, values)
     evaluation = _evaluation(source, values, data)
     _check_files(source, training)
     if "reader" in training:
@@ -288,7 +292,8 @@ def describe(recipe: Recipe, rows: int | None) -> list[str]:
 # --- one part each -----------------------------------------------------------------------------
 
 
-def _name(path: Path) -> str:
+def default_name(path: Path) -> str:
+    """A recipe's name, from its file: see `Recipe.name`."""
     stem, folder = path.stem, path.resolve().parent
     if stem == "recipe":  # the one kept in a run directory
         return folder.name
@@ -302,7 +307,7 @@ def _check_given(source: RecipeSource, key: str, advice: str) -> None:
         source.problems.append(source.problem((key,), f"is missing; {advice}"))
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
@@ -310,7 +315,7 @@ def _check_model(source: RecipeSource, model: dict[str, Any]) -> None:
     name = model.get("model_name_or_path")
     if not name:
         _check_given(source, "model_name_or_path", "give scenes, a folder or a hub id")
-    elif _looks_like_path(name) and not (Path(name) / "config.json").is_file():
+    elif looks_like_path(name) and not (Path(name) / "config.json").is_file():
         message = (
             f"there is no model in {name} (no config.json); "
             f"paths start at the working directory {Path.cwd()}"
@@ -318,7 +323,7 @@ def _check_model(source: RecipeSource, model: dict[str, Any]) -> None:
         source.problems.append(source.problem(("model_name_or_path",), message))
 
 
-def _data(source: RecipeSource, values: dict[str, Any]) -> DataConfig:
+def data_config(source: RecipeSource, values: dict[str, Any]) -> DataConfig:
     def problem(key: str, message: str) -> None:
         source.problems.append(source.problem((key,), message))
 
@@ -337,7 +342,7 @@ def _data(source: RecipeSource, values: dict[str, Any]) -> DataConfig:
             "dataset_name",
             f"there is no file {name}; paths start at the working directory {Path.cwd()}",
         )
-    elif not is_file and name != SCENES and (_looks_like_path(name) or Path(name).is_file()):
+    elif not is_file and name != SCENES and (looks_like_path(name) or Path(name).is_file()):
         problem("dataset_name", f"{name}: a local file must end in {', '.join(ROW_SUFFIXES)}")
     if name != SCENES and options:
         problem("dataset_options", "only scenes takes options; remove it")

@@ -38,18 +38,27 @@ def read_rows(data: DataConfig) -> list[Row]:
             wrong types, invalid UTF-8 or JSON, supervised and unsupervised rows mixed. Bad rows are
             listed together, with file and line.
     """
+    return list(stream_rows(data))
+
+
+def stream_rows(data: DataConfig) -> Iterator[Row]:
+    """The good rows of `read_rows` one by one, without keeping them.
+
+    Raises:
+        UserError: As `read_rows`, after the last row.
+    """
     if data.dataset_name == "scenes":
         from grace_rl.data import scenes
 
         count = {} if data.rows is None else {"count": data.rows}
         options: dict[str, Any] = {**data.options, **count}
-        return scenes.rows(split=data.train_split, **options)  # type: ignore[arg-type]
-    rows: list[Row] = []
+        yield from scenes.rows(split=data.train_split, **options)  # type: ignore[arg-type]
+        return
     problems: list[str] = []
-    bad = 0
+    good = bad = 0
     first_kind: tuple[str, str] | None = None  # (kind, place) of the first good row
     for place, record in _records(data):
-        if data.rows is not None and len(rows) + bad >= data.rows:
+        if data.rows is not None and good + bad >= data.rows:
             break
         if isinstance(record, str):
             found = [record]
@@ -64,7 +73,8 @@ def read_rows(data: DataConfig) -> list[Row]:
                     "keep one kind"
                 ]
             if not found:
-                rows.append(row)
+                good += 1
+                yield row
         bad += bool(found)
         problems += [f"{place}: {problem}" for problem in found]
     if len(problems) > SHOWN_PROBLEMS:
@@ -73,9 +83,8 @@ def read_rows(data: DataConfig) -> list[Row]:
         ]
     if problems:
         raise UserError(problems)
-    if not rows:
+    if not good:
         raise UserError(f"{data.dataset_name}: has no rows")
-    return rows
 
 
 def _records(data: DataConfig) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,48 @@
+"""grace-rl curate RECIPE [--shard i/n] [--overwrite] [--key value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+
+HELP = "make training pairs from sentences: generate, rate, filter, and embed for the mask"
+RECIPE_OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file (docs/curation.md)")
+    parser.add_argument(
+        "--shard",
+        metavar="i/n",
+        default="1/1",
+        help="do the i-th of n shares of generate and rate (i from 1 on)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="throw away finished work whose settings have changed",
+    )
+
+
+def run(options: argparse.Namespace, overrides: list[str]) -> int:
+    from grace_rl.errors import UserError
+
+    match = re.fullmatch(r"(\d+)/(\d+)", options.shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard: must be i/n with i from 1 to n, not {options.shard!r}")
+    from grace_rl.data.curation.config import load_curation
+
+    recipe = load_curation(options.recipe, overrides)
+    from grace_rl.data.curation.run import Shard, curate
+
+    try:
+        curate(recipe, Shard(int(match[1]), int(match[2])), options.overwrite)
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; finished chunks are in {recipe.output_dir}, and the same command goes on "
+            "from there",
+            file=sys.stderr,
+        )
+        return 130
+    return 0

@@ -1,0 +1,1 @@
+"""Training pairs from plain sentences: generate, rate, filter, and embed for the mask."""
