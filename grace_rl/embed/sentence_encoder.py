@@ -24,9 +24,19 @@ class SentenceEncoder:
         self.model = model
         self.batch_size = batch_size
 
-    def encode(self, texts: Sequence[str], rationale: str = "none") -> Encoded:
-        """Unit vectors of texts; `rationale` can only be `none`."""
-        vectors = self.model.encode(
+    def encode(
+        self, texts: Sequence[str], rationale: str = "none", role: str | None = None
+    ) -> Encoded:
+        """Unit vectors of texts.
+
+        Args:
+            texts: N texts.
+            rationale: Nothing is written, whatever is said here.
+            role: `query` or `document`, for models that have a prompt for each.
+        """
+        roles = {"query": self.model.encode_query, "document": self.model.encode_document}
+        encode = self.model.encode if role is None else roles[role]
+        vectors = encode(
             list(texts),
             batch_size=self.batch_size,
             convert_to_tensor=True,

@@ -1,0 +1,61 @@
+"""grace-rl evaluate MODEL --tasks FILE --output FILE"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "score a model on tasks of mteb and on local files"
+RECIPE_OVERRIDES = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a run's model/, or any sentence encoder")
+    parser.add_argument("--tasks", required=True, metavar="FILE", help="a YAML list of tasks")
+    parser.add_argument("--output", metavar="FILE", default="evaluation.json")
+    parser.add_argument(
+        "--rationale", choices=("greedy", "sample", "none"), default="greedy", help="how to write"
+    )
+    parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto")
+    parser.add_argument("--cache", metavar="FILE", help="keep what is written in this sqlite file")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument(
+        "--only-scores", action="store_true", help="leave out diagnostics and the row without"
+    )
+
+
+def run(options: argparse.Namespace, overrides: list[str]) -> int:
+    from rich.console import Console
+
+    from grace_rl.errors import UserError
+    from grace_rl.evaluate.tasks import load_tasks
+
+    try:
+        from grace_rl.evaluate.mteb_encoder import MtebEncoder
+    except ImportError as error:
+        raise UserError("evaluate needs the package mteb; install 'grace-rl[mteb]'") from error
+    from grace_rl.evaluate.evaluation import evaluate_model, result_table
+
+    tasks = load_tasks(options.tasks)
+    console = Console()
+    encoder = MtebEncoder.load(
+        options.model,
+        options.rationale,
+        device=options.device,
+        engine=options.engine,
+        cache=options.cache,
+    )
+    content = evaluate_model(
+        encoder,
+        options.model,
+        tasks,
+        Path(options.output),
+        seed=options.seed,
+        without_rationale=not options.only_scores,
+        diagnostics=not options.only_scores,
+        console=console,
+    )
+    console.print(result_table(content))
+    console.print(f"The scores are in {options.output}", highlight=False, soft_wrap=True)
+    return 0

