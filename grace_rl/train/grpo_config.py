@@ -38,8 +38,14 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
             `segments` of them is one segment.
         shaping: Keywords of `grace_rl.reward.shaping.ShapingConfig`: how the scores after each
             segment become advantages.
+        false_negatives: Keywords of `grace_rl.data.false_negatives.FalseNegativeConfig`: a guide
+            that says which texts of other rows mean the same and must not count as negatives.
+            `None` compares words only.
         print_rollouts_steps: Print one group of rationales every so many steps; 0 never prints.
         stale_engine_threshold: Alarm level of `sampling/sampling_logp_difference/mean`, in nats.
+        vllm_server_retry_timeout: Seconds to try again when the server of `vllm_mode: server` is
+            lost; after that a checkpoint is saved and the run ends with exit code 75. Also how long
+            one request may take. Above 0.
     """
 
     roles: dict[str, Any] = field(default_factory=_default_roles)
@@ -47,8 +53,10 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
     segments: int = 4
     segment_min_tokens: int = 16
     shaping: dict[str, Any] = field(default_factory=dict)
+    false_negatives: dict[str, Any] | None = None
     print_rollouts_steps: int = 10
     stale_engine_threshold: float = 0.1
+    vllm_server_retry_timeout: float = 600.0
 
     @property
     def steps_between_generations(self) -> int:
