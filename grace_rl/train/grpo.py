@@ -85,6 +85,7 @@ from grace_rl.train.start import Build, Start
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
 
+PHASES = ("rollout", "embed", "reward", "train", "sync")
 ADVICE_BATCHES = 10  # the calibration is judged once it has seen so many
 
 
@@ -560,8 +561,10 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         others = sum(self._phases.values()) - before
         self._phases["train"] += time.perf_counter() - start - others
         if self._step % self.current_gradient_accumulation_steps == 0:
-            for phase in ("rollout", "embed", "reward", "train", "sync"):
-                self._metrics["train"][f"time/{phase}"].append(self._phases[phase])
+            own = torch.tensor([self._phases[p] for p in PHASES], device=self.accelerator.device)
+            means = self.accelerator.reduce(own, reduction="mean").tolist()  # over processes
+            for phase, seconds in zip(PHASES, means, strict=True):
+                self._metrics["train"][f"time/{phase}"].append(seconds)
             self._phases.clear()
         return loss
 

@@ -153,10 +153,10 @@ class GraceSFTTrainer(CheckpointMixin, SFTTrainer):
         _check_examples(examples, rows)
         if args.completion_only_loss is None:
             args.completion_only_loss = True
+        reader_config = ReaderConfig(**args.reader)
         self.prompt_template = PromptTemplate(
             processing_class, args.instruction, args.max_text_tokens, args.chat_template_kwargs
         )
-        self.reader_config = ReaderConfig(**args.reader)
         dataset = tokenize_examples(examples, self.prompt_template, processing_class)
         self.longest_rationale = max(sum(mask) for mask in dataset["completion_mask"])
         super().__init__(
@@ -167,15 +167,23 @@ class GraceSFTTrainer(CheckpointMixin, SFTTrainer):
             callbacks=callbacks,
             peft_config=peft_config,
         )
+        policy = self.accelerator.unwrap_model(self.model)
+        self.end_ids = end_token_ids(policy, processing_class)
+        self.reader = Reader(
+            reader_config, processing_class, self.end_ids, policy, self.accelerator.device
+        )
 
     def encoder(self) -> RationaleEncoder:
         """The policy as it is now, as an encoder."""
-        policy, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
+        tokenizer = self.processing_class
         assert isinstance(tokenizer, PreTrainedTokenizerBase)  # as it was given to `__init__`
-        end_ids = end_token_ids(policy, tokenizer)
-        reader = Reader(self.reader_config, tokenizer, end_ids, policy, self.accelerator.device)
         return RationaleEncoder(
-            policy, tokenizer, self.prompt_template, reader, end_ids, self.longest_rationale
+            self.accelerator.unwrap_model(self.model),
+            tokenizer,
+            self.prompt_template,
+            self.reader,
+            self.end_ids,
+            self.longest_rationale,
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

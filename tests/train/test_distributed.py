@@ -36,7 +36,30 @@ PPO = ROLLOUTS | {"method": "ppo", "num_iterations": 2, "beta": 0.05, "kl_target
 SFT: dict[str, Any] = {"method": "sft", "dataset_options": {"form": "sft"}}
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
 CHECKPOINTING = {"gradient_checkpointing": True}
+JUDGED = {"rewards": [{"name": "contrastive"}, {"name": "judge.py:Judge", "weight": 0.5}]}
 EVALUATION = {"evaluation": {"dataset_splits": ["test"], "rows": 4}}
+
+JUDGE = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grace_rl.data import scenes
+
+
+class Judge:
+    '''A reward with a language model of its own, loaded once when built and once when called.'''
+
+    def __init__(self):
+        self.early, self.late = AutoModelForCausalLM.from_pretrained(scenes.COLD_START), None
+        self.tokenizer = AutoTokenizer.from_pretrained(scenes.COLD_START)
+
+    def __call__(self, batch):
+        self.late = self.late or AutoModelForCausalLM.from_pretrained(scenes.COLD_START)
+        scores = []
+        for text in batch.rationales[: 3 + batch.token_ids[0][0] % 2]:  # some processes more often
+            ids = self.tokenizer(text or "a", return_tensors="pt")["input_ids"]
+            scores += [-float(judge(ids, labels=ids).loss) for judge in (self.early, self.late)]
+        return [scores[i % len(scores)] for i in range(len(batch))]
+"""
 
 RUNS = {
     "ddp": {
@@ -53,7 +76,7 @@ RUNS = {
         "sft": SFT | CHECKPOINTING,
     },
     "zero3": {
-        "grpo": ROLLOUTS | CHECKPOINTING | EVALUATION,
+        "grpo": ROLLOUTS | CHECKPOINTING | EVALUATION | JUDGED,
         "grpo-lora": ROLLOUTS | LORA | CHECKPOINTING | EVALUATION,
         "grpo-frozen": ROLLOUTS | {"reader": {"weights": "frozen"}},
         "ppo": PPO | {"critic": "separate"},
@@ -135,6 +158,7 @@ def run_all(folder: Path, commands: list[dict[str, Any]], processes: int = 2) ->
 @pytest.mark.parametrize("mode", list(RUNS))
 def test_runs_resume_and_leave_a_model(tmp_path: Path, mode: str) -> None:
     skip_without(mode)
+    (tmp_path / "judge.py").write_text(JUDGE, encoding="utf-8")
     commands: list[dict[str, Any]] = []
     for name, settings in RUNS[mode].items():
         recipe = write_recipe(tmp_path / f"{name}.yaml", mode, settings)
