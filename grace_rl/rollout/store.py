@@ -12,6 +12,8 @@ The file of step 10 is `<run>/rollouts/step-000010.parquet`.
 | `truncated` | bool | the rationale never ended |
 | `advantage` | float32 | null for anchors, which are never trained |
 | `step_scores` | list of float32 | one per prefix; null without a step-wise reward |
+| `step_ends` | list of int32 | tokens of each prefix; null like `step_scores` |
+| `token_advantages` | list of float32 | null where all tokens have `advantage` |
 | `embedding` | list of float32 | L2-normalised |
 | `reward/<label>` | float32 | null: not scored |
 
@@ -45,6 +47,8 @@ SCHEMA = pa.schema(
         pa.field("truncated", pa.bool_(), nullable=False),
         pa.field("advantage", pa.float32()),
         pa.field("step_scores", pa.list_(pa.float32())),
+        pa.field("step_ends", pa.list_(pa.int32())),
+        pa.field("token_advantages", pa.list_(pa.float32())),
         pa.field("embedding", pa.list_(pa.float32())),
     ]
 )

@@ -16,8 +16,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from grace_rl.errors import UserError
 from grace_rl.files import sync_tree, write_text
 
@@ -108,6 +106,8 @@ class CheckpointMixin:
         super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        import torch  # here, since whoever only looks at runs needs none
+
         if self.args.device == torch.device("cpu", 0):
             # Several processes on the CPU: transformers hands this device to torch.load, which only
             # knows plain "cpu".

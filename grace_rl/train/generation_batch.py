@@ -103,6 +103,19 @@ def row_means(output: dict[str, Any]) -> Tensor:
     return (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
+def token_advantages(batch: GenerationBatch, advantages: Tensor) -> list[list[float] | None]:
+    """Per rollout of this process, its tokens' advantages; None where all have the same.
+
+    Args:
+        batch: With its token ids.
+        advantages: (B,), or (B, T) where tokens differ.
+    """
+    if advantages.dim() == 1:
+        return [None] * len(batch.token_ids)
+    rows = advantages.tolist()
+    return [row[: len(ids)] for row, ids in zip(rows, batch.token_ids, strict=True)]
+
+
 def step_scores(rewards: Sequence[LoadedReward], scored: Scored) -> Tensor:
     """(B, K+1) the weighted sum of what rewards say of each prefix, on this process; where all have
     the weight 0, the plain sum, to look at."""
@@ -115,6 +128,7 @@ def stored_columns(
     batch: GenerationBatch,
     rewards: Sequence[LoadedReward],
     advantages: Tensor,
+    by_token: Sequence[list[float] | None],
 ) -> dict[str, Any]:
     """The columns of the rollout store, for the rollouts and then the anchors of all processes.
 
@@ -122,11 +136,13 @@ def stored_columns(
         batch: With its pool and its scores.
         rewards: Names of the scores.
         advantages: (W,), one number per rollout.
+        by_token: Of each rollout, its tokens' advantages where they differ.
     """
     assert batch.pool is not None and batch.scored is not None
     pool, anchors = batch.pool, [None] * batch.anchor_count
     unscored: list[list[float] | None] = [None] * len(advantages)
     steps = unscored if batch.steps is None else batch.steps.scores.tolist()
+    ends = unscored if batch.steps is None else batch.steps.ends.tolist()
     columns = {
         "example": pool.example.tolist(),
         "group": pool.group.tolist(),
@@ -137,6 +153,8 @@ def stored_columns(
         "truncated": pool.truncated.tolist(),
         "advantage": advantages.tolist() + anchors,
         "step_scores": [*steps, *anchors],
+        "step_ends": [*ends, *anchors],
+        "token_advantages": [*by_token, *anchors],
         "embedding": pool.embeddings.tolist(),
     }
     for i, reward in enumerate(rewards):

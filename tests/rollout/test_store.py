@@ -39,7 +39,13 @@ def rollouts(count: int = 3, **changes: Any) -> dict[str, list[Any]]:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    columns = rollouts(2, step_scores=[[0.25, 0.5], None], advantage=[0.5, None]) | {
+    columns = rollouts(
+        2,
+        step_scores=[[0.25, 0.5], None],
+        step_ends=[[0, 3], None],
+        token_advantages=[[0.5, 0.5, -0.5], None],
+        advantage=[0.5, None],
+    ) | {
         "reward/length": [0.5, None]
     }
     path = write_rollouts(tmp_path, 10, columns)
