@@ -1,6 +1,6 @@
 """Does the reconstruction stage help? The published comparison, on a 10M-parameter English model.
 
-    python benchmarks/reconstruction.py --seeds 0 1 2    # trains and scores every arm, then the table
+    python benchmarks/reconstruction.py --seeds 0 1 2    # trains and scores every arm, the table
     python benchmarks/reconstruction.py --table          # the table from what is there
     python benchmarks/reconstruction.py --cost           # the reward's share of a GRPO step
 

@@ -231,10 +231,10 @@ def _override(source: RecipeSource, key: str, text: str | None) -> None:
 
 
 def _item(items: list[Any], part: str) -> int | None:
-    """The index that a number, a reward's label or a reward's name means."""
+    """The index that a number, a reward's label or name, or a stage's method means."""
     if part.isdigit():
         return int(part) if int(part) < len(items) else None
-    for key in ("label", "name"):
+    for key in ("label", "name", "method"):
         found = [
             i for i, item in enumerate(items) if isinstance(item, dict) and item.get(key) == part
         ]
@@ -244,7 +244,8 @@ def _item(items: list[Any], part: str) -> int | None:
 
 
 def _entry(i: int, item: Any) -> str:
-    name = (item.get("label") or item.get("name")) if isinstance(item, dict) else None
+    keys = ("label", "name", "method") if isinstance(item, dict) else ()
+    name = next((item[key] for key in keys if item.get(key)), None)
     return f"{i} ({name})" if name else str(i)
 
 

@@ -11,6 +11,7 @@ import yaml
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
+    from grace_rl.stages import Chain
 
 HELP = "train a policy as a recipe says; an unfinished run resumes"
 RECIPE_OVERRIDES = True
@@ -46,11 +47,15 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.launch or options.num_processes is not None:
         return _launch(options, overrides)
     with launched() as tell:
-        from grace_rl.recipe import load_recipe
+        from grace_rl.stages import Chain, load
 
-        recipe = load_recipe(options.recipe, overrides)
+        recipe = load(options.recipe, overrides)
         if options.dry_run:
             return _dry_run(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+        if isinstance(recipe, Chain):
+            from grace_rl.train.stages import train_chain
+
+            return int(tell(train_chain(recipe, overwrite=options.overwrite)))
         from grace_rl.train.run import train
 
         return int(tell(train(recipe, overwrite=options.overwrite)))
@@ -60,13 +65,13 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     """Start `grace-rl train` on many processes; what is wrong with the recipe is said once."""
     from grace_rl.errors import UserError
     from grace_rl.launch.lines import counted, read_launch, run_launch
-    from grace_rl.recipe import load_recipe
+    from grace_rl.stages import load
 
     if options.launch is None:
         raise UserError("--num_processes: needs --launch, such as --launch zero2")
     launch = read_launch(options.launch, options.num_processes)
     with counted(launch.processes):
-        recipe = load_recipe(options.recipe, overrides)
+        recipe = load(options.recipe, overrides)
     if options.dry_run:
         print("#", shlex.join(launch.line(["train", options.recipe, *overrides])))
         return _dry_run(recipe, launch.processes)
@@ -76,11 +81,17 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     return run_launch(launch, ["train", options.recipe, *overwrite, *overrides], again)
 
 
-def _dry_run(recipe: Recipe, processes: int) -> int:
+def _dry_run(recipe: Recipe | Chain, processes: int) -> int:
     from grace_rl.data.rows import read_rows
     from grace_rl.launch.alone import arguments_alone
     from grace_rl.launch.lines import counted
     from grace_rl.recipe import SCENES, describe, is_local_file
+    from grace_rl.stages import Chain
+
+    if isinstance(recipe, Chain):
+        print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=100))
+        with counted(processes):
+            return print_stages(recipe)
 
     recipe.model_config()
     arguments_alone(recipe, processes)
@@ -90,4 +101,20 @@ def _dry_run(recipe: Recipe, processes: int) -> int:
     with counted(processes):
         for line in describe(recipe, rows):
             print(f"# {line}")
+    return 0
+
+
+def print_stages(chain: Chain) -> int:
+    """What each stage loads and does, after all have been checked."""
+    from grace_rl.recipe import describe
+    from grace_rl.train.stages import check_stages
+
+    counts = check_stages(chain)
+    for number, (stage, rows) in enumerate(zip(chain.stages, counts, strict=True), start=1):
+        print(f"# stage {number} of {len(chain.stages)}: {stage.name}")
+        if stage.recipe is None:
+            print(f"#   rows       {stage.folder / 'rows.jsonl'}")
+            continue
+        for line in describe(stage.recipe, rows):
+            print(f"#   {line}")
     return 0

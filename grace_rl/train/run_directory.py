@@ -293,6 +293,7 @@ class RunDirectory:
         (self.checkpoints / "README.md").unlink(missing_ok=True)  # TRL's model card
         for name in ("completions", "runs"):  # log_completions, TensorBoard
             shutil.rmtree(self.checkpoints / name, ignore_errors=True)
+        shutil.rmtree(self.path / "stages", ignore_errors=True)
 
     # -- the lock ---------------------------------
 
@@ -492,12 +493,19 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         f"{key}: {before.get(key)!r} in the run, now {after.get(key)!r}"
         for key in dict.fromkeys([*before, *after])
         if before.get(key) != after.get(key)
-        and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+        and not any(fnmatchcase(_in_its_stage(key), pattern) for pattern in MAY_CHANGE)
     ]
+
+
+def _in_its_stage(key: str) -> str:
+    """`stages.2.max_steps` as `max_steps`."""
+    return key.split(".", 2)[-1] if key.startswith("stages.") else key
 
 
 def _flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys and their values; an absent key and one that is null are the same."""
+    if prefix == "stages" and isinstance(recipe, list):
+        recipe = {i: stage for i, stage in enumerate(recipe, start=1)}
     if not isinstance(recipe, Mapping):
         return {prefix: recipe}
     return {

@@ -1,0 +1,135 @@
+"""Running a chain of stages: one run directory, resumable at any stage.
+
+runs/x/stages/1-reconstruction/...    a run directory of its own
+runs/x/stages/2-grpo/...
+runs/x/model/                         that of the last stage
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+
+from grace_rl.data.rows import read_rows
+from grace_rl.errors import UserError
+from grace_rl.launch.alone import arguments_alone
+from grace_rl.methods import METHODS, named
+from grace_rl.stages import Chain, Stage
+from grace_rl.train.processes import join_processes
+from grace_rl.train.run import DONE, train
+from grace_rl.train.run_directory import RunDirectory, read_status
+
+
+def check_stages(chain: Chain) -> list[int | None]:
+    """Plan every stage, as far as its rows exist, before the first one starts.
+
+    Returns:
+        Rows of each stage; None for a stage whose rows an earlier one makes, or that curates.
+
+    Raises:
+        UserError: What is wrong with the settings, rows and rewards of all stages.
+    """
+    problems: list[str] = []
+    counts: list[int | None] = []
+    read: list[tuple[Any, Any]] = []  # (data, rows): stages mostly share them
+    for number, stage in enumerate(chain.stages, start=1):
+        counts.append(None)
+        if stage.stand_in is None:
+            continue
+        try:
+            stage.stand_in.model_config()
+            args = arguments_alone(stage.stand_in, int(os.environ.get("WORLD_SIZE", "1")))
+            if "dataset_name" in stage.made:
+                continue
+            data = stage.stand_in.data
+            rows = next((rows for known, rows in read if known == data), None)
+            if rows is None:
+                rows = read_rows(data)
+                read.append((data, rows))
+            counts[-1] = len(rows)
+            named(METHODS[stage.name].plan)(stage.stand_in, args, rows)
+        except UserError as error:
+            problems += [f"stage {number} ({stage.name}): {one}" for one in error.problems]
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)))
+    return counts
+
+
+def train_chain(chain: Chain, *, overwrite: bool = False) -> int:
+    """Run the stages that are not finished yet, one after the other.
+
+    Returns:
+        Exit code: that of the first stage that did not finish, else 0.
+
+    Raises:
+        UserError: See `check_stages` and `grace_rl.train.run.train`.
+    """
+    check_stages(chain)
+    console = Console()
+    join_processes(chain.recipes[0].training if chain.recipes else {})
+    run = RunDirectory(chain.output_dir, PartialState())
+    run.open(chain.resolved(), overwrite=overwrite)
+    try:
+        for number, stage in enumerate(chain.stages, start=1):
+            finished = run.on_main(partial(is_finished, stage))
+            if run.is_main_process:
+                done = "finished already" if finished else str(stage.folder)
+                title = f"stage {number} of {len(chain.stages)}, {stage.name}: {done}"
+                console.print(title, style="bold", highlight=False, soft_wrap=True)
+            if finished:
+                continue
+            code = run_stage(stage, run)
+            if code != DONE:
+                return code
+            gc.collect()  # the stage's model, before the next one loads
+        last = next((s for s in reversed(chain.stages) if s.recipe is not None), None)
+        if last is not None:
+            run.publish_model(lambda folder: link_model(last.folder / "model", folder, run))
+            if run.is_main_process:
+                console.print(f"The policy is in {run.model}", highlight=False, soft_wrap=True)
+    finally:
+        run.close()
+    return DONE
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether a stage's run, or its curated rows, are complete."""
+    if stage.curation is not None:
+        return (stage.folder / "rows.jsonl").is_file()
+    return (read_status(stage.folder) or {}).get("status") == "finished"
+
+
+def run_stage(stage: Stage, run: RunDirectory) -> int:
+    """Start or resume one stage; returns its exit code."""
+    if stage.recipe is not None:
+        return train(stage.recipe)
+    from grace_rl.data.curation.run import curate
+
+    def make_rows() -> None:
+        assert stage.curation is not None
+        curate(stage.curation)
+
+    run.on_main(make_rows)
+    return DONE
+
+
+def link_model(model: Path, folder: Path, run: RunDirectory) -> None:
+    """The last stage's model once more, without a second copy on the disk where links work."""
+    if not run.is_main_process:
+        return
+
+    def link(source: str, target: str) -> str:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+        return target
+
+    shutil.copytree(model, folder, copy_function=link, dirs_exist_ok=True)
