@@ -208,6 +208,7 @@ def _rows(source: RecipeSource, entries: Any) -> list[ComparedRow]:
                 )
                 baseline |= recipe is not None and recipe.method == "contrastive"
         known = {key: entry[key] for key in ROW_KEYS if key in entry and key != "set"}
+        known.setdefault("name", "")
         found.append(ComparedRow(**known | {"changes": changes}))
     if not baseline:
         message = (
