@@ -26,6 +26,7 @@ def run_cell(folder: Path) -> int:
         Exit code: 0 done, 130 interrupted with a checkpoint saved.
     """
     from grace_rl.data.rows import read_rows
+    from grace_rl.embed.loading import load_encoder
     from grace_rl.recipe import load_recipe
     from grace_rl.train.run import train
     from grace_rl.train.run_directory import read_metrics, read_status
@@ -53,7 +54,7 @@ def run_cell(folder: Path) -> int:
         encoder = _untrained_encoder(recipe, folder)
     else:
         assert model is not None
-        encoder = _encoder(Path(model))
+        encoder = load_encoder(model)
     writes = encoder.writes_rationales and spec["rationale"] != "none"
     started = time.perf_counter()
     result |= _scores(encoder, spec, model)
@@ -78,22 +79,6 @@ def _training(metrics: Sequence[Mapping[str, Any]], runtime: float) -> dict[str,
             for line in scored
         ],
     }
-
-
-def _encoder(folder: Path) -> Any:
-    """Of a finished model: as a policy with its rationales, or as a sentence encoder."""
-    if (folder / "grace.json").exists():
-        from grace_rl.embed.encoder import RationaleEncoder
-
-        try:
-            return RationaleEncoder.from_pretrained(folder)
-        except (UserError, KeyError, TypeError):
-            pass  # a model of ours that writes no rationales
-    from sentence_transformers import SentenceTransformer
-
-    from grace_rl.embed.sentence_encoder import SentenceEncoder
-
-    return SentenceEncoder(SentenceTransformer(str(folder)))
 
 
 def _untrained_encoder(recipe: Any, scratch: Path) -> Any:

@@ -6,7 +6,6 @@ results = mteb.evaluate(encoder, mteb.get_tasks(tasks=["STSBenchmark"]), cache=N
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,9 +16,8 @@ import numpy as np
 from mteb.models import ModelMeta
 from mteb.types import PromptType
 
+from grace_rl.embed.loading import load_encoder
 from grace_rl.embed.sentence_encoder import SentenceEncoder
-from grace_rl.errors import UserError
-from grace_rl.methods import named
 
 
 @dataclass
@@ -100,64 +98,3 @@ class MtebEncoder:
 
 def _role(prompt_type: PromptType | None) -> str | None:
     return None if prompt_type is None else {"query": "query"}.get(prompt_type.value, "document")
-
-
-def load_encoder(
-    folder: str | Path, device: str = "cpu", engine: str = "transformers", cache: Any = None
-) -> Any:
-    """The encoder of a folder: of this package, a sentence-transformers model, or a bare policy.
-
-    Args:
-        folder: A run's model/, any sentence-transformers model, or a language model without either,
-            which is then read by the bottleneck as `EncoderSettings()` says.
-        device: Where it runs.
-        engine, cache: Of `RationaleEncoder.from_pretrained`; for other models they must stay as
-            they are.
-
-    Raises:
-        UserError: The folder is none of these.
-    """
-    folder = Path(folder)
-    options = {"engine": engine, "cache": cache}
-    if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
-        raise UserError(f"{folder}: there is no model (no config.json and no modules.json)")
-    module = _first_module(folder)
-    if module.startswith("grace_rl."):
-        place, _, name = module.rpartition(".")
-        kind = named(f"{place}:{name}")
-        if name != "RationaleEmbedding":
-            _refuse(options, folder)
-            return kind.load_encoder(folder, device)
-        return kind.load_encoder(folder, device, **options)
-    if not module:
-        from transformers import AutoConfig
-
-        from grace_rl.embed.encoder import RationaleEncoder
-        from grace_rl.embed.settings import EncoderSettings
-
-        names = AutoConfig.from_pretrained(folder).architectures or []
-        if any(name.endswith("ForCausalLM") for name in names):
-            known = (folder / "grace.json").exists()
-            settings = None if known else EncoderSettings(instruction=None)
-            return RationaleEncoder.from_pretrained(folder, device, settings=settings, **options)
-    from sentence_transformers import SentenceTransformer
-
-    _refuse(options, folder)
-    try:
-        return SentenceEncoder(SentenceTransformer(str(folder), device=device))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
-
-
-def _refuse(options: dict[str, Any], folder: Path) -> None:
-    if options["engine"] not in ("transformers", "auto") or options["cache"] is not None:
-        raise UserError(f"{folder}: writes no rationales; leave out --engine vllm and --cache")
-
-
-def _first_module(folder: Path) -> str:
-    """Class of the first module of a sentence-transformers model; "" where there is none."""
-    try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        return str(modules[0]["type"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""

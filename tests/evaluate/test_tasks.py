@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from grace_rl.embed.encoder import Encoded
+from grace_rl.embed.loading import load_encoder
 from grace_rl.errors import UserError
 from grace_rl.evaluate.tasks import LocalTask, load_tasks
 
@@ -18,7 +19,7 @@ mteb = pytest.importorskip("mteb")
 from grace_rl.evaluate.bootstrap import task_interval  # noqa: E402
 from grace_rl.evaluate.evaluation import evaluate_model, evaluate_tasks  # noqa: E402
 from grace_rl.evaluate.local_tasks import mteb_task  # noqa: E402
-from grace_rl.evaluate.mteb_encoder import MtebEncoder, load_encoder  # noqa: E402
+from grace_rl.evaluate.mteb_encoder import MtebEncoder  # noqa: E402
 
 ANIMALS, METALS = ("cat", "dog", "cow", "hen", "pig", "fox"), ("iron", "gold", "zinc", "lead")
 WORDS = {word: i for i, word in enumerate((*ANIMALS, *METALS))}
