@@ -57,14 +57,14 @@ def main() -> int:
     data = options.output / "rows.jsonl"
     rows = duplicated_rows(120 * BATCH_ROWS, options.copies)
     write_text(data, "".join(json.dumps(row) + "\n" for row in rows))
-    sigma, caught, wrong = sigma_and_quality(guide, rows)
+    sigma, caught, wrong = sigma_and_quality(guide, rows, options.output / "guide")
     print(
         f"guide {Path(guide).parent.name}: sigma {sigma:.3f} masks {caught:.1%} of the duplicates "
         f"and {wrong:.2%} of the other texts of a batch"
     )
     masks: dict[str, dict[str, Any] | None] = {
         "unmasked": None,
-        "masked": {"guide": guide, "mode": "absolute", "sigma": sigma, "own_negatives": False},
+        "masked": {"guide": str(options.output / "guide"), "mode": "absolute", "sigma": sigma, "own_negatives": False},
         "truth": {"guide": f"{Path(__file__).resolve()}:facts", "sigma": 0.95},
     }
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in options.arms}
@@ -126,24 +126,26 @@ def facts(texts: list[str]) -> list[list[float]]:
     return vectors
 
 
-def sigma_and_quality(guide: str, rows: list[dict[str, Any]]) -> tuple[float, float, float]:
+def sigma_and_quality(
+    guide: str, rows: list[dict[str, Any]], folder: Path
+) -> tuple[float, float, float]:
     """Sigma on ordinary rows; the shares it masks of duplicates and of other texts in a batch."""
-    with tempfile.TemporaryDirectory() as folder:
-        ordinary = scenes.rows("train", "triplet", 1000)
-        sigma = build_guide(Path(folder) / "ordinary", lambda: ordinary, guide).sigma
-        assert sigma is not None
-        built = build_guide(Path(folder) / "rows", lambda: rows, guide)
-        caught, wrong = [], []
-        for start in range(0, min(len(rows), 600), BATCH_ROWS):
-            batch = rows[start : start + BATCH_ROWS]
-            queries = built.vectors([row["query"] for row in batch])
-            cosine = queries @ built.vectors([row["positive"] for row in batch]).T
-            for i, one in enumerate(batch):
-                for j, other in enumerate(batch):
-                    same = caught if one["source"] == other["source"] else wrong
-                    if i != j:
-                        same.append(float(cosine[i, j]) > sigma)
-        return sigma, statistics.mean(caught), statistics.mean(wrong)
+    built = build_guide(folder, lambda: rows, guide)
+    with tempfile.TemporaryDirectory() as scratch:
+        ordinary = scenes.rows("train", "triplet", 500)
+        sigma = build_guide(Path(scratch), lambda: ordinary, guide).sigma
+    assert sigma is not None
+    caught, wrong = [], []
+    for start in range(0, len(rows), BATCH_ROWS):
+        batch = rows[start : start + BATCH_ROWS]
+        queries = built.vectors([row["query"] for row in batch])
+        cosine = queries @ built.vectors([row["positive"] for row in batch]).T
+        for i, one in enumerate(batch):
+            for j, other in enumerate(batch):
+                same = caught if one["source"] == other["source"] else wrong
+                if i != j:
+                    same.append(float(cosine[i, j]) > sigma)
+    return sigma, statistics.mean(caught), statistics.mean(wrong)
 
 
 def scores(folder: Path) -> dict[str, float]:

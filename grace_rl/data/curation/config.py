@@ -30,7 +30,7 @@ class GenerateStep:
         model_name_or_path: The language model; `scenes` is the cold start of the scenes world.
         engine: `vllm` for large batches, or `transformers`.
         prompts: `instructions` (a pool of instructions in the chat template, for models that follow
-            them), `completion` (examples and a line to complete, for base models) or `describe`
+            them), `completion` (examples and a sentence to complete, for base models) or `describe`
             (the text alone in the chat template: an entailment is what the model writes about the
             text, a contradiction what it writes about the text in `opposite_column`).
         opposite_column: For `describe`: the column with a text that means something else.

@@ -37,7 +37,7 @@ class Sampling:
         samples: Sampled candidates of each prompt.
         greedy: Also the most likely one, first.
         temperature, top_p, max_tokens, omega: See `config.GenerateStep`.
-        one_line: A candidate ends with its line.
+        one_sentence: A candidate ends with its sentence or line: base models go on and on.
         seed: Of the samples.
     """
 
@@ -46,7 +46,7 @@ class Sampling:
     temperature: float
     top_p: float
     max_tokens: int
-    one_line: bool
+    one_sentence: bool
     omega: float = 0.0
     seed: int = 0
 
@@ -126,7 +126,7 @@ class TransformersModel:
             self.model.to("cuda")  # type: ignore[arg-type]  # transformers' own annotation
         self.batch_size = batch_size
         self.end_ids = end_ids(self.model.generation_config, self.tokenizer)
-        self.line_ends = _line_ends(self.tokenizer)
+        self.sentence_ends = _sentence_ends(self.tokenizer)
 
     @torch.no_grad()
     def write(
@@ -155,7 +155,7 @@ class TransformersModel:
         opposites: list[list[int]] | None,
     ) -> list[Candidate]:
         ids, attention = self._padded(prompts)
-        ends = self.end_ids + (self.line_ends if how.one_line else [])
+        ends = self.end_ids + (self.sentence_ends if how.one_sentence else [])
         settings: dict[str, Any] = {"do_sample": sampled, "temperature": None, "top_p": None}
         guidance = 1.0
         if how.omega and opposites is not None:
@@ -252,7 +252,8 @@ class VLLMModel:
         if vllm_runs_on_cpu():
             for name, value in (CPU_DEFAULTS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}).items():
                 os.environ.setdefault(name, value)
-            keywords["enforce_eager"] = True
+            # A prompt in parts would rewind its generator, which those of the CPU cannot.
+            keywords |= {"enforce_eager": True, "enable_chunked_prefill": False}
         from transformers import AutoConfig, GenerationConfig
         from vllm import LLM
 
@@ -267,12 +268,14 @@ class VLLMModel:
         except OSError:
             generation = GenerationConfig.from_model_config(config)
         self.end_ids = end_ids(generation, self.tokenizer)
-        self.line_ends = _line_ends(self.tokenizer)
+        self.sentence_ends = _sentence_ends(self.tokenizer)
         limit = getattr(config, "max_position_embeddings", MAX_MODEL_TOKENS)
+        longest = min(limit, MAX_MODEL_TOKENS)
         self.engine = LLM(
             path,
             dtype=dtype,
-            max_model_len=min(limit, MAX_MODEL_TOKENS),
+            max_model_len=longest,
+            max_num_batched_tokens=max(longest, MAX_MODEL_TOKENS),
             generation_config="vllm",
             disable_log_stats=True,
             enable_prefix_caching=True,
@@ -287,7 +290,7 @@ class VLLMModel:
     ) -> list[list[Candidate]]:
         from vllm import SamplingParams
 
-        ends = self.end_ids + (self.line_ends if how.one_line else [])
+        ends = self.end_ids + (self.sentence_ends if how.one_sentence else [])
         common: dict[str, Any] = {
             "max_tokens": how.max_tokens,
             "stop_token_ids": ends,
@@ -361,10 +364,14 @@ def end_ids(generation_config: Any, tokenizer: Any) -> list[int]:
     return sorted(token for token in found if token is not None)
 
 
-def _line_ends(tokenizer: Any) -> list[int]:
-    """Tokens with a line break in them."""
+def _sentence_ends(tokenizer: Any) -> list[int]:
+    """Tokens with a line break in them, or a full stop, exclamation or question mark at the end."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    return [token for token, text in enumerate(texts) if "\n" in text]
+    return [
+        token
+        for token, text in enumerate(texts)
+        if "\n" in text or text.rstrip("\"'\u201d\u2019)").endswith((".", "!", "?"))
+    ]
 
 
 def _seed(seed: int, prompts: Sequence[list[int]]) -> int:

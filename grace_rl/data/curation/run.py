@@ -357,7 +357,7 @@ def write_candidates(
         temperature=step.temperature,
         top_p=step.top_p,
         max_tokens=step.max_tokens,
-        one_line=step.prompts == "completion",
+        one_sentence=step.prompts == "completion",
         omega=step.omega,
         seed=seed,
     )
