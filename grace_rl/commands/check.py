@@ -1,15 +1,26 @@
-"""grace-rl check RECIPE [--key value ...]"""
+"""grace-rl check RECIPE [--launch NAME] [--num_processes N] [--key value ...]"""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
-HELP = "read recipe, rows and rewards and say what is wrong with them"
+from grace_rl.commands.train import add_launch_arguments, print_stages
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from grace_rl.launch.preflight import Finding
+
+HELP = "look before a run starts: recipe, rows, rewards, memory, disk, ports, versions"
 RECIPE_OVERRIDES = True
+SUGGESTIONS = 3
+MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]![/]", "problem": "[red]no[/]"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    add_launch_arguments(parser)
     parser.add_argument(
         "--oracle",
         action="store_true",
@@ -18,21 +29,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
-    from grace_rl.recipe import describe, load_recipe
+    from grace_rl.launch.lines import counted, read_launch
+    from grace_rl.recipe import describe
+    from grace_rl.stages import Chain, load
 
-    recipe = load_recipe(options.recipe, overrides)
+    launch = read_launch(options.launch, options.num_processes) if options.launch else None
+    processes = launch.processes if launch else options.num_processes or 1
+    with counted(processes):
+        recipe = load(options.recipe, overrides)
+        if isinstance(recipe, Chain):
+            code = print_stages(recipe)
+            print("recipe, rows and rewards of all stages are in order")
+            return code
     if options.oracle:
         from grace_rl.evaluate.oracle import print_oracle_table
 
         print_oracle_table(recipe)
         return 0
+    from rich.console import Console
+
     from grace_rl.data.rows import read_rows
-    from grace_rl.methods import METHODS, named
+    from grace_rl.launch.preflight import preflight
 
     recipe.model_config()
     rows = read_rows(recipe.data)
-    named(METHODS[recipe.method].plan)(recipe, recipe.training_arguments(), rows)
-    for line in describe(recipe, len(rows)):
-        print(f"# {line}")
-    print("recipe, rows and rewards are in order")
-    return 0
+    findings = preflight(recipe, rows, launch, processes)
+    with counted(processes):
+        plan = describe(recipe, len(rows))
+    console = Console()
+    console.print(screen(plan, findings))
+    problems = sum(finding.level == "problem" for finding in findings)
+    advice = suggestions(findings)
+    if advice:
+        console.print("what helps most:", highlight=False)
+    for line in advice:
+        console.print(f"  - {line}", highlight=False, markup=False, soft_wrap=True)
+    if not problems:
+        print("recipe, rows and rewards are in order")
+    return 2 if problems else 0
+
+
+def screen(plan: list[str], findings: list[Finding]) -> RenderableType:
+    """One line for each thing that was looked at.
+
+    Args:
+        plan: From `grace_rl.recipe.describe`.
+        findings: From `preflight`.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False, expand=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for line in plan:
+        name, _, found = line.partition(" ")
+        table.add_row("", name, _plain(found.strip()))
+    table.add_section()
+    for finding in findings:
+        table.add_row(MARKS[finding.level], finding.name, _plain(finding.found))
+    return table
+
+
+def suggestions(findings: list[Finding]) -> list[str]:
+    """At most three, those for problems before those for warnings."""
+    ranked = sorted(findings, key=lambda f: ("problem", "warning", "ok").index(f.level))
+    given = [advice for finding in ranked for advice in finding.advice]
+    return list(dict.fromkeys(given))[:SUGGESTIONS]
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)

@@ -1,0 +1,190 @@
+"""`grace-rl check`: one screen, and at most three suggestions."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from grace_rl.cli import main
+from grace_rl.commands.check import SUGGESTIONS, suggestions
+from grace_rl.launch import preflight
+from grace_rl.launch.memory import GIB
+from grace_rl.launch.preflight import Finding, Machine
+from grace_rl.launch.versions import TESTED
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """
+method: grpo
+model_name_or_path: scenes
+dtype: float32
+dataset_name: scenes
+dataset_rows: 64
+dataset_options: {form: triplet}
+instruction: null
+roles: {query: {samples: 2}, positive: {samples: 2}, negative: {train: false}}
+rewards: [{name: contrastive}, {name: refinement}]
+num_generations: 2
+per_device_train_batch_size: 4
+max_completion_length: 8
+max_steps: 4
+use_cpu: true
+bf16: false
+gradient_checkpointing: false
+report_to: none
+"""
+
+
+@pytest.fixture
+def check(tmp_path, capsys):
+    """Runs `grace-rl check` on the recipe with changes; returns exit code and what was said."""
+    path = tmp_path / "recipe.yaml"
+
+    def run(*options: str) -> tuple[int, str]:
+        path.write_text(RECIPE)
+        code = main(["check", str(path), "--output_dir", str(tmp_path / "run"), *options])
+        said = capsys.readouterr()
+        return code, " ".join((said.out + said.err).split())
+
+    return run
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend to have GPUs of so many GiB."""
+
+    def pretend(gpus: int, gib: float = 80.0) -> None:
+        made = Machine(("H100",) * gpus, int(gib * GIB), 16, 100 * GIB)
+        monkeypatch.setattr(preflight, "this_machine", lambda processes, use_cpu: made)
+
+    return pretend
+
+
+def test_a_good_recipe_fits_on_one_screen(check, capsys):
+    code, said = check()
+    assert code == 0
+    for part in ("weights", "optimizer", "activations", "disk", "versions", "on 4 rollouts"):
+        assert part in said
+    assert "what helps most" not in said
+    assert main(["check", str(ROOT / "recipes" / "quickstart.yaml")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+
+
+def test_the_batch_is_that_of_all_processes(check):
+    _, said = check("--launch", "zero2", "--num_processes", "4")
+    assert "= 16 rollouts per generation batch" in said
+    code, said = check("--num_processes", "3", "--per_device_train_batch_size", "5")
+    assert code == 2 and "5 x 3 processes" in said
+
+
+def test_what_does_not_fit_gets_at_most_three_suggestions(check, machine):
+    machine(8, gib=2)
+    code, said = check("--num_processes", "8", "--max_completion_length", "8000")
+    assert code == 2
+    assert "no memory" in said
+    advice = said.split("what helps most:")[1].split(" - ")[1:]
+    assert 1 <= len(advice) <= SUGGESTIONS and all("GiB less" in line for line in advice)
+
+
+def test_where_nothing_helps_that_is_said(check, machine):
+    machine(8, gib=0.1)
+    code, said = check("--num_processes", "8")
+    assert code == 2 and "a smaller model, or more memory" in said
+
+
+def test_more_processes_than_gpus(check, machine):
+    machine(2)
+    code, said = check("--launch", "zero3", "--num_processes", "8")
+    assert code == 2 and "for 8 processes" in said and "--num_processes 2" in said
+
+
+def test_tensor_parallelism_must_divide_the_processes(check):
+    options = ["--use_vllm", "true", "--vllm_tensor_parallel_size", "4", "--num_processes", "6"]
+    code, said = check(*options)
+    assert code == 2 and "4 does not divide 6 processes" in said
+    assert "vllm_tensor_parallel_size: 3" in said
+    assert check(*options[:-1], "4", "--vllm_enable_sleep_mode", "true")[0] == 0
+
+
+def test_a_share_too_small_for_vllm(check, machine):
+    machine(1, gib=2)
+    options = ["--use_vllm", "true", "--vllm_gpu_memory_utilization"]
+    code, said = check(*options, "0.0001")
+    assert code == 2 and "higher vllm_gpu_memory_utilization" in said
+    code, said = check(*options, "0.2")
+    assert code == 0 and "sequences of" in said
+
+
+def test_a_missing_server_and_a_taken_port(check):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, said = check(
+            "--use_vllm", "true", "--vllm_mode", "server", "--vllm_group_port", str(port),
+            "--vllm_server_base_url", "http://127.0.0.1:9",
+        )  # fmt: skip
+    assert code == 2
+    assert "no vLLM server answers at http://127.0.0.1:9" in said
+    assert f"{port} (weight push) is taken" in said
+
+
+def test_a_full_disk(check, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: usage)
+    code, said = check()
+    assert code == 2 and "save_total_limit" in said
+
+
+def test_untested_versions_are_named(check, monkeypatch):
+    monkeypatch.setattr(preflight, "installed_versions", lambda: {"trl": "1.18.0"})
+    code, said = check()
+    assert code == 0 and "trl 1.18.0 is installed, tested is 1.16" in said
+
+
+def test_a_reward_that_fails_is_found_with_its_line(check, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def mine(batch):\n    return [len(r.split()[0]) for r in batch.rationales]\n"
+    )
+    code, said = check("--rewards", "[{name: mine.py:mine}]")
+    assert code == 2 and "mine.py" in said and "IndexError" in said
+
+
+def test_the_rows_columns_reach_the_rewards(check, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def mine(completions, source, **_):\n    return [float(len(s)) for s in source]\n"
+    )
+    code, said = check("--rewards", "[{name: mine.py:mine}]")
+    assert ("mine" in said and code == 0) or "needs the columns source" in said
+
+
+def test_a_recipe_for_gpus_can_be_looked_at_without_one(check):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    code, said = check("--bf16", "true", "--use_cpu", "false")
+    assert code == 2 and "precision" in said and "--bf16 false" in said and "memory" in said
+
+
+def test_the_recipes_own_deepspeed_counts(check):
+    config = '{"zero_optimization": {"stage": 3}}'
+    _, said = check("--num_processes", "2", "--deepspeed", config)
+    assert "gathered weights" in said
+
+
+def test_suggestions_put_problems_first():
+    findings = [
+        Finding("a", "", "warning", ["later"]),
+        Finding("b", "", "problem", ["first", "second"]),
+        Finding("c", "", "problem", ["first", "third"]),
+    ]
+    assert suggestions(findings) == ["first", "second", "third"]
+
+
+def test_the_docs_have_the_tested_versions():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    for name, version in TESTED.items():
+        assert f"| {name} | {version}" in text
