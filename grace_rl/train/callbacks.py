@@ -37,6 +37,7 @@ from transformers.utils.logging import (
 )
 
 from grace_rl.launch.lines import OUTCOME
+from grace_rl.train.rollout_tables import RolloutTables
 from grace_rl.train.run_directory import RunDirectory, command_line, plain_numbers, read_metrics
 
 SHOWN = {
@@ -85,7 +86,8 @@ def follow(
     trainer.remove_callback(PrinterCallback)
     # First of all, so that trackers (report_to) see the alarm's metric too.
     trainer.callback_handler.callbacks.insert(0, alarm)
-    for callback in (MetricsWriter(run), progress, stop):
+    tables = RolloutTables(run, trainer.callback_handler)
+    for callback in (MetricsWriter(run), tables, progress, stop):
         trainer.add_callback(callback)
     bars = is_progress_bar_enabled()
     disable_progress_bar()  # one for every file saved

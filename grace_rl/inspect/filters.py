@@ -1,0 +1,134 @@
+"""Which rollouts: one filter for the page's addresses, the terminal's options and notebooks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+from grace_rl.errors import UserError
+
+_CONDITION = re.compile(r"\s*([^<>=]+?)\s*(>=|<=|>|<)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*")
+_STEPS = re.compile(r"(\d*)\s*(?:(-)\s*(\d*))?")
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What rollouts must be; what is None does not matter.
+
+    Attributes:
+        step: An optimizer step, or the first and last of several, each of which may be None.
+        role: `query`, `positive`, `negative`, ...
+        text: What the text or the rationale contains, in any case of letters.
+        example: Row of the data set.
+        group: Within a step.
+        truncated: Whether the rationale never ended.
+        score: Conditions such as `contrastive >= 0.5, advantage < 0`: a reward's label, `advantage`
+            or `tokens`, compared with a number.
+
+    >>> Filter(step=(10, None), text="red fox").query()
+    'step=10-&text=red+fox'
+    >>> Filter.from_query({"step": "10-20"}) == Filter(step=(10, 20))
+    True
+    """
+
+    step: int | tuple[int | None, int | None] | None = None
+    role: str | None = None
+    text: str | None = None
+    example: int | None = None
+    group: int | None = None
+    truncated: bool | None = None
+    score: str | None = None
+
+    @classmethod
+    def from_query(cls, query: Mapping[str, str]) -> Filter:
+        """From the parameters of an address; unknown and empty ones are left out.
+
+        Raises:
+            UserError: With every value that cannot be read.
+        """
+        problems: list[str] = []
+        given = {name: query[name].strip() for name in _READERS if query.get(name, "").strip()}
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            try:
+                values[name] = _READERS[name](value)
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+        if problems:
+            raise UserError(problems)
+        return cls(**values)
+
+    def query(self, **more: Any) -> str:
+        """As the parameters of an address."""
+        values = {**{name: _written(getattr(self, name)) for name in _READERS}, **more}
+        return urlencode({name: v for name, v in values.items() if v not in (None, "")})
+
+    def conditions(self) -> Iterator[tuple[str, str, float]]:
+        """What `score` says: name, operator, number.
+
+        >>> list(Filter(score="length >= 0.5, advantage < 0").conditions())
+        [('length', '>=', 0.5), ('advantage', '<', 0.0)]
+
+        Raises:
+            UserError: It cannot be read.
+        """
+        for part in (self.score or "").split(","):
+            if not part.strip():
+                continue
+            match = _CONDITION.fullmatch(part)
+            try:
+                if match is None:
+                    raise ValueError
+                yield match[1], match[2], float(match[3])
+            except ValueError:
+                raise UserError(
+                    f"score: cannot read {part.strip()!r}; write for example contrastive >= 0.5"
+                ) from None
+
+
+def _steps(value: str) -> int | tuple[int | None, int | None]:
+    match = _STEPS.fullmatch(value)
+    if match is None or not (match[1] or match[3]):
+        raise ValueError(f"cannot read {value!r}; write 10, 10-50, 10- or -50")
+    if not match[2]:
+        return int(match[1])
+    return (int(match[1]) if match[1] else None, int(match[3]) if match[3] else None)
+
+
+def _whole(value: str) -> int:
+    if not re.fullmatch(r"\d{1,18}", value):
+        raise ValueError(f"must be a whole number, not {value!r}")
+    return int(value)
+
+
+def _truth(value: str) -> bool:
+    if value not in ("true", "false"):
+        raise ValueError(f"must be true or false, not {value!r}")
+    return value == "true"
+
+
+def _score(value: str) -> str:
+    list(Filter(score=value).conditions())
+    return value
+
+
+_READERS: dict[str, Any] = {
+    "step": _steps,
+    "role": str,
+    "text": str,
+    "example": _whole,
+    "group": _whole,
+    "truncated": _truth,
+    "score": _score,
+}
+
+
+def _written(value: Any) -> str | None:
+    if isinstance(value, tuple):
+        return "-".join("" if end is None else str(end) for end in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return None if value is None else str(value)

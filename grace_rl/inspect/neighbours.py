@@ -1,0 +1,66 @@
+"""The texts nearest to a rollout, by the vectors that its step stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from grace_rl.errors import UserError
+from grace_rl.inspect.run import Run
+
+
+def pool_of_step(run: Run, step: int) -> tuple[pd.DataFrame, np.ndarray]:
+    """The distinct texts of a step and a unit vector of each, the mean of its rollouts'.
+
+    Returns:
+        A table with `text`, `role`, `example`; and (N, H) float32.
+
+    Raises:
+        UserError: Nothing is stored of that step.
+    """
+    columns = ["text", "role", "example", "embedding"]
+    stored = run.step_table(step, columns)
+    texts = stored.select(columns[:3]).to_pandas()
+    vectors = _vectors(stored["embedding"].to_pylist(), run, step)
+    pool = texts.drop_duplicates("text").reset_index(drop=True)
+    place = {text: i for i, text in enumerate(pool["text"])}
+    sums = np.zeros((len(pool), vectors.shape[1]), dtype=np.float32)
+    np.add.at(sums, [place[text] for text in texts["text"]], vectors)
+    return pool, sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+
+
+def nearest_by_rationale(run: Run, step: int, row: int) -> pd.DataFrame:
+    """Where a rollout's own vector lies among the other texts of its step; see `ranked`."""
+    pool, vectors = pool_of_step(run, step)
+    rollout = run.rollout(step, row)
+    own = _vectors([rollout["embedding"]], run, step)[0]
+    return ranked(pool, vectors @ own, rollout["text"], rollout["example"])
+
+
+def ranked(
+    pool: pd.DataFrame, cosines: np.ndarray, text: str, example: int | None = None
+) -> pd.DataFrame:
+    """A pool in falling order of cosine, without the text itself.
+
+    Args:
+        pool: Columns `text`, `role`, `example`.
+        cosines: (N,).
+        text: The text whose neighbours these are.
+        example: Its row: `same_row` marks the texts that belong with it, the counterpart and the
+            hard negative.
+
+    Returns:
+        `rank` from 1, `cosine`, `text`, `role`, `example`, `same_row`.
+    """
+    table = pool.assign(cosine=np.asarray(cosines, dtype=float))
+    table = table[table["text"] != text].sort_values("cosine", ascending=False, kind="stable")
+    table = table.assign(rank=np.arange(1, len(table) + 1), same_row=table["example"] == example)
+    return table[["rank", "cosine", "text", "role", "example", "same_row"]].reset_index(drop=True)
+
+
+def _vectors(lists: Sequence[Sequence[float] | None], run: Run, step: int) -> np.ndarray:
+    if not lists or any(vector is None for vector in lists):
+        raise UserError(f"{run.path}: step {step} was stored without embeddings")
+    return np.asarray(lists, dtype=np.float32)
