@@ -64,7 +64,12 @@ def main() -> int:
     )
     masks: dict[str, dict[str, Any] | None] = {
         "unmasked": None,
-        "masked": {"guide": str(options.output / "guide"), "mode": "absolute", "sigma": sigma, "own_negatives": False},
+        "masked": {
+            "guide": str(options.output / "guide"),
+            "mode": "absolute",
+            "sigma": sigma,
+            "own_negatives": False,
+        },
         "truth": {"guide": f"{Path(__file__).resolve()}:facts", "sigma": 0.95},
     }
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in options.arms}

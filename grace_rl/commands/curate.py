@@ -40,8 +40,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         curate(recipe, Shard(int(match[1]), int(match[2])), options.overwrite)
     except KeyboardInterrupt:
         print(
-            f"interrupted; finished chunks are in {recipe.output_dir}, and the same command goes on "
-            "from there",
+            f"interrupted; finished chunks are in {recipe.output_dir}; the same command goes on",
             file=sys.stderr,
         )
         return 130

@@ -20,6 +20,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import AutoConfig, EarlyStoppingCallback, TrainerCallback
 
+from grace_rl.data.false_negatives import false_negative_config, load_false_negatives
 from grace_rl.data.rows import Row, read_rows
 from grace_rl.embed.hidden_states import decoder_stack
 from grace_rl.embed.sentence_encoder import SentenceEncoder
@@ -42,6 +44,7 @@ from grace_rl.errors import UserError
 from grace_rl.evaluate.similarity import TIE
 from grace_rl.train.checkpoints import CheckpointMixin
 from grace_rl.train.contrastive_config import GraceContrastiveConfig
+from grace_rl.train.guided_infonce import CachedGuidedInfoNCE, GuidedInfoNCE, Marks, row_numbers
 from grace_rl.train.start import Build, Start
 
 if TYPE_CHECKING:
@@ -71,11 +74,19 @@ def contrastive_examples(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, .
     return [example[:width] for example in examples]
 
 
-def examples_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    """Columns `query`, `positive`, `negative_1`, ...: what the loss takes, in this order."""
+def examples_dataset(rows: Sequence[Mapping[str, Any]], numbered: bool = False) -> Dataset:
+    """Columns `query`, `positive`, `negative_1`, ...: what the loss takes, in this order.
+
+    `numbered` adds each example's number as its label.
+    """
     examples = contrastive_examples(rows)
     names = ["query", "positive", *(f"negative_{i}" for i in range(1, len(examples[0]) - 1))]
-    return Dataset.from_dict(dict(zip(names, map(list, zip(*examples, strict=True)), strict=True)))
+    columns: dict[str, list[Any]] = dict(
+        zip(names, map(list, zip(*examples, strict=True)), strict=True)
+    )
+    if numbered:
+        columns["label"] = list(range(len(examples)))
+    return Dataset.from_dict(columns)
 
 
 def plan(recipe: Recipe, args: GraceContrastiveConfig, rows: Sequence[Row]) -> Build:
@@ -100,6 +111,7 @@ def plan(recipe: Recipe, args: GraceContrastiveConfig, rows: Sequence[Row]) -> B
             rows,
             validation,
             peft_config=start.peft_config,
+            run_folder=start.run_folder,
         )
 
     return build
@@ -170,8 +182,10 @@ def encoder_model(path: str, pooling: str | None) -> SentenceTransformer:
 # --- loss ------------------------------------------------------------------------------------
 
 
-def contrastive_loss(model: SentenceTransformer, args: GraceContrastiveConfig) -> nn.Module:
-    """InfoNCE over the similarities of a batch (B, B * (1 + hard negatives))."""
+def contrastive_loss(
+    model: SentenceTransformer, args: GraceContrastiveConfig, marks: Marks | None = None
+) -> nn.Module:
+    """InfoNCE over the similarities of a batch (B, B * (1 + hard negatives)); `marks` mask some."""
     keywords: dict[str, Any] = {
         "scale": 1.0 / args.temperature,
         "gather_across_devices": args.gather_across_devices and args.world_size > 1,
@@ -179,6 +193,10 @@ def contrastive_loss(model: SentenceTransformer, args: GraceContrastiveConfig) -
     if args.symmetric:
         keywords["directions"] = ("query_to_doc", "doc_to_query")
         keywords["partition_mode"] = "per_direction"
+    if marks is not None and args.mini_batch_size is None:
+        return GuidedInfoNCE(model, marks, **keywords)
+    if marks is not None:
+        return CachedGuidedInfoNCE(model, marks, mini_batch_size=args.mini_batch_size, **keywords)
     if args.mini_batch_size is None:
         return MultipleNegativesRankingLoss(model, **keywords)
     return CachedMultipleNegativesRankingLoss(
@@ -226,6 +244,8 @@ class GraceContrastiveTrainer(CheckpointMixin, SentenceTransformerTrainer):
         validation: Rows that `args.validation` stands for; scored every `eval_steps`.
         callbacks: As in transformers.
         peft_config: An adapter to train; the saved model has it merged in.
+        run_folder: Where the guide of `args.false_negatives` is kept; None keeps it for this
+            process alone.
 
     Attributes:
         whole: What is saved: the policy with its head, or the encoder's transformer.
@@ -239,7 +259,14 @@ class GraceContrastiveTrainer(CheckpointMixin, SentenceTransformerTrainer):
         validation: Sequence[Mapping[str, Any]] = (),
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
+        run_folder: Path | None = None,
     ) -> None:
+        false_negatives = load_false_negatives(
+            false_negative_config(args.false_negatives), [dict(row) for row in rows], run_folder
+        )
+        marks = None
+        if false_negatives is not None:
+            marks = Marks(false_negatives, contrastive_examples(rows), row_numbers(rows))
         if isinstance(model, str):
             sentences = encoder_model(model, args.pooling)
             self.whole: Any = sentences[0].model
@@ -261,9 +288,9 @@ class GraceContrastiveTrainer(CheckpointMixin, SentenceTransformerTrainer):
         super().__init__(
             model=sentences,
             args=args,
-            train_dataset=examples_dataset(rows),
+            train_dataset=examples_dataset(rows, numbered=marks is not None),
             eval_dataset=examples_dataset(validation) if validation else None,
-            loss=contrastive_loss(sentences, args),
+            loss=contrastive_loss(sentences, args, marks),
             evaluator=RowScores(validation) if validation else None,
             callbacks=callbacks,
         )

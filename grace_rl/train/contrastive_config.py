@@ -26,6 +26,10 @@ class GraceContrastiveConfig(SentenceTransformerTrainingArguments):
         mini_batch_size: Texts per forward; the loss still sees the whole batch (gradient cache,
             arXiv 2101.06983). `null` forwards the batch at once.
         gather_across_devices: Negatives from all processes.
+        false_negatives: Keywords of `grace_rl.data.false_negatives.FalseNegativeConfig`: a guide
+            says which texts of the batch mean the same and must not count as negatives. In the
+            modes `margin` and `ratio`, the direction from positive to query (`symmetric`) compares
+            with the query's own positive too.
         validation: Rows to score during training: `dataset_name` (default: the recipe's), `split`
             and `rows`. Gives the metrics `eval_recall_at_1`, `eval_triplet_accuracy` (where rows
             have a negative) and `eval_loss`; transformers' `eval_strategy`, `eval_steps`,
@@ -41,6 +45,7 @@ class GraceContrastiveConfig(SentenceTransformerTrainingArguments):
     dropout: float = 0.0
     mini_batch_size: int | None = None
     gather_across_devices: bool = True
+    false_negatives: dict[str, Any] | None = None
     validation: dict[str, Any] | None = None
     early_stopping_patience: int = 0
     # The same text twice in a batch would be its own negative.

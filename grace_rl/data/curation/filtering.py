@@ -39,7 +39,8 @@ def choose(row: Mapping[str, Any], step: FilterStep) -> Choice:
         row: `positives` and `negatives`, each a list of `{text, score}`.
         step: Thresholds and rule.
 
-    >>> row = {"positives": [{"text": "p", "score": 2.0}], "negatives": [{"text": "n", "score": 4.5}]}
+    >>> row = {"positives": [{"text": "p", "score": 2.0}],
+    ...        "negatives": [{"text": "n", "score": 4.5}]}
     >>> chosen = choose(row, FilterStep(alpha=3, beta=3, gamma=1))
     >>> chosen.positive["text"], chosen.swapped, chosen.reason
     ('n', True, None)

@@ -111,7 +111,9 @@ class EncoderJudge:
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
         place = {text: i for i, text in enumerate(texts)}
         vectors = unit_vectors(self.encode, texts)
-        first, second = (vectors[[place[text] for text in side]] for side in zip(*pairs, strict=True))
+        first, second = (
+            vectors[[place[text] for text in side]] for side in zip(*pairs, strict=True)
+        )
         cosine = (first * second).sum(1)
         return [Rating(round(float(c) * HIGHEST, 6)) for c in cosine.clamp(0, 1)]
 
@@ -167,7 +169,9 @@ def checked(ratings: Sequence[Any], count: int, judge: str) -> list[Rating]:
     Raises:
         UserError: They are too few, too many, or outside 0 to 5.
     """
-    found = [r if isinstance(r, Rating) else Rating(math.nan if r is None else float(r)) for r in ratings]
+    found = [
+        r if isinstance(r, Rating) else Rating(math.nan if r is None else float(r)) for r in ratings
+    ]
     if len(found) != count:
         raise UserError(f"rate.judge: {judge} gave {len(found)} ratings for {count} pairs")
     for rating in found:

@@ -79,7 +79,7 @@ class SidePrompts:
         self, tokenizer: Any, kind: str, max_text_tokens: int, chat_template_kwargs: dict[str, Any]
     ) -> None:
         self.tokenizer, self.kind, self.max_text_tokens = tokenizer, kind, max_text_tokens
-        pools = INSTRUCTIONS if kind == "instructions" else {side: (None,) for side in SIDES}
+        pools = INSTRUCTIONS if kind == "instructions" else dict.fromkeys(SIDES, (None,))
         self._templates: dict[str, list[PromptTemplate]] = {}
         if kind != "completion":
             self._templates = {
@@ -92,7 +92,11 @@ class SidePrompts:
 
     def number(self, text: str) -> int:
         """Which of the instructions a text gets."""
-        return 0 if not self._templates else zlib.crc32(text.encode()) % len(self._templates["positive"])
+        return (
+            0
+            if not self._templates
+            else zlib.crc32(text.encode()) % len(self._templates["positive"])
+        )
 
     def tokens(self, text: str, side: Side, number: int) -> list[int]:
         """The prompt of one side, as tokens."""

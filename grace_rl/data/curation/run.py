@@ -17,7 +17,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -142,8 +141,8 @@ class _Curation:
         generate = self.recipe.generate
         if generate is None and kinds == {"text"}:
             raise UserError(
-                f"{self.recipe.path}: the rows have text alone; add a generate step, or give query, "
-                "positive and negative"
+                f"{self.recipe.path}: the rows have text alone; add a generate step, or give "
+                "query, positive and negative"
             )
         column = generate.opposite_column if generate is not None else None
         if column is not None:
@@ -294,7 +293,9 @@ class _Curation:
         """The wanted chunks of the source, which is read once and never held."""
         rows, chosen = enumerate(stream_rows(self.recipe.data)), set(wanted)
         for number in range(self.chunks):
-            chunk = [row | {"id": row.get("id", i)} for i, row in islice(rows, self.recipe.chunk_rows)]
+            chunk = [
+                row | {"id": row.get("id", i)} for i, row in islice(rows, self.recipe.chunk_rows)
+            ]
             if number in chosen:
                 yield number, chunk
 
@@ -383,7 +384,12 @@ def write_candidates(
                 cleaned = stripped(candidate.text)
                 reason = "cut off" if not candidate.ended else None
                 reason = reason or reason_to_drop(
-                    cleaned, text, side, kept, tuple(step.length_ratio), step.max_overlap  # type: ignore[arg-type]
+                    cleaned,
+                    text,
+                    side,
+                    kept,
+                    tuple(step.length_ratio),
+                    step.max_overlap,  # type: ignore[arg-type]
                 )
                 if reason is None:
                     kept.append(cleaned)

@@ -160,9 +160,7 @@ def test_every_mistake_is_named_with_its_line(tmp_path):
     assert f"{file}:7: rate.judge: must be one of digits, likelihood, encoder" in said
     assert f"{file}:8: filter.gamma: the published code has no such setting" in said
     assert f"{file}:9: guide.model_name_or_path: is missing" in said
-    file.write_text(
-        "dataset_name: scenes\ngenerate:\n  model_name_or_path: scenes\n  omega: 0.3\n"
-    )
+    file.write_text("dataset_name: scenes\ngenerate:\n  model_name_or_path: scenes\n  omega: 0.3\n")
     with pytest.raises(UserError, match=r":4: generate.omega: vLLM cannot do contrastive"):
         load_curation(file)
 
