@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -265,19 +264,19 @@ def _version(package: str) -> str | None:
 
 def result_table(content: Mapping[str, Any]) -> Table:
     """A line for each task, with and without the rationale."""
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for head in ("task", "rationale", "metric"):
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for head in ("task", "metric", "rationale"):
         table.add_column(head, no_wrap=True)
-    for head in ("score", "95% interval", "texts/s", "tokens"):
+    for head in ("score", "95%", "texts/s", "tokens"):
         table.add_column(head, justify="right", no_wrap=True)
     for task in content["tasks"]:
-        low_high = task["interval"]
+        low_high = task["interval"] or ()
         table.add_row(
             task["name"],
-            task["rationale"],
             task["main_metric"],
+            task["rationale"],
             f"{task['score']:.4f}",
-            f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else "",
+            " to ".join(f"{value:.2f}" for value in low_high),
             f"{task['texts_per_second']:,.0f}",
             f"{task['rationale_tokens']:.1f}" if task["rationale_tokens"] else "",
         )
