@@ -80,7 +80,7 @@ def test_interrupting_is_130(recipe, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grace_rl.recipe.load_recipe", interrupt)
+    monkeypatch.setattr("grace_rl.stages.load", interrupt)
     assert main(["check", recipe]) == 130
 
 

@@ -34,6 +34,7 @@ ROLLOUTS: dict[str, Any] = {
 }
 PPO = ROLLOUTS | {"method": "ppo", "num_iterations": 2, "beta": 0.05, "kl_target": 1.0}
 SFT: dict[str, Any] = {"method": "sft", "dataset_options": {"form": "sft"}}
+RECONSTRUCTION: dict[str, Any] = {"method": "reconstruction"}
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
 CHECKPOINTING = {"gradient_checkpointing": True}
 JUDGED = {"rewards": [{"name": "contrastive"}, {"name": "judge.py:Judge", "weight": 0.5}]}
@@ -81,6 +82,7 @@ RUNS = {
         "grpo-frozen": ROLLOUTS | {"reader": {"weights": "frozen"}},
         "ppo": PPO | {"critic": "separate"},
         "sft-lora": SFT | LORA | CHECKPOINTING,
+        "reconstruction": RECONSTRUCTION | CHECKPOINTING,
     },
 }
 """Per mode, what each run adds to `EVERY`: a new method is one line."""
@@ -187,7 +189,7 @@ def test_runs_resume_and_leave_a_model(tmp_path: Path, mode: str) -> None:
         for key, tensor in weights[0].items():
             assert torch.equal(weights[1][key], tensor), (name, key)
         assert [line["step"] for line in read_metrics(cut_run)] == [1, 2, 3, 4]
-        if settings["method"] != "sft":
+        if "rewards" in settings:
             assert read_rollouts(cut_run).to_pylist() == read_rollouts(whole_run).to_pylist()
         if settings["method"] == "ppo":
             critic = load_file(whole_run / "checkpoints" / "checkpoint-4" / VALUE_MODEL_FILE)
@@ -215,7 +217,8 @@ EVERY_REWARD = {
 }
 SAME = {
     "grpo": ROLLOUTS | EVERY_REWARD,
-    "grpo-context": ROLLOUTS | {"reader": {"span": "context"}, "beta": 0.05},
+    "grpo-context": ROLLOUTS | CHECKPOINTING | {"reader": {"span": "context"}, "beta": 0.05},
+    "grpo-lora": ROLLOUTS | CHECKPOINTING | LORA | {"lora_alpha": 64},
     "ppo": PPO | EVERY_REWARD,
     "sft": SFT,
 }
@@ -258,7 +261,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path, alone: Path, mode: str)
         ]
         start = load_file(scenes.COLD_START / "model.safetensors")
         moved = {key: float((weights[0][key] - old).abs().max()) for key, old in start.items()}
-        assert min(moved.values()) > 1e-5 and max(moved.values()) > 1e-3, (name, moved)
+        assert max(moved.values()) > 1e-3, (name, moved)
         for key in start:
             torch.testing.assert_close(weights[1][key], weights[0][key], atol=1e-5, rtol=0)
         metrics = [read_metrics(run / name) for run in (alone, tmp_path)]
