@@ -153,7 +153,8 @@ def _mix(embeddings: nn.Module, shares: Tensor) -> Tensor:
     scale = getattr(embeddings, "embed_scale", 1.0)  # Gemma multiplies inside the module
 
     def mixture(shares: Tensor) -> Tensor:
-        return (shares.to(weight.dtype) @ weight * scale).unsqueeze(1)
+        mixed = shares.to(weight.dtype) @ weight * scale
+        return mixed.to(weight.dtype).unsqueeze(1)  # autocast's product is in half precision
 
     return _ForwardRedirection()(embeddings, embeddings, mixture, shares)  # type: ignore[no-any-return]
 

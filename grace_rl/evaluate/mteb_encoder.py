@@ -18,6 +18,7 @@ from mteb.types import PromptType
 
 from grace_rl.embed.loading import load_encoder
 from grace_rl.embed.sentence_encoder import SentenceEncoder
+from grace_rl.embed.soft_token_encoder import SoftTokenEncoder
 
 
 @dataclass
@@ -73,7 +74,7 @@ class MtebEncoder:
         """Unit vectors (N, H) float32 of all texts of the batches."""
         texts = [text for batch in inputs for text in batch["text"]]
         started = time.perf_counter()
-        if isinstance(self.encoder, SentenceEncoder):
+        if isinstance(self.encoder, SentenceEncoder | SoftTokenEncoder):
             encoded = self.encoder.encode(texts, role=_role(prompt_type))
         else:
             encoded = self.encoder.encode(texts, self.rationale)

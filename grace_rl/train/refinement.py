@@ -14,7 +14,7 @@ It reads top to bottom: rows -> texts -> states of every step -> losses.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +27,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl.models.utils import _ForwardRedirection
 
+from grace_rl.data.false_negatives import false_negative_config, load_false_negatives
 from grace_rl.data.guide import text_key
 from grace_rl.data.rows import Row
-from grace_rl.embed.sentence_encoder import SentenceEncoder
-from grace_rl.embed.soft_token_embedding import (
-    SoftTokenEmbedding,
-    sentence_transformer,
-    tokenize_texts,
-    write_module_files,
-)
+from grace_rl.embed.modules_json import write_modules
+from grace_rl.embed.soft_token_encoder import SoftTokenEncoder, SoftTokenSettings, tokenize_texts
 from grace_rl.embed.soft_tokens import soft_tokens
 from grace_rl.errors import UserError
 from grace_rl.train.checkpoints import CheckpointMixin
@@ -47,10 +43,8 @@ from grace_rl.train.start import Build, Start
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
 
-CandidateMask = Callable[[list[str], list[str]], Tensor]
-"""Queries (Q) and candidates (C) -> (Q, C): true, or a share up to 1, where a candidate counts."""
-
 WORDS_FILE = "soft_tokens.jsonl"
+MODULE = "grace_rl.embed.soft_token_embedding.SoftTokenEmbedding"
 LENGTH_GROUPS, GROUP_TEXTS = 4, 16  # texts of like length share a forward: less padding
 
 # --- rows -> texts ---------------------------------------------------------------------------
@@ -91,7 +85,7 @@ def plan(recipe: Recipe, args: RefinementConfig, rows: Sequence[Row]) -> Build:
             tokenizer,
             peft_config=start.peft_config,
             console=start.console,
-            words_file=start.run_folder / WORDS_FILE,
+            run_folder=start.run_folder,
         )
 
     return build
@@ -149,13 +143,13 @@ class RefinementTrainer(CheckpointMixin, Trainer):
         processing_class: The model's tokenizer.
         callbacks: As in transformers.
         peft_config: An adapter to train; embeddings and head then stay as they are.
-        candidate_mask: Leaves out false negatives, beside candidates whose text is the query's own
-            or its positive's.
-        console: Where the words of the soft tokens are printed at the end; None prints none.
-        words_file: Where they are kept, see `StepWordsWriter`; None keeps none.
+        console: Where the words of the soft tokens are printed at the end, and advice on the mask;
+            None prints nothing.
+        run_folder: Where the words are kept (`StepWordsWriter`), and the guide of the mask; None
+            keeps neither.
 
     Raises:
-        UserError: `args.icr` is wrong.
+        UserError: `args.icr` or `args.false_negatives` is wrong, or there is no such guide.
     """
 
     def __init__(
@@ -166,12 +160,14 @@ class RefinementTrainer(CheckpointMixin, Trainer):
         processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
-        candidate_mask: CandidateMask | None = None,
         console: Console | None = None,
-        words_file: Path | None = None,
+        run_folder: Path | None = None,
     ) -> None:
         self.icr = ICRConfig.from_settings(args.icr)
-        self.candidate_mask = candidate_mask
+        self.false_negatives = load_false_negatives(
+            false_negative_config(args.false_negatives), list(rows), run_folder
+        )
+        self.console = console
         args.remove_unused_columns = False
         if peft_config is not None:
             model = get_peft_model(model, peft_config)  # type: ignore[assignment]
@@ -187,9 +183,9 @@ class RefinementTrainer(CheckpointMixin, Trainer):
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False  # a mean over rows: nothing to be rescaled
-        if args.word_examples and args.refinement_steps and words_file is not None:
+        if args.word_examples and args.refinement_steps and run_folder is not None:
             texts = list(dict.fromkeys(row["query"] for row in rows))[: args.word_examples]
-            self.add_callback(StepWordsWriter(self, texts, words_file, console))
+            self.add_callback(StepWordsWriter(self, texts, run_folder / WORDS_FILE, console))
 
     # -- the loss ---------------------------------
 
@@ -263,13 +259,33 @@ class RefinementTrainer(CheckpointMixin, Trainer):
         positives = positives // batch * (columns - 1) * batch + positives % batch
         same = (keys == query_keys[:, None]) | (keys == keys[positives][:, None])
         mask = (counts & ~same).float()
-        if self.candidate_mask is not None:
-            texts = inputs["texts"] if processes == 1 else gather_object(inputs["texts"])
-            wide = [texts[i : i + len(vectors)] for i in range(0, len(texts), len(vectors))]
-            asked = [text for part in wide for text in part[:batch]]
-            offered = [text for part in wide for text in part[batch:]]
-            mask = mask * self.candidate_mask(asked, offered).to(mask)
+        if self.false_negatives is not None:
+            mask = mask * self._guide_weights(inputs["texts"], batch, positives).to(mask)
         return step_losses(queries, candidates, positives, mask, self.icr.temperature)
+
+    def _guide_weights(self, texts: list[str], batch: int, positives: Tensor) -> Tensor:
+        """(Q, C) how much the guide lets a candidate count as a negative of a query."""
+        guide, width = self.false_negatives, len(texts)
+        assert guide is not None
+        if self.accelerator.num_processes > 1:
+            texts = gather_object(texts)
+        parts = [texts[start : start + width] for start in range(0, len(texts), width)]
+        queries = [text for part in parts for text in part[:batch]]
+        candidates = [text for part in parts for text in part[batch:]]
+        places = positives.tolist()
+        weights = guide.weights(queries, candidates, [candidates[place] for place in places])
+        weights = weights.scatter(1, positives.cpu().unsqueeze(1), 1.0)
+        share = float((weights == 0).float().mean())
+        self._found["false_negatives/masked_share"].append(torch.tensor(share))
+        advice = guide.watch(share)
+        if advice and self.console is not None and self.accelerator.is_main_process:
+            self.console.print(advice, style="yellow", highlight=False)
+        if not guide.config.own_negatives:
+            place = torch.arange(len(candidates))
+            row = place // (width - batch) * batch + place % batch
+            own = row[None] == torch.arange(len(queries))[:, None]
+            weights = weights.masked_fill(own, 1.0)
+        return weights
 
     # -- what is logged ---------------------------------
 
@@ -286,38 +302,36 @@ class RefinementTrainer(CheckpointMixin, Trainer):
         """As in transformers, with the means of what was found since the last log."""
         if "loss" in logs and self._found:
             names = list(self._found)
-            means = torch.stack([torch.stack(self._found[name]).mean() for name in names])
-            means = self.accelerator.reduce(means, reduction="mean")
+            means = torch.tensor([float(torch.stack(self._found[name]).mean()) for name in names])
+            means = self.accelerator.reduce(means.to(self.args.device), reduction="mean")
             logs |= dict(zip(names, means.tolist(), strict=True))
             self._found.clear()
         super().log(logs, start_time)
 
     # -- using and saving it ---------------------------------
 
-    def module(self) -> SoftTokenEmbedding:
-        """The model as it is now, as a sentence-transformers module."""
+    def encoder(self) -> SoftTokenEncoder:
+        """The model as it is now, as an encoder that writes no rationale."""
         args = self.args
         assert isinstance(args, RefinementConfig)
         steps = args.refinement_steps if args.inference_steps is None else args.inference_steps
-        return SoftTokenEmbedding(
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,
-            steps,
-            args.soft_temperature,
-            args.max_text_tokens,
+        settings = SoftTokenSettings(
+            refinement_steps=steps,
+            soft_temperature=args.soft_temperature,
+            max_text_tokens=args.max_text_tokens,
+            instruction=self._prompt("passage_prompt"),
+            query_instruction=self._prompt("query_prompt"),
         )
+        model = self.accelerator.unwrap_model(self.model)
+        return SoftTokenEncoder(model, self.processing_class, settings)
 
-    def encoder(self) -> SentenceEncoder:
-        """The model as it is now, as an encoder that writes no rationale."""
-        return SentenceEncoder(sentence_transformer(self.module(), self._prompts()))
-
-    def _prompts(self) -> dict[str, str]:
-        """What `encode_query` and `encode_document` put first; empty where it depends on a row."""
-        args: Any = self.args
-        prompts = {"query": args.query_prompt, "document": args.passage_prompt}
-        return {name: "" if prompt_columns(text) else text for name, text in prompts.items()}
+    def _prompt(self, key: str) -> str:
+        """What comes before a text by itself; nothing where it depends on a row."""
+        prompt = getattr(self.args, key)
+        return "" if prompt_columns(prompt) else prompt
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        write_module_files(self.module(), folder, self._prompts())
+        self.encoder().save(folder)
+        write_modules(folder, MODULE, {"query": self._prompt("query_prompt")})

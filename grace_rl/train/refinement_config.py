@@ -26,6 +26,9 @@ class RefinementConfig(TrainingArguments):
         icr: Keywords of `grace_rl.train.refinement_terms.ICRConfig`, and `preset`.
         hard_negatives: How many of a row's negatives become candidates, at least 0. Rows with fewer
             go without.
+        false_negatives: Keywords of `grace_rl.data.false_negatives.FalseNegativeConfig`: a guide
+            says which candidates mean the same as a query and leave its softmax. `null`: only those
+            with its own or its positive's text do.
         mini_batch_size: Texts per forward, at least 1; the loss still sees the whole batch
             (gradient cache, arXiv 2101.06983). Activations are kept for one part only, at the price
             of a second forward, so that a batch may be as large as one likes. `null` forwards the
@@ -44,6 +47,7 @@ class RefinementConfig(TrainingArguments):
     soft_temperature: float = 1.0
     icr: dict[str, Any] = field(default_factory=dict)
     hard_negatives: int = 1
+    false_negatives: dict[str, Any] | None = None
     mini_batch_size: int | None = None
     query_prompt: str = ""
     passage_prompt: str = ""

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import TrainerCallback
 
-from grace_rl.embed.soft_token_embedding import StepWords
+from grace_rl.embed.soft_token_encoder import StepWords
 from grace_rl.files import write_text
 from grace_rl.zero import whole_policy
 
@@ -59,8 +60,9 @@ class StepWordsWriter(TrainerCallback):
         found: list[StepWords] = []
         with whole_policy(self.trainer):
             if state.is_world_process_zero:
-                prompt = args.query_prompt if "{" not in args.query_prompt else ""
-                found = self.trainer.module().step_words(self.texts, prompt=prompt)
+                encoder = self.trainer.encoder()
+                before = encoder.settings.query_instruction  # the texts are queries
+                found = encoder.step_words(self.texts, instruction=before)
                 write_words(self.file, state.global_step, found)
             self.trainer.accelerator.wait_for_everyone()
         return found
@@ -90,14 +92,15 @@ def read_words(file: Path) -> list[dict[str, Any]]:
 
 
 def words_table(found: Sequence[StepWords]) -> Table:
-    """A row for each text, a column for each step, its likeliest words in it."""
+    """A column for each text, a row for each step with its likeliest words."""
     table = Table(title="What the soft tokens say", title_justify="left")
-    table.add_column("text", no_wrap=True, min_width=20, max_width=30)
-    for k in range(max(len(item.words) for item in found)):
-        table.add_column(str(k + 1), overflow="fold")
+    table.add_column("step", justify="right")
     for item in found:
+        table.add_column(escape(item.text), ratio=1)
+    for k in range(max(len(item.words) for item in found)):
         cells = (
-            " ".join(word.strip() or "·" for word, _ in words[:SHOWN_WORDS]) for words in item.words
+            escape(", ".join(word.strip() or repr(word) for word, _ in item.words[k][:SHOWN_WORDS]))
+            for item in found
         )
-        table.add_row(item.text, *cells)
+        table.add_row(str(k + 1), *cells)
     return table

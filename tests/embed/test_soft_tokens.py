@@ -180,3 +180,13 @@ def test_the_temperature_sharpens():
     model = a_model().eval()
     cold, hot = (soft_tokens(model, *texts(), 1, temperature=t) for t in (0.5, 2.0))
     assert (cold.entropy < hot.entropy).all()
+
+
+@torch.no_grad()
+def test_mixed_precision_keeps_the_soft_tokens_stream_in_full():
+    model = a_model().eval()
+    full = soft_tokens(model, *texts(), 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = soft_tokens(model, *texts(), 3)
+    assert mixed.prompt.dtype == mixed.states.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(mixed.states, full.states, dim=-1).min() > 0.98

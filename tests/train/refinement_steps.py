@@ -37,11 +37,10 @@ def main() -> None:
     args = RefinementConfig(output_dir=str(folder), **given | join_processes(given))
     model, tokenizer = load_policy(policy, dtype=torch.float32)
     triplets = scenes.rows(form="triplet", count=64)
-    trainer = RefinementTrainer(
-        model, args, triplets, tokenizer, words_file=folder / "soft_tokens.jsonl"
-    )
+    trainer = RefinementTrainer(model, args, triplets, tokenizer, run_folder=folder)
     folder.mkdir(exist_ok=True, parents=True)
     trainer.train()
+    trainer.save_model(str(folder / "model"))
     with whole_policy(trainer):
         if trainer.is_world_process_zero():
             inner = trainer.accelerator.unwrap_model(trainer.model)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grace_rl import cli
 from grace_rl.data import scenes
+from grace_rl.embed.soft_token_encoder import SoftTokenEncoder
 from grace_rl.errors import UserError
 from grace_rl.recipe import load_recipe
 from grace_rl.train.refinement import RefinementTrainer, plan
@@ -123,7 +125,7 @@ def trainer_for(policy: str, output: Path, rows=TRIPLETS, **given) -> Refinement
         "learning_rate": 1e-3,
         "icr": {"temperature": 0.1},
     }
-    others = {name: given.pop(name) for name in ("candidate_mask", "peft_config") if name in given}
+    others = {name: given.pop(name) for name in ("peft_config",) if name in given}
     args = RefinementConfig(output_dir=str(output), **keywords | given)
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     return RefinementTrainer(model, args, rows, AutoTokenizer.from_pretrained(policy), **others)
@@ -170,52 +172,51 @@ def test_parts_keep_fewer_activations(policy, tmp_path):
 def test_the_loss_is_the_objective_of_the_rows(policy, tmp_path):
     trainer = trainer_for(policy, tmp_path)
     rows = TRIPLETS[:4]
-    module = trainer.module()
-    queries = module.every_step([row["query"] for row in rows], 3)
+    encoder = trainer.encoder()
+    queries = encoder.every_step([row["query"] for row in rows], 3)
     passages = [row["positive"] for row in rows] + [row["negative"][0] for row in rows]
-    losses = step_losses(queries, module.every_step(passages, 3), torch.arange(4), temperature=0.1)
+    losses = step_losses(queries, encoder.every_step(passages, 3), torch.arange(4), temperature=0.1)
     expected = icr_loss(losses, trainer.icr)[0]
     found = trainer.compute_loss(trainer.model.eval(), trainer.data_collator(rows))
     assert float(found) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_equal_texts_missing_negatives_and_masked_candidates_are_left_out(policy, tmp_path):
+GUIDE = """
+import torch
+
+def vectors(texts):
+    alike = [0 if text.startswith("a ") else 1 + texts.index(text) for text in texts]
+    return torch.eye(1 + len(texts))[alike]
+"""
+
+
+@pytest.mark.parametrize("own_negatives", [True, False])
+def test_equal_texts_missing_negatives_and_masked_candidates_are_left_out(
+    policy, tmp_path, own_negatives
+):
     rows = [
-        {"query": "a fox", "positive": "one fox", "negative": ["a cat"]},
+        {"query": "a fox", "positive": "one fox", "negative": ["a cat"]},  # the guide's, its own
         {"query": "a dog", "positive": "one dog", "negative": ["one fox"]},  # row 0's positive
         {"query": "a cow", "positive": "one cow"},
         {"query": "a hen", "positive": "one hen", "negative": ["a hen"]},  # its own query
     ]
-    seen = []
-
-    def no_cats(queries: list[str], candidates: list[str]) -> torch.Tensor:
-        seen.append((queries, candidates))
-        return torch.tensor([["cat" not in text for text in candidates]] * len(queries))
-
+    offered = ["one fox", "one dog", "one cow", "one hen", "a cat", "one fox", "one cow", "a hen"]
+    allowed = {0: [0, 1, 2, 3], 1: [0, 1, 2, 3, 5], 2: [0, 1, 2, 3, 5], 3: [0, 1, 2, 3, 5]}
+    if not own_negatives:
+        allowed[0].append(4)
+    (tmp_path / "guide.py").write_text(GUIDE)
+    guide = {"guide": f"{tmp_path}/guide.py:vectors", "sigma": 0.9, "own_negatives": own_negatives}
     trainer = trainer_for(
-        policy, tmp_path, rows, per_device_train_batch_size=4, candidate_mask=no_cats
+        policy, tmp_path, rows, per_device_train_batch_size=4, false_negatives=guide
     )
     batch = trainer.data_collator(rows)
+    assert batch["texts"][4:] == offered
     found = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)[1]["losses"]
-    assert seen[0][0] == ["a fox", "a dog", "a cow", "a hen"]
-    assert seen[0][1] == [
-        "one fox",
-        "one dog",
-        "one cow",
-        "one hen",
-        "a cat",
-        "one fox",
-        "one cow",
-        "a hen",
-    ]
-    allowed = {0: {0, 1, 2, 3, 7}, 1: {0, 1, 2, 3, 5, 7}, 2: {0, 1, 2, 3, 5, 7}, 3: {0, 1, 2, 3, 5}}
-    module = trainer.module()
-    for i, columns in allowed.items():
-        places = sorted(columns)
-        candidates = module.every_step([seen[0][1][j] for j in places], 3)
+    encoder = trainer.encoder()
+    for i, places in allowed.items():
         alone = step_losses(
-            module.every_step([rows[i]["query"]], 3),
-            candidates,
+            encoder.every_step([rows[i]["query"]], 3),
+            encoder.every_step([offered[place] for place in places], 3),
             torch.tensor([places.index(i)]),
             temperature=0.1,
         )
@@ -289,13 +290,12 @@ def test_a_run_leaves_a_model_that_sentence_transformers_loads(root, tmp_path, c
     assert cli.main(["train", recipe, *SHORT, *prompts, "--output_dir", str(run)]) == 0
     assert "What the soft tokens say" in capsys.readouterr().out
 
-    model = SentenceTransformer(str(run / "model"))
-    texts = ["A tall farmer was painting a fence.", "It rained.", ""]
+    model = SentenceTransformer(str(run / "model"), trust_remote_code=True)
+    texts = ["A tall farmer was painting a fence.", "It rained.", "A dog ran."]
     vectors = model.encode(texts, convert_to_tensor=True)
-    module = model[0]
-    assert module.refinement_steps == 4
-    assert model.prompts == {"query": "Say: ", "document": "Say: "}
-    every = module.every_step(texts, 6, prompt="Say: ")
+    encoder = model[0].encoder
+    assert encoder.settings.refinement_steps == 4
+    every = encoder.every_step(texts, 6, instruction="Say: ")
     assert torch.allclose(vectors.cpu(), every[:, 3], atol=1e-5)
     longer = model.encode(texts, refinement_steps=6, convert_to_tensor=True)
     assert torch.allclose(longer.cpu(), every[:, 5], atol=1e-5)
@@ -309,44 +309,58 @@ def test_a_run_leaves_a_model_that_sentence_transformers_loads(root, tmp_path, c
     assert {"icr/loss_1", "icr/penalty"} <= read_metrics(run)[-1].keys()
 
 
+def run_program(*command: str) -> None:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_weights(root, tmp_path):
-    runs = {}
-    for name, stops in (("whole", [4]), ("cut", [2, 4])):
-        for stop in stops:
-            command = [sys.executable, "-m", "grace_rl", "train", "recipes/scenes/gircse.yaml"]
-            command += [*SHORT, "--output_dir", str(tmp_path / name)]
-            if stop == 2:
-                program = Path(__file__).with_name("several_runs.py")
-                told = [{"arguments": command[3:], "interrupt_at": 2, "exit": 130}]
-                (tmp_path / "told.json").write_text(json.dumps(told))
-                command = [sys.executable, str(program), str(tmp_path / "told.json")]
-            subprocess.run(command, check=True, cwd=root, capture_output=True)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")
-        runs[name] = loaded.state_dict()
-    for key, tensor in runs["whole"].items():
-        assert torch.equal(runs["cut"][key], tensor), key
+    recipe = str(root / "recipes/scenes/gircse.yaml")
+    whole, cut = (["train", recipe, *SHORT, "--output_dir", str(tmp_path / x)] for x in "wc")
+    told = [
+        {"arguments": whole, "interrupt_at": None, "exit": 0},
+        {"arguments": cut, "interrupt_at": 2, "exit": 130},
+        {"arguments": cut, "interrupt_at": None, "exit": 0},
+    ]
+    (tmp_path / "told.json").write_text(json.dumps(told))
+    run_program(str(Path(__file__).with_name("several_runs.py")), str(tmp_path / "told.json"))
+    weights = [load_file(tmp_path / x / "model" / "model.safetensors") for x in "wc"]
+    for key, tensor in weights[0].items():
+        assert torch.equal(weights[1][key], tensor), key
+    assert [line["step"] for line in read_metrics(tmp_path / "c")] == [1, 2, 3, 4]
+
+
+STEPS = str(Path(__file__).with_name("refinement_steps.py"))
+
+
+@pytest.fixture(scope="module")
+def alone(policy, tmp_path_factory):
+    """What one process makes of batches of 8 rows."""
+    folder = tmp_path_factory.mktemp("alone")
+    run_program(STEPS, policy, str(folder), "8")
+    return torch.load(folder / "end.pt")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "zero3"])
-def test_two_processes_train_as_one_does(policy, tmp_path, mode):
+def test_two_processes_train_as_one_does(alone, policy, tmp_path, mode):
     """Same rows, same losses, same weights: negatives and gradients come from both processes."""
-    program = str(Path(__file__).with_name("refinement_steps.py"))
-    alone = [sys.executable, program, policy, str(tmp_path / "one"), "8"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    both = [*launcher, "--nproc_per_node", "2", program, policy, str(tmp_path / "two"), "4"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", STEPS]
+    command += [policy, str(tmp_path / "two"), "4"]
     if mode == "zero3":
         pytest.importorskip("deepspeed")
         sizes = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping")
         config = {"zero_optimization": {"stage": 3}, **dict.fromkeys(sizes, "auto")}
         config["zero_allow_untested_optimizer"] = True  # plain SGD
         (tmp_path / "zero3.json").write_text(json.dumps(config))
-        both.append(str(tmp_path / "zero3.json"))
-    for command in (alone, both):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
-    one, two = (torch.load(tmp_path / name / "end.pt") for name in ("one", "two"))
-    assert torch.allclose(one.pop("losses"), two.pop("losses"), rtol=1e-4)
-    for name, weight in one.items():
-        assert torch.allclose(two[name], weight, rtol=1e-4, atol=1e-6), name
+        command.append(str(tmp_path / "zero3.json"))
+    run_program(*command)
+    two = torch.load(tmp_path / "two" / "end.pt")
+    assert torch.allclose(alone["losses"], two["losses"], rtol=1e-4)
+    for name in alone.keys() - {"losses"}:
+        assert torch.allclose(two[name], alone[name], rtol=1e-4, atol=1e-6), name
+    saved = dict(
+        SoftTokenEncoder.from_pretrained(tmp_path / "two" / "model").model.named_parameters()
+    )
+    assert all(torch.equal(saved[name], two[name]) for name in alone.keys() - {"losses"})
