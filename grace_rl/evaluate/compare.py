@@ -1,7 +1,7 @@
 """Running a comparison's cells, some at once, each in a process of its own; then table and picture.
 
 A finished cell (`cell.json` with the same settings) is never run again; an unfinished run goes on
-from its last checkpoint. Ctrl-C lets every run save one.
+from its last checkpoint. Ctrl-C (or SIGTERM) lets every run save one.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ def compare(comparison: Comparison, *, only_table: bool = False) -> int:
     runner = _Runner(comparison, console)
     code = DONE
     if not only_table:
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             code = runner.run()
         except KeyboardInterrupt:
             runner.stop()
             console.print("Interrupted; finished cells are kept. The same command goes on.")
             return INTERRUPTED
+        finally:
+            signal.signal(signal.SIGTERM, handler)
     results = [
         (cell, result)
         for row in comparison.rows

@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -207,26 +211,36 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
 
 
 @pytest.mark.slow
-def test_a_small_comparison_runs_and_goes_on(tmp_path, write):
-    """Two processes, a grid, an untrained policy and RL; a second call runs nothing."""
+def test_a_small_comparison_is_interrupted_goes_on_and_runs_nothing_twice(tmp_path, write):
+    """A grid, an untrained policy and RL within a budget of seconds, two processes at once."""
     small = "validation: {split: validation, rows: 8}, max_steps: 4, eval_steps: 2"
     path = write(
-        "{name: cold start, recipe: recipes/quickstart.yaml, train: false}",
+        "{name: GRPO, recipe: recipes/quickstart.yaml, labels: false, set: {logging_steps: 1}}",
         INFONCE % f", set: {{{small}}}, grid: [{{learning_rate: 1e-3}}, {{learning_rate: 3e-3}}]",
-        "{name: GRPO, recipe: recipes/quickstart.yaml, labels: false, set: {max_steps: 100}}",
+        "{name: cold start, recipe: recipes/quickstart.yaml, train: false}",
         head=(HEAD % (tmp_path / "out"))
         .replace("[0, 1]", "[0]")
         .replace("[32, 512]", "[16]")
-        .replace("budget_seconds: 60", "budget_seconds: 4\njobs: 2"),
+        .replace("budget_seconds: 60", "budget_seconds: 5\njobs: 2"),
     )
+    run = tmp_path / "out" / "cells" / "grpo_seed0" / "run"
+    process = subprocess.Popen([sys.executable, "-m", "grace_rl", "compare", str(path)])
+    for _ in range(600):
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert list((run / "checkpoints").glob("checkpoint-*"))
+
     comparison = load_comparison(path)
     assert compare(comparison) == 0
     content = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
-    assert [line["row"] for line in content["rows"]] == ["cold start", "InfoNCE", "GRPO"]
-    assert content["rows"][0]["scores"]["scenes/triplet_accuracy"]["mean"] > 0
-    grpo = content["rows"][2]["costs"]
-    assert 3 < grpo["training seconds"]["mean"] < 30  # of 100 steps the budget allowed a few
-    assert grpo["perplexity"]["mean"] > 1
+    assert [line["row"] for line in content["rows"]] == ["GRPO", "InfoNCE", "cold start"]
+    assert content["rows"][2]["scores"]["scenes/triplet_accuracy"]["mean"] > 0
+    costs = content["rows"][0]["costs"]
+    assert 4 < costs["training seconds"]["mean"] < 40  # 120 steps would take minutes
+    assert costs["perplexity"]["mean"] > 1 and costs["tokens"]["mean"] > 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cell.json")}
     assert compare(comparison) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cell.json")}
