@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grace_rl.data import scenes
+from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader, ReaderConfig
 from grace_rl.embed.rebuild import rebuild_logps, right_padded
 from grace_rl.errors import UserError
@@ -27,6 +28,7 @@ from grace_rl.train.reconstruction_config import ReconstructionConfig, reconstru
 from grace_rl.train.reconstruction_loss import (
     Objective,
     PairCollator,
+    _writing_nll,
     read_vectors,
     reconstruct,
 )
@@ -135,11 +137,11 @@ def test_the_likelihood_is_the_models_own(policy: str) -> None:
     torch.testing.assert_close(found[1, :4], expected[1, :4])
 
 
-@pytest.mark.parametrize("changes", [{}, EOS], ids=["mean", "eos"])
+@pytest.mark.parametrize("changes", [{}, pytest.param(EOS, marks=pytest.mark.slow)])
 def test_the_vector_comes_to_say_what_the_other_side_says(
     policy: str, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    settings = {"max_steps": 60, "logging_steps": 20, "per_device_train_batch_size": 32}
+    settings = {"max_steps": 40, "logging_steps": 10, "per_device_train_batch_size": 32}
     trainer = trainer_for(str(scenes.COLD_START), tmp_path, 512, **settings, **changes)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "information_gain" in log]
@@ -237,6 +239,44 @@ def test_what_is_written_beside_the_pairs(tmp_path: Path) -> None:
     own = config(tmp_path, writing_dataset_name=str(file), writing_dataset_rows=2)
     found = paired_with_writing([pair] * 3, own)
     assert [row["writing"][1] for row in found] == ["t0", "t1", "t0"]
+
+
+@pytest.mark.slow
+def test_a_share_of_writing_keeps_the_model_able_to_write(tmp_path: Path) -> None:
+    """Held-out rationales stay about as likely as before, and what is written still ends and reads
+    as facts; without the share both are lost."""
+    file = tmp_path / "rationales.jsonl"
+    rows = scenes.rows(form="sft", count=800)
+    file.write_text(
+        "".join(json.dumps({k: r[k] for k in ("text", "rationale")}) + "\n" for r in rows)
+    )
+    held_out = scenes.rows("test", form="sft", count=64, seed=1)
+    start = str(scenes.COLD_START)
+    found = {}
+    for name, steps, share in (("before", 0, 0.5), ("share", 40, 0.5), ("none", 40, 0.0)):
+        trainer = trainer_for(
+            start, tmp_path / name, 400, max_steps=max(steps, 1), logging_steps=10,
+            learning_rate=2e-3 if steps else 0.0, writing_share=share,
+            writing_dataset_name=str(file),
+        )  # fmt: skip
+        trainer.train()
+        collator = PairCollator(trainer.template, trainer.reader, trainer.processing_class, 1.0)
+        examples = [{"query": "a", "positive": "b", "writing": (r["text"], r["rationale"])}
+                    for r in held_out]  # fmt: skip
+        with torch.no_grad():
+            nll = _writing_nll(trainer.model.eval(), collator(examples)).mean()
+        encoder = RationaleEncoder(
+            trainer.model, trainer.processing_class, trainer.template, trainer.reader,
+            [collator.end], 48,
+        )  # fmt: skip
+        written = encoder.write([r["text"] for r in held_out], "greedy")
+        ended = sum(item.token_ids[-1] == collator.end for item in written) / 64
+        facts = sum(len(scenes.read_facts(item.rationale).facts) for item in written) / 64
+        found[name] = (float(nll), ended, facts)
+    assert found["share"][0] < found["before"][0] + 0.3
+    assert found["none"][0] > found["share"][0] + 0.3
+    assert found["share"][1] > 0.95
+    assert found["share"][2] > 0.7 * found["before"][2]
 
 
 @pytest.mark.slow
