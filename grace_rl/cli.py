@@ -31,6 +31,8 @@ COMMANDS = (
     "rewards",
     "replay",
     "curate",
+    "embed",
+    "centre",
     "evaluate",
     "compare",
     "inspect",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 SHOWN_PROBLEMS = 20
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 OPTIONAL_TEXTS = ("negative", "negative_positive")
 
 
@@ -90,6 +91,17 @@ def stream_rows(data: DataConfig) -> Iterator[Row]:
 def _records(data: DataConfig) -> Iterator[tuple[str, Any]]:
     """`(place, record)` one after the other; a record that cannot be read is the reason, a str."""
     path = Path(data.dataset_name)
+    return file_records(path) if path.name.endswith(FILE_SUFFIXES) else _hub(data)
+
+
+def file_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """`(place, record)` of a file, one after the other, in constant memory.
+
+    A record that cannot be read is the reason, a str.
+
+    Raises:
+        UserError: There is no such file, it is damaged, or of no kind that is known.
+    """
     try:
         if path.name.endswith((".jsonl", ".jsonl.gz")):
             yield from _jsonl(path)
@@ -98,7 +110,7 @@ def _records(data: DataConfig) -> Iterator[tuple[str, Any]]:
         elif path.suffix == ".parquet":
             yield from _parquet(path)
         else:
-            yield from _hub(data)
+            raise UserError(f"{path}: must be one of {', '.join(FILE_SUFFIXES)}")
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: there is no such file; paths start at the working directory {Path.cwd()}"

@@ -1,0 +1,124 @@
+"""Texts from a file of any size, one after the other, checked before anything is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from grace_rl.data.rows import SHOWN_PROBLEMS, file_records
+from grace_rl.errors import UserError
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A file of texts: `.jsonl`, `.jsonl.gz`, `.csv` or `.parquet`, and the columns to read.
+
+    Attributes:
+        path: The file.
+        text: Column of the texts, None to read none.
+        id: Column of the ids; where the first row has none, rows are numbered from 0.
+        rationale: Column of stored rationales, None to read none. An empty one is a rationale too.
+        shard: `(i, n)`, i from 1 to n: every n-th row, beginning with the i-th.
+    """
+
+    path: Path
+    text: str | None = "text"
+    id: str = "id"
+    rationale: str | None = None
+    shard: tuple[int, int] = (1, 1)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The shard's rows, `{id, text?, rationale?}`.
+
+        Raises:
+            UserError: A row is bad; says in which line.
+        """
+        for row in self._checked():
+            if isinstance(row, str):
+                raise UserError(row)
+            yield row
+
+    def check(self) -> tuple[int, type]:
+        """Read all of the file once: the shard's number of rows, and the type of their ids.
+
+        Raises:
+            UserError: Rows are bad, listed together with file and line, or there are none.
+        """
+        problems: list[str] = []
+        bad = count = 0
+        kind: type = int
+        for row in self._checked():
+            if isinstance(row, str):
+                bad += 1
+                problems += [row] if bad <= SHOWN_PROBLEMS else []
+            else:
+                count += 1
+                kind = type(row["id"])
+        if bad > SHOWN_PROBLEMS:
+            problems.append(f"... and {bad - SHOWN_PROBLEMS} more like these")
+        if problems:
+            raise UserError(problems)
+        if not count:
+            of = "" if self.shard[1] == 1 else f" in shard {self.shard[0]}/{self.shard[1]}"
+            raise UserError(f"{self.path}: has no rows{of}")
+        return count, kind
+
+    def _checked(self) -> Iterator[dict[str, Any] | str]:
+        """Rows, or what is wrong with them."""
+        first, step = self.shard
+        kind: type | None = None  # of the ids, as in the file's first good row
+        for number, (place, record) in enumerate(file_records(self.path)):
+            mine = number % step == first - 1
+            if kind is not None and not mine:
+                continue
+            if isinstance(record, str):
+                if mine:
+                    yield f"{place}: {record}"
+                continue
+            row, problem = self._row(number, record)
+            if not problem:
+                kind = type(row["id"]) if kind is None else kind
+                if type(row["id"]) is not kind:
+                    problem = (
+                        f"{self.id} is {row['id']!r}, but those before it are {_TYPES[kind]}; "
+                        "give all rows ids of one type"
+                    )
+            if mine:
+                yield f"{place}: {problem}" if problem else row
+
+    def _row(self, number: int, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        row = {"id": record.get(self.id, number)}
+        if type(row["id"]) not in _TYPES:
+            return row, f"{self.id} must be a text or a whole number, not {row['id']!r}"
+        for name, column in (("text", self.text), ("rationale", self.rationale)):
+            if column is None:
+                continue
+            value = record.get(column)
+            if not isinstance(value, str):
+                there = ", ".join(map(str, record)) or "nothing"
+                wrong = "is no text" if column in record else f"is not there, but {there}"
+                return row, f"column {column} {wrong}"
+            if name == "text" and not value.strip():
+                return row, f"{column} is empty"
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                return row, f"{column} is not valid UTF-8 (character {error.start + 1})"
+            row[name] = value
+        return row, ""
+
+
+_TYPES = {str: "texts", int: "numbers"}
+
+
+def in_chunks(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` rows; the last may be shorter.
+
+    >>> [*in_chunks(iter("abcde"), 2)]
+    [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    while chunk := list(islice(rows, size)):
+        yield chunk
