@@ -103,7 +103,7 @@ class CachedGuidedInfoNCE(CachedMultipleNegativesRankingLoss):
     def __init__(self, model: Any, marks: Marks, **keywords: Any) -> None:
         super().__init__(model, **keywords)
         self.marks = marks
-        self.similarity_fct = lambda a, b: marks.similarity(a, b, self.scale)
+        self.similarity_fct = lambda a, b: marks.similarity(a, b, self.scale)  # type: ignore[misc]
         self._numbers: list[int] | None = None
 
     def forward(self, sentence_features: Any, labels: Tensor) -> Tensor:

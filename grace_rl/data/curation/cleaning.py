@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 QUOTES = "\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb"
 LABEL = re.compile(
@@ -64,7 +65,7 @@ def reason_to_drop(
     text: str,
     side: str,
     kept: list[str],
-    length_ratio: tuple[float, float],
+    length_ratio: Sequence[float],
     max_overlap: float,
 ) -> str | None:
     """Why a stripped candidate cannot be used; None if it can.

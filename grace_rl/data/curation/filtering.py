@@ -50,8 +50,7 @@ def choose(row: Mapping[str, Any], step: FilterStep) -> Choice:
     )
     if not positives or not negatives:
         side = "negative" if positives else "positive"
-        reason = f"no {side}" if not row[f"{side}s"] else "not rated"
-        return Choice(None, None, reason=reason)
+        return Choice(None, None, reason=f"no {side}" if not row[f"{side}s"] else "not rated")
     positive = max(positives, key=lambda c: c["score"])
     negative = min(negatives, key=lambda c: c["score"])
     if step.rule == "published-code":
@@ -63,7 +62,7 @@ def choose(row: Mapping[str, Any], step: FilterStep) -> Choice:
         positive = max(negatives, key=lambda c: c["score"])
         negative = min(positives, key=lambda c: c["score"])
     a, b = positive["score"], negative["score"]
-    reason = None
+    reason: str | None = None
     if a < step.alpha:
         reason = "positive below alpha"
     elif b > step.beta:
@@ -83,7 +82,7 @@ def _published(
         if not (a <= PUBLISHED_CEILING and a <= b):
             return Choice(positive, negative, reason="both above 4.0")
         positive, negative, swapped, a, b = negative, positive, True, b, a
-    reason = None
+    reason: str | None = None
     if a < step.alpha:
         reason = "positive below alpha"
     elif b > step.beta:

@@ -185,9 +185,8 @@ class TransformersModel:
     def _candidate(self, ids: list[int], ends: list[int]) -> Candidate:
         last = next((n for n, token in enumerate(ids) if token in ends), None)
         kept = ids if last is None else ids[: last + 1]
-        return Candidate(
-            self.tokenizer.decode(kept, skip_special_tokens=True), ended=last is not None
-        )
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        return Candidate(text, ended=last is not None)
 
     @torch.no_grad()
     def next_logprobs(self, prompts: Sequence[list[int]], tokens: Sequence[int]) -> Tensor:
@@ -273,7 +272,7 @@ class VLLMModel:
         longest = min(limit, MAX_MODEL_TOKENS)
         self.engine = LLM(
             path,
-            dtype=dtype,
+            dtype=dtype,  # type: ignore[arg-type]
             max_model_len=longest,
             max_num_batched_tokens=max(longest, MAX_MODEL_TOKENS),
             generation_config="vllm",
@@ -320,7 +319,7 @@ class VLLMModel:
         return written
 
     def _candidate(self, output: Any) -> Candidate:
-        text = self.tokenizer.decode(list(output.token_ids), skip_special_tokens=True)
+        text = str(self.tokenizer.decode(list(output.token_ids), skip_special_tokens=True))
         return Candidate(text, ended=output.finish_reason == "stop")
 
     def next_logprobs(self, prompts: Sequence[list[int]], tokens: Sequence[int]) -> Tensor:

@@ -388,8 +388,8 @@ def write_candidates(
                     text,
                     side,
                     kept,
-                    tuple(step.length_ratio),
-                    step.max_overlap,  # type: ignore[arg-type]
+                    step.length_ratio,
+                    step.max_overlap,
                 )
                 if reason is None:
                     kept.append(cleaned)
