@@ -38,35 +38,40 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     with counted(processes):
         recipe = load(options.recipe, overrides)
         if isinstance(recipe, Chain):
-            code = print_stages(recipe)
-            print("recipe, rows and rewards of all stages are in order")
-            return code
+            print_stages(recipe)
+            recipes = [stage.stand_in for stage in recipe.stages if stage.stand_in is not None]
+        else:
+            recipes = [recipe]
     if options.oracle:
         from grace_rl.evaluate.oracle import print_oracle_table
 
-        print_oracle_table(recipe)
+        for one in recipes:
+            print_oracle_table(one)
         return 0
     from rich.console import Console
 
     from grace_rl.data.rows import read_rows
     from grace_rl.launch.preflight import preflight
 
-    recipe.model_config()
-    rows = read_rows(recipe.data)
-    findings = preflight(recipe, rows, launch, processes)
-    with counted(processes):
-        plan = describe(recipe, len(rows))
     console = Console()
-    console.print(screen(plan, findings))
-    problems = sum(finding.level == "problem" for finding in findings)
+    findings = []
+    for one in recipes:
+        one.model_config()
+        rows = read_rows(one.data)
+        looked = preflight(one, rows, launch, processes)
+        with counted(processes):
+            plan = describe(one, len(rows))
+        console.print(screen(plan, looked))
+        findings += looked
     advice = suggestions(findings)
     if advice:
         console.print("what helps most:", highlight=False)
     for line in advice:
         console.print(f"  - {line}", highlight=False, markup=False, soft_wrap=True)
-    if not problems:
-        print("recipe, rows and rewards are in order")
-    return 2 if problems else 0
+    if any(finding.level == "problem" for finding in findings):
+        return 2
+    print("recipe, rows and rewards are in order")
+    return 0
 
 
 def screen(plan: list[str], findings: list[Finding]) -> RenderableType:

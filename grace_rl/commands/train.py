@@ -65,13 +65,18 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     """Start `grace-rl train` on many processes; what is wrong with the recipe is said once."""
     from grace_rl.errors import UserError
     from grace_rl.launch.lines import counted, read_launch, run_launch
-    from grace_rl.stages import load
+    from grace_rl.stages import load, recipes_of
 
     if options.launch is None:
         raise UserError("--num_processes: needs --launch, such as --launch zero2")
     launch = read_launch(options.launch, options.num_processes)
     with counted(launch.processes):
         recipe = load(options.recipe, overrides)
+    if launch.zero_stage and any(one.training.get("deepspeed") for one in recipes_of(recipe)):
+        raise UserError(
+            f"--launch: {options.launch} brings ZeRO, and so does the recipe's key deepspeed; "
+            "use --launch ddp, or take deepspeed out"
+        )
     if options.dry_run:
         print("#", shlex.join(launch.line(["train", options.recipe, *overrides])))
         return _dry_run(recipe, launch.processes)

@@ -169,8 +169,9 @@ def run_launch(launch: Launch, arguments: Sequence[str], typed: Sequence[str]) -
             others[signal.SIGINT] = before
             for number, handler in others.items():
                 signal.signal(number, handler)
-        if outcome.is_file():
-            return int(outcome.read_text(encoding="utf-8"))
+        said = int(outcome.read_text(encoding="utf-8")) if outcome.is_file() else 0
+    if said:
+        return said
     if told and code:
         return INTERRUPTED
     return code if code >= 0 else 128 - code

@@ -161,6 +161,14 @@ def test_a_recipe_is_checked_once_before_anything_is_started(recipe, capsys):
     assert "needs --launch" in capsys.readouterr().err
 
 
+def test_zero_comes_from_one_place(recipe, capsys):
+    config = '{"zero_optimization": {"stage": 2}}'
+    words = ["train", str(recipe), "--num_processes", "2", "--dry-run", "--deepspeed", config]
+    assert main([*words, "--launch", "zero3"]) == 2
+    assert "use --launch ddp" in capsys.readouterr().err
+    assert main([*words, "--launch", "ddp"]) == 0
+
+
 def test_a_dry_run_shows_the_line_and_the_batch_of_all_processes(recipe, capsys):
     before = dict(os.environ)
     options = ["--launch", "zero3", "--num_processes", "4", "--dry-run"]

@@ -50,15 +50,24 @@ def check(tmp_path, capsys):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """Pretend to have GPUs of so many GiB."""
+    """Pretend to have GPUs of so many GiB; a CPU with enough free memory unless a test says so."""
 
     def pretend(gpus: int, gib: float = 80.0) -> None:
         made = Machine(("H100",) * gpus, int(gib * GIB), 16, 100 * GIB)
         monkeypatch.setattr(preflight, "this_machine", lambda processes, use_cpu: made)
 
+    pretend(0)
     return pretend
+
+
+def test_this_machine_has_something_to_run_on(monkeypatch):
+    monkeypatch.undo()
+    alone, shared = (preflight.this_machine(processes, use_cpu=True) for processes in (1, 4))
+    assert alone.gpus == () and alone.cores >= 1
+    assert 0 < alone.memory <= alone.ram
+    assert shared.memory < alone.memory
 
 
 def test_a_good_recipe_fits_on_one_screen(check, capsys):
@@ -173,6 +182,14 @@ def test_the_recipes_own_deepspeed_counts(check):
     config = '{"zero_optimization": {"stage": 3}}'
     _, said = check("--num_processes", "2", "--deepspeed", config)
     assert "gathered weights" in said
+
+
+def test_every_stage_of_a_chain_is_looked_at(capsys):
+    code = main(["check", str(ROOT / "recipes" / "scenes" / "stages.yaml")])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    stages = said.out.count("# stage ")
+    assert stages > 1 and said.out.count("disk") >= stages - 1
 
 
 def test_suggestions_put_problems_first():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -274,3 +277,31 @@ def test_a_wrong_server_is_said_before_a_model_loads(tmp_path, server, no_nccl, 
     assert main(["train", str(file), *options]) == 2
     assert "serves other/model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_two_processes_lose_a_server_together(tmp_path, server):
+    """Only one of them talks to it; both must save and end, and neither may wait for the other."""
+    file, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    text = RECIPE.replace("batch_size: 8", "batch_size: 4")
+    file.write_text(text.replace("max_steps: 4", "max_steps: 400"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(HERE / "lost_server_run.py"), "train", str(file), "--output_dir", str(run)]
+    command += ["--vllm_server_base_url", server.url, "--vllm_server_retry_timeout", "2"]
+
+    def lose_it():
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and server.calls["/v1/completions"] < 4:
+            time.sleep(0.01)
+        server.stop()
+
+    threading.Thread(target=lose_it, daemon=True).start()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path
+    )
+    codes = [line for line in done.stdout.splitlines() if line.startswith("exit code")]
+    assert codes == ["exit code 75", "exit code 75"], done.stdout + done.stderr
+    assert "is saved" in done.stdout
+    assert list((run / "checkpoints").glob("checkpoint-*/COMPLETE"))
