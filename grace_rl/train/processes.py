@@ -13,8 +13,10 @@ import gc
 import json
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ def join_processes(training: Mapping[str, Any]) -> dict[str, Any]:
     """
     atexit.register(part_processes)
     deepspeed = bool(training.get("deepspeed")) or _is_true("ACCELERATE_USE_DEEPSPEED")
+    deepspeed = deepspeed and find_spec("deepspeed") is not None  # the recipe will say so
     on_cpu = bool(training.get("use_cpu")) or not _has_accelerator()
     if not deepspeed:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -68,11 +71,15 @@ def join_processes(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def part_processes() -> None:
-    """End what runs beside Python's main thread for the processes to talk, in order.
+    """End the threads that talk to the other processes, while Python still runs.
 
-    Left to the end of the interpreter, threads of the process group may be destroyed while they
-    still run, which aborts a process that has done all its work.
+    Gloo's threads may hold the tensors of the last collective. One that frees them when the
+    interpreter is already ending is ended by it in the middle, and then C++ aborts a process that
+    has done all its work ("terminate called without an active exception"). After an error nothing
+    is done here: other processes may still wait in a collective, and the launcher ends them.
     """
+    if hasattr(sys, "last_value"):
+        return
     gc.collect()  # engines that only cycles keep alive, and what they hold of the process group
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

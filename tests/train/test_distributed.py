@@ -218,7 +218,7 @@ EVERY_REWARD = {
 SAME = {
     "grpo": ROLLOUTS | EVERY_REWARD,
     "grpo-context": ROLLOUTS | CHECKPOINTING | {"reader": {"span": "context"}, "beta": 0.05},
-    "grpo-lora": ROLLOUTS | CHECKPOINTING | LORA | {"lora_alpha": 64},
+    "grpo-lora": ROLLOUTS | CHECKPOINTING | LORA | {"lora_alpha": 64, "lora_dropout": 0.0},
     "ppo": PPO | EVERY_REWARD,
     "sft": SFT,
 }
