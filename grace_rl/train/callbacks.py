@@ -44,6 +44,7 @@ SHOWN = {
     "loss": "loss",
     "reward": "reward",
     "completions/mean_length": "tokens",
+    "information_gain": "gain",
     "entropy": "entropy",
     "embedding/mean_cosine": "cosine",
     "mean_token_accuracy": "accuracy",

@@ -505,7 +505,7 @@ def _in_its_stage(key: str) -> str:
 def _flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys and their values; an absent key and one that is null are the same."""
     if prefix == "stages" and isinstance(recipe, list):
-        recipe = {i: stage for i, stage in enumerate(recipe, start=1)}
+        recipe = dict(enumerate(recipe, start=1))
     if not isinstance(recipe, Mapping):
         return {prefix: recipe}
     return {
