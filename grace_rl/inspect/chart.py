@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from grace_rl.inspect.markup import plain
 
 WIDTH, HEIGHT = 380, 190
 LEFT, RIGHT, TOP, BOTTOM = 48, 8, 10, 24
@@ -89,7 +90,7 @@ def line_chart(
         parts.append(_curve(line, x_at, y_at, x_name))
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
+        f'aria-label="{plain(title)}">{"".join(parts)}</svg>'
     )
 
 
@@ -100,7 +101,7 @@ def legend(lines: Sequence[Line]) -> str:
     items = []
     for line in lines:
         swatch = f"swatch c{line.colour % COLOURS}{' dashed' if line.dashed else ''}"
-        items.append(f'<li><span class="{swatch}"></span>{escape(line.name)}</li>')
+        items.append(f'<li><span class="{swatch}"></span>{plain(line.name)}</li>')
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -117,7 +118,7 @@ def _curve(
         path.append(f"{pen}{x_at(x):.1f} {y_at(y):.1f}")
         dots.append(
             f'<circle cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="6">'
-            f"<title>{escape(line.name)}, {x_name} {x:g}: {y:.4g}</title></circle>"
+            f"<title>{plain(line.name)}, {x_name} {x:g}: {y:.4g}</title></circle>"
         )
         pen = "L"
     lone = (

@@ -123,10 +123,10 @@ class Checkpoint:
         from grace_rl.embed.encoder import RationaleEncoder
         from grace_rl.embed.settings import EncoderSettings
 
-        if (self.folder / "refinement.json").is_file():
-            from grace_rl.embed.soft_token_encoder import SoftTokenEncoder
+        if self.name != START and (self.folder / "modules.json").is_file():
+            from grace_rl.embed.loading import load_encoder
 
-            return SoftTokenEncoder.from_pretrained(self.folder)
+            return load_encoder(self.folder)
         settings = None
         if self.name == START:
             saved = [p for n, p in checkpoints(self.run).items() if n != START]

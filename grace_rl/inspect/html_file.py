@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from grace_rl.errors import UserError
 from grace_rl.files import write_text
 from grace_rl.inspect import sections
 from grace_rl.inspect.filters import Filter
-from grace_rl.inspect.markup import LOOK, differences, number, table, text
+from grace_rl.inspect.markup import LOOK, differences, number, plain, table, text
 from grace_rl.inspect.run import Run
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -51,12 +50,12 @@ def write_html(runs: Sequence[Run], chosen: Filter, file: Path, limit: int = 20)
 def page(title: str, body: str) -> str:
     """A whole page around HTML."""
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
+<html lang="en"><head><meta charset="utf-8"><title>{plain(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <style>{style()}</style></head>
-<body><main class="whole"><h1>{escape(title)}</h1>{body}</main></body></html>
+<body><main class="whole"><h1>{plain(title)}</h1>{body}</main></body></html>
 """
 
 
@@ -74,14 +73,14 @@ def _chosen(run: Run, chosen: Filter, limit: int) -> str:
     if chosen == Filter():
         chosen = Filter(step=steps[-1])
     groups = run.groups(chosen, limit=limit)
-    parts = [f"<h2>Chosen rollouts of {escape(run.name)}</h2>"]
+    parts = [f"<h2>Chosen rollouts of {plain(run.name)}</h2>"]
     whole = run.count_groups(chosen)
     if whole > len(groups):
         parts.append(f'<p class="quiet small">the first {len(groups)} of {whole} groups</p>')
     for record in groups.to_dict("records"):
         step, group = int(record["step"]), int(record["group"])
         rows = run.group(step, group, ["token_ids", "token_advantages"])
-        about = f"Step {step}, {escape(str(record['role']))} of row {record['example']}"
+        about = f"Step {step}, {plain(str(record['role']))} of row {record['example']}"
         parts.append(
             f'<section><h3>{text(record["text"])}</h3><p class="quiet small">{about}</p>'
             f"{sections.group_cards(run, rows)}{_history(run, str(record['text']))}</section>"

@@ -57,6 +57,11 @@ def _visible(c: str) -> str:
     return f"‹U+{number:04X}›"
 
 
+def plain(foreign: Any) -> str:
+    """A foreign name as HTML, also inside attributes."""
+    return escape(visible(str(foreign)))
+
+
 def text(foreign: Any, limit: int | None = LONGEST) -> str:
     """HTML that shows foreign text, in the direction of its own first letter."""
     shown = escape(visible(str(foreign), limit))
@@ -97,7 +102,7 @@ def table(
     """
     records = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
     cells = cells or {}
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns.values())
+    head = "".join(f'<th scope="col">{plain(name)}</th>' for name in columns.values())
     lines = []
     for record in records:
         made = []
@@ -108,12 +113,12 @@ def table(
             kind = "words" if is_text or name in cells else "number"
             if is_text and len(value) <= SHORT:
                 kind = "short"
-            made.append(f'<td class="{kind}" data-label="{escape(heading)}">{shown}</td>')
+            made.append(f'<td class="{kind}" data-label="{plain(heading)}">{shown}</td>')
         lines.append(f"<tr>{''.join(made)}</tr>")
     if not lines:
         return '<p class="quiet">nothing to show</p>'
     return (
-        f'<table class="plain"><caption class="unseen">{escape(caption)}</caption>'
+        f'<table class="plain"><caption class="unseen">{plain(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     )
 
@@ -166,5 +171,5 @@ def differences(before: str, after: str) -> str:
 
 def facts(values: Mapping[str, str]) -> str:
     """A few names and their values, as HTML; values are HTML already."""
-    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in values.items())
+    items = "".join(f"<div><dt>{plain(k)}</dt><dd>{v}</dd></div>" for k, v in values.items())
     return f'<dl class="facts">{items}</dl>'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from html import escape
 from typing import Any
 
 import pandas as pd
@@ -12,7 +11,7 @@ import pandas as pd
 from grace_rl.inspect import health
 from grace_rl.inspect.chart import Line, legend, line_chart
 from grace_rl.inspect.checkpoints import soft_words, token_pieces
-from grace_rl.inspect.markup import facts, number, table, text, tokens
+from grace_rl.inspect.markup import facts, number, plain, table, text, tokens
 from grace_rl.inspect.run import Run
 from grace_rl.rollout.store import REWARD
 
@@ -39,21 +38,21 @@ def summary(run: Run) -> str:
         columns = {"score": "score", **{name: name for name in names}}
         shown = table(turned.rename_axis("score").reset_index(), columns, caption="scores")
         scores = f'<div class="wide">{shown}</div>'
-    return f'<section class="card"><h2>{escape(run.name)}</h2>{facts(about)}{scores}</section>'
+    return f'<section class="card"><h2>{plain(run.name)}</h2>{facts(about)}{scores}</section>'
 
 
 def alarm_list(run: Run) -> str:
     """What left its healthy range and when, as HTML."""
     found = health.alarms(run.metrics())
     if not found:
-        return f'<p class="quiet">{escape(run.name)}: nothing left its healthy range</p>'
+        return f'<p class="quiet">{plain(run.name)}: nothing left its healthy range</p>'
     rows = [
         {"metric": alarm.metric, "steps": _steps(alarm.steps), "reason": alarm.reason}
         for alarm in found
     ]
     columns = {"metric": "alarm", "steps": "at steps", "reason": "what it may mean"}
     return (
-        f'<section class="card alarms"><h3>Alarms of {escape(run.name)}</h3>'
+        f'<section class="card alarms"><h3>Alarms of {plain(run.name)}</h3>'
         f"{table(rows, columns, caption='alarms')}</section>"
     )
 
@@ -80,10 +79,8 @@ def charts(runs: list[Run]) -> str:
                         s for s, v in zip(rows["step"], values, strict=True) if panel.outside(v)
                     ]
         chart = line_chart(panel.title, lines, (panel.low, panel.high), fired)
-        limit = (
-            f'<p class="quiet small">{escape(health.healthy(panel))}</p>' if panel.judged else ""
-        )
-        head = f"<h3>{escape(panel.title)}</h3>"
+        limit = f'<p class="quiet small">{plain(health.healthy(panel))}</p>' if panel.judged else ""
+        head = f"<h3>{plain(panel.title)}</h3>"
         figure = f'<figure class="card">{head}{chart}{legend(lines)}{limit}</figure>'
         made.setdefault(section, []).append(figure)
     if not made:
@@ -188,7 +185,7 @@ def group_cards(
     for place, rollout in enumerate(group.to_dict("records"), start=1):
         title = f"{place} of {len(group)}"
         if address is not None:
-            there = escape(address(int(rollout["step"]), int(rollout["row"])))
+            there = plain(address(int(rollout["step"]), int(rollout["row"])))
             title = f'<a href="{there}">{title}</a>'
         cards.append(
             f'<article class="card"><h3>{title}</h3>{rollout_tokens(run, rollout)}'
@@ -213,7 +210,7 @@ def soft_token_words(run: Run) -> str:
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: "step" if name == "step" else f"soft token {name}" for name in names}
         parts.append(f'<h3>{text(content)}</h3><div class="wide">{table(rows, columns)}</div>')
-    title = f"<h2>Soft tokens of {escape(run.name)}, as words</h2>"
+    title = f"<h2>Soft tokens of {plain(run.name)}, as words</h2>"
     return f"{title}{''.join(parts)}"
 
 

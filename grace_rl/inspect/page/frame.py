@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -17,7 +16,7 @@ from nicegui.element import Element
 
 from grace_rl.errors import UserError
 from grace_rl.inspect.checkpoints import Loaded
-from grace_rl.inspect.markup import LOOK
+from grace_rl.inspect.markup import LOOK, plain
 from grace_rl.inspect.run import Run
 
 CSS = LOOK + (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
@@ -81,7 +80,7 @@ def frame(title: str, here: str) -> Iterator[None]:
             'flat round dense aria-label="light or dark"'
         ).on("click", js_handler=SWITCH_THEME)
     with ui.element("div").props("id=main").classes("whole"):
-        html(f"<h1>{escape(title)}</h1>")
+        html(f"<h1>{plain(title)}</h1>")
         try:
             yield
         except UserError as error:
@@ -95,7 +94,7 @@ def html(content: str, tag: str = "div") -> ui.html:
 
 def mistake(error: UserError) -> None:
     """A mistake in the address or in a field, as text."""
-    lines = "".join(f"<li>{escape(problem)}</li>" for problem in error.problems)
+    lines = "".join(f"<li>{plain(problem)}</li>" for problem in error.problems)
     html(f'<ul class="mistake" role="alert">{lines}</ul>')
 
 
@@ -127,12 +126,12 @@ async def waiting(place: Element, label: str) -> AsyncIterator[Waiting]:
         box = ui.element("div").props('role="status"').classes("waiting")
         box.set_visibility(False)
         with box:
-            note = html(escape(state.text()), "span")
+            note = html(plain(state.text()), "span")
             bar = ui.linear_progress(0.0, show_value=False).props("indeterminate")
 
         def update() -> None:
             box.set_visibility(True)
-            note.set_content(escape(state.text()))
+            note.set_content(plain(state.text()))
             if state.known:
                 bar.props(remove="indeterminate")
                 bar.set_value(state.share)
@@ -182,7 +181,7 @@ def csv_button(name: str, make: Callable[[], pd.DataFrame]) -> None:
         ui.download.content(table.to_csv(index=False), f"{name}.csv", "text/csv")
 
     ui.button("csv", icon="download", color=None, on_click=download).props(
-        f'flat dense no-caps aria-label="download {escape(name)} as csv"'
+        f'flat dense no-caps aria-label="download {plain(name)} as csv"'
     )
 
 
@@ -190,9 +189,9 @@ def run_choice(site: Site, run: Run, link: Callable[[str], str]) -> None:
     """Links to the same view of the other runs, where there are several."""
     if len(site.runs) > 1:
         items = [
-            f"<b>{escape(name)}</b>"
+            f"<b>{plain(name)}</b>"
             if name == run.name
-            else f'<a href="{escape(link(name))}">{escape(name)}</a>'
+            else f'<a href="{plain(link(name))}">{plain(name)}</a>'
             for name in site.runs
         ]
         html(f'<p class="small">Run: {" · ".join(items)}</p>')

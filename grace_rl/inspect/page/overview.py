@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from nicegui import ui
 
 from grace_rl.inspect import sections
+from grace_rl.inspect.markup import plain
 from grace_rl.inspect.page import frame
 
 
@@ -19,7 +18,7 @@ async def show(site: frame.Site) -> None:
         frame.html("".join(map(sections.alarm_list, runs)))
         with ui.element("div").classes("line"):
             for run in runs:
-                frame.html(f'<span class="small quiet">metrics of {escape(run.name)}</span>')
+                frame.html(f'<span class="small quiet">metrics of {plain(run.name)}</span>')
                 frame.csv_button(f"{run.name}-metrics", run.metrics)
         frame.html(sections.charts(runs))
         place = ui.element("div")

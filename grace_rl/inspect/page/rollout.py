@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 
 import pandas as pd
 from nicegui import ui
 
 from grace_rl.inspect import sections
 from grace_rl.inspect.checkpoints import START, checkpoints
-from grace_rl.inspect.markup import facts, link, table, text
+from grace_rl.inspect.markup import facts, link, plain, table, text
 from grace_rl.inspect.neighbours import nearest_by_rationale, pool_of_step, ranked
 from grace_rl.inspect.page import frame
 from grace_rl.inspect.page.rollouts import whole
@@ -39,7 +38,7 @@ async def show(site: frame.Site, query: Mapping[str, str]) -> None:
         if rollout["advantage"] is not None:
             links.insert(0, link(there, "its group"))
         frame.html(
-            f'<p class="small quiet">Step {step}, {escape(rollout["role"])} of row '
+            f'<p class="small quiet">Step {step}, {plain(rollout["role"])} of row '
             f"{rollout['example']}{'' if rollout['advantage'] is not None else ', an anchor'} · "
             f"{' · '.join(links)}</p><h2>Text</h2><p>{text(rollout['text'])}</p>"
             f"<h2>Rationale</h2>{sections.rollout_tokens(run, rollout)}"
@@ -91,11 +90,11 @@ def next_checkpoint(run: Run, step: int) -> str:
 def _neighbours(place: ui.element, title: str, found: pd.DataFrame, name: str) -> None:
     counterpart = found[found["same_row"]]
     ranks = ", ".join(f"{row['role']} {row['rank']}" for _, row in counterpart.iterrows())
-    note = f"Ranks of its own row's texts: {escape(ranks)}" if ranks else ""
+    note = f"Ranks of its own row's texts: {plain(ranks)}" if ranks else ""
     with place:
         shown = table(found.head(NEAREST), COLUMNS, caption=title)
         frame.html(
-            f'<h3>{escape(title)}</h3><p class="small quiet">{note}</p>'
+            f'<h3>{plain(title)}</h3><p class="small quiet">{note}</p>'
             f'<div class="wide">{shown}</div>'
         )
         frame.csv_button(name, lambda: found)

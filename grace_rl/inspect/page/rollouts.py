@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from html import escape
 from typing import Any
 
 import pandas as pd
 from nicegui import ui
 
 from grace_rl.inspect.filters import Filter
-from grace_rl.inspect.markup import link, number, table, text
+from grace_rl.inspect.markup import link, number, plain, table, text
 from grace_rl.inspect.page import frame
 from grace_rl.inspect.run import Run
 from grace_rl.inspect.sections import group_cards
@@ -210,7 +209,7 @@ def group_view(site: frame.Site, query: Mapping[str, str]) -> None:
         through = frame.address("/training", run=run.name, text=first["text"])
         frame.html(
             f'<p>{text(first["text"])}</p><p class="small quiet">Step {step}, '
-            f"{escape(str(first['role']))} of row {first['example']} · "
+            f"{plain(str(first['role']))} of row {first['example']} · "
             f"{link(through, 'this text through training')}</p>"
         )
         frame.csv_button(f"{run.name}-step{step}-group{group}", lambda: run.group(step, group))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -120,10 +121,8 @@ def warn_of(host: str) -> str | None:
 
 
 def _read_ahead(run: Run) -> None:
-    try:
+    with contextlib.suppress(UserError):  # said where it is asked for
         run.refresh()
-    except UserError:
-        pass  # said where it is asked for
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -132,6 +131,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(128)  # from now on a browser waits instead of being turned away
     except OSError as error:
         listener.close()
         raise UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 import pandas as pd
@@ -12,7 +11,7 @@ from nicegui import ui
 
 from grace_rl.inspect import sections
 from grace_rl.inspect.checkpoints import checkpoints
-from grace_rl.inspect.markup import differences, link, number, table, text
+from grace_rl.inspect.markup import differences, link, number, plain, table, text
 from grace_rl.inspect.page import frame
 from grace_rl.inspect.run import Run
 
@@ -86,7 +85,7 @@ async def _draw(site: frame.Site, chosen: str) -> None:
     with ui.element("div").classes("pair"):
         for run in site.runs.values():
             with ui.element("section").classes("card"):
-                frame.html(f"<h3>{escape(run.name)}: best rationale of each stored step</h3>")
+                frame.html(f"<h3>{plain(run.name)}: best rationale of each stored step</h3>")
                 stored = await frame.work(run.through_training, chosen)
                 frame.html(_history(run, stored))
                 frame.csv_button(f"{run.name}-through", functools.partial(_same, stored))

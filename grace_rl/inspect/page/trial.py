@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 import pandas as pd
 from nicegui import ui
 
 from grace_rl.inspect.checkpoints import MODEL, START, Checkpoint, checkpoints
-from grace_rl.inspect.markup import number, table, text
+from grace_rl.inspect.markup import number, plain, table, text
 from grace_rl.inspect.neighbours import ranked
 from grace_rl.inspect.page import frame
 
@@ -97,7 +96,7 @@ async def _side(
     name, _, checkpoint_name = value.rpartition(":")
     run = site.run(name)
     with place:
-        frame.html(f"<h3>{escape(title)}</h3>")
+        frame.html(f"<h3>{plain(title)}</h3>")
         body = ui.element("div")
     try:
         async with frame.waiting(body, "loading the model"):

@@ -1,0 +1,173 @@
+"""What `Run` answers, also while the run is still being written."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import pytest
+
+from grace_rl.errors import UserError
+from grace_rl.inspect import Filter, Run
+from grace_rl.inspect import run as run_module
+from grace_rl.inspect.neighbours import nearest_by_rationale, pool_of_step
+from grace_rl.rollout.store import cut_rollouts
+
+AddStep = Callable[..., None]
+
+
+def look_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "LOOK_AGAIN", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("filters", "count"),
+    [
+        ({}, 27),
+        ({"step": 2}, 9),
+        ({"step": (2, None)}, 18),
+        ({"step": (None, 1)}, 9),
+        ({"role": "query"}, 12),
+        ({"text": "FOX"}, 6),
+        ({"text": "rollout 3"}, 2),
+        ({"text": "%"}, 0),
+        ({"truncated": True}, 3),
+        ({"example": 0, "group": 0}, 6),
+        ({"score": "contrastive >= 1.2, tokens < 4"}, 9),
+        ({"score": "advantage < 0", "step": 1}, 4),
+    ],
+)
+def test_each_filter_keeps_what_fits(run_folder: Path, filters: dict, count: int) -> None:
+    run = Run(run_folder)
+    assert run.count(**filters) == len(run.rollouts(**filters)) == count
+    again = Filter.from_query(dict(parse_qsl(Filter(**filters).query())))
+    assert run.count(again) == count
+
+
+def test_heavy_columns_come_only_when_asked_and_belong_to_their_rows(run_folder: Path) -> None:
+    run = Run(run_folder)
+    assert not set(run.rollouts().columns) & set(run_module.HEAVY)
+    table = run.rollouts(columns=["token_ids", "row"], sort="advantage", descending=True)
+    assert [ids[-1] - 3 for ids in table["token_ids"]] == list(table["row"])
+    assert len(table) == 27 and table["row"].iloc[0] == 6
+
+
+def test_sorting_paging_and_anchors_last(run_folder: Path) -> None:
+    run = Run(run_folder)
+    whole = run.rollouts(sort="advantage", descending=True)
+    assert whole["advantage"].dropna().is_monotonic_decreasing
+    assert whole["advantage"].tail(3).isna().all()
+    pages = [run.rollouts(sort="advantage", descending=True, limit=10, offset=n)["row"].tolist()
+             for n in (0, 10, 20)]  # fmt: skip
+    assert sum(pages, []) == whole["row"].tolist()
+
+
+def test_groups_say_best_worst_and_spread(run_folder: Path) -> None:
+    run = Run(run_folder)
+    groups = run.groups(step=1)
+    assert len(groups) == run.count_groups(step=1) == 4  # the anchor is in none
+    assert groups["best"].tolist() == [f"step 1, rollout {i}" for i in (0, 2, 4, 6)]
+    assert groups["spread"].iloc[0] == pytest.approx((1.0 + 1.1) / 2, abs=1e-5)
+    best = run.group(1, 0)
+    assert best["advantage"].is_monotonic_decreasing and len(best) == 2
+    with pytest.raises(UserError, match="no group 77 in step 1"):
+        run.group(1, 77)
+
+
+def test_one_text_through_training_is_its_best_rationale_at_each_step(run_folder: Path) -> None:
+    run = Run(run_folder)
+    table = run.through_training("a red fox runs")
+    assert table["step"].tolist() == [1, 2, 3]
+    assert table["rationale"].tolist()[:2] == ["step 1, rollout 0", "step 2, rollout 0"]
+    texts = run.texts("SEA")
+    assert texts["text"].tolist() == ["the sea at noon"] and texts["steps"].tolist() == [3]
+
+
+def test_new_steps_appear_and_cut_ones_go(
+    run_folder: Path, add_step: AddStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_again(monkeypatch)
+    run = Run(run_folder)
+    assert run.count() == 27
+    add_step(run_folder, 10)
+    assert run.count() == 36
+    cut_rollouts(run_folder, 2)
+    assert run.count() == 18
+    add_step(run_folder, 2, ["made again"] * 8)
+    assert run.count(text="made again") == 8
+
+
+def test_questions_while_training_writes(
+    run_folder: Path, add_step: AddStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts only rise, and are whole steps, however the writer and the readers interleave."""
+    look_again(monkeypatch)
+    run, counts, problems = Run(run_folder), [], []
+
+    def ask() -> None:
+        try:
+            while not done.is_set():
+                counts.append(run.count())
+        except Exception as error:
+            problems.append(error)
+
+    done = threading.Event()
+    readers = [threading.Thread(target=ask) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for step in range(4, 30):
+        add_step(run_folder, step)
+        time.sleep(0.005)
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert not problems
+    assert all(count % 9 == 0 for count in counts) and len(set(counts)) > 2
+    assert run.count() == 29 * 9
+
+
+def test_a_half_written_metrics_line_is_left_out(run_folder: Path) -> None:
+    run = Run(run_folder)
+    assert run.metrics()["step"].tolist() == [1, 2, 3]
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')
+    assert run.metrics()["step"].tolist() == [1, 2, 3]
+
+
+def test_neighbours_leave_out_the_text_itself(run_folder: Path) -> None:
+    run = Run(run_folder)
+    pool, vectors = pool_of_step(run, 1)
+    assert len(pool) == 5 and vectors.shape == (5, 2)
+    near = nearest_by_rationale(run, 1, 8)
+    assert "an anchor" not in near["text"].tolist() and near["cosine"].is_monotonic_decreasing
+    assert near.loc[near["same_row"], "text"].tolist() == ["a red fox runs"]
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({"sort": "nothing"}, "no column nothing"),
+        ({"columns": ["x; DROP TABLE rollouts"]}, "no column x; DROP"),
+        ({"score": "fame > 1"}, "no column reward/fame"),
+        ({"score": "length >> 1"}, "cannot read 'length >> 1'"),
+    ],
+)
+def test_mistakes_are_sentences(run_folder: Path, question: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Run(run_folder).rollouts(**question)
+
+
+def test_mistakes_in_an_address_are_told_together() -> None:
+    with pytest.raises(UserError) as caught:
+        Filter.from_query({"step": "ten", "example": "-1", "truncated": "maybe", "score": "a"})
+    assert len(caught.value.problems) == 4
+
+
+def test_a_run_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run directory"):
+        Run(tmp_path / "nothing")
+    with pytest.raises(UserError, match="neither a run's status.json nor rollouts"):
+        Run(tmp_path)

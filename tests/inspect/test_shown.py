@@ -1,0 +1,168 @@
+"""What was written by others is shown as text: in HTML, in the terminal, in the file to send."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from rich.console import Console
+
+from grace_rl.cli import main
+from grace_rl.inspect import Filter, Run, markup
+from grace_rl.inspect.chart import Line, line_chart
+from grace_rl.inspect.html_file import write_html
+from grace_rl.inspect.terminal import show
+
+CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
+SHOWN = {
+    "bdi", "span", "p", "table", "caption", "thead", "tbody", "tr", "th", "td", "ins", "del", "a",
+    "div", "section", "article", "figure", "h1", "h2", "h3", "ul", "li", "dl", "dt", "dd", "svg",
+    "g", "path", "line", "rect", "circle", "text", "title", "details", "summary", "main", "html",
+    "head", "body", "meta", "style",
+}  # fmt: skip
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parsed(html: str) -> Tags:
+    tags = Tags()
+    tags.feed(html)
+    return tags
+
+
+def only_shows(html: str) -> Tags:
+    """Nothing in it acts, loads or hides."""
+    tags = parsed(html)
+    assert {tag for tag, _ in tags.seen} <= SHOWN
+    for tag, attributes in tags.seen:
+        assert not [name for name in attributes if name.startswith("on") or name == "src"]
+        if tag == "a":
+            assert attributes["href"].startswith("/")
+    assert not CONTROLS.search(html.replace("\n", " "))
+    return tags
+
+
+def test_every_part_shows_hostile_text_as_text(written: Path) -> None:
+    run = Run(written)
+    hostile = run.rollouts(step=3)["rationale"].tolist()[:8]
+    for text in hostile:
+        for html in (
+            markup.text(text),
+            markup.tokens([text, "x"], [0.5, -3.0]),
+            markup.differences("before", text),
+            markup.differences(text, "after"),
+            markup.table([{text: text}], {text: text}),
+            markup.link(f"/a?b={quote(text)}", markup.text("x")),
+            line_chart(text, [Line(text, [0, 1], [0.0, 1.0])]) if text.isprintable() else "",
+        ):
+            only_shows(html)
+    assert "<script>" in only_shows(markup.text(hostile[0])).text
+
+
+def test_marks_say_what_changed() -> None:
+    tags = parsed(markup.differences("a b c", "a x c"))
+    assert [tag for tag, _ in tags.seen] == ["bdi", "del", "ins"] and tags.text == "a bx c"
+
+
+def test_tokens_are_coloured_by_sign_and_size() -> None:
+    html = markup.tokens(["a", "b", "c", "d"], [2.5, 0.1, -0.1, -9.0])
+    assert re.findall(r'class="(\w+\d)"', html) == ["up5", "up1", "down1", "down5"]
+    assert "class=" not in markup.tokens(["a"], None).replace('class="tokens"', "")
+
+
+def test_charts_shade_the_healthy_range_mark_alarms_and_survive_anything() -> None:
+    lines = [Line("x", list(range(5)), [0.1, float("nan"), 0.3, 0.9, 0.2])]
+    html = line_chart("t", lines, healthy=(None, 0.5), alarms=[3])
+    assert html.count('class="healthy"') == html.count('class="alarm"') == 1
+    assert html.count("M") == 2  # the NaN breaks the curve
+    many = Line("y", list(range(10_000)), [float(i == 777) for i in range(10_000)])
+    assert "step 777: 1<" in line_chart("t", [many])
+    for values in ([], [float("nan")], [1.0], [1e30, -1e30], [0.0, 0.0], [1e-300, 2e-300]):
+        line_chart("t", [Line("z", list(range(len(values))), values)], (0.0, 1.0))
+
+
+def test_the_file_to_send_is_whole_and_asks_for_nothing(written: Path, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    assert main(["inspect", str(written), "--html", str(file)]) == 0
+    html = file.read_text(encoding="utf-8")
+    tags = only_shows(re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL))
+    assert not re.search(r"url\(|@import|https?://(?!evil)", html)
+    assert "alarms/stale_engine" in tags.text and "<script>window.pwned" in tags.text
+    assert "Soft tokens of written" in tags.text
+
+
+def test_the_file_holds_the_chosen_groups(written: Path, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    write_html([Run(written)], Filter(step=1, text="fox"), file)
+    html = file.read_text(encoding="utf-8")
+    assert html.count("<article") == 2 and "step 1, rollout 1" in html
+    assert "through training" in html
+
+
+def printed(run: Path, *arguments: str, width: int = 150) -> str:
+    from grace_rl.commands import inspect as command
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = parser.parse_args([str(run), "--terminal", *arguments])
+    names = ("step", "role", "text", "score", "group")
+    given = {name: getattr(options, name) for name in names if getattr(options, name)}
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    show([Run(run)], Filter.from_query(given), options, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [50, 150])
+def test_the_terminal_shows_all_of_it_and_no_control_reaches_it(written: Path, width: int) -> None:
+    views = {
+        "overview": ([], "alarms/stale_engine"),
+        "list": (["--step", "3"], "9 rollouts"),
+        "groups": (["--groups", "--sort", "spread"], "12 groups"),
+        "group": (["--step", "3", "--group", "1"], "advantage"),
+        "rollout": (["--step", "3", "--row", "3"], "s_k"),
+    }
+    for arguments, expected in views.values():
+        text = printed(written, *arguments, width=width)
+        assert expected in text or width == 50  # folded there
+        assert not CONTROLS.search(text)
+
+
+def test_one_rollout_in_the_terminal_shows_controls_as_pictures(written: Path) -> None:
+    assert "‹U+202E›" in printed(written, "--step", "3", "--row", "3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--terminal", "--row", "3"], "need one --step"),
+        (["--terminal", "--step", "1", "--row", "99"], "has rollouts 0 to 8"),
+        (["--terminal", "--step", "77", "--row", "0"], "no rollouts of step 77"),
+        (["--terminal", "--step", "x"], "cannot read 'x'"),
+        (["--terminal", "--limit", "0"], "must be at least 1"),
+        (["--html", "/no/such/folder/x.html"], "there is no folder"),
+        (["--text", "x"], "the page has fields"),
+        (["--port", "99999"], "0 to 65535"),
+    ],
+)
+def test_mistakes_end_with_two_and_a_sentence(
+    written: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(written), *arguments]) == 2
+    assert message in capsys.readouterr().err
