@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from importlib.util import find_spec
@@ -46,6 +47,8 @@ def join_processes(training: Mapping[str, Any]) -> dict[str, Any]:
     if not deepspeed:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         return {"use_cpu": True} if on_cpu and several else {}
+    # What torch thinks of DeepSpeed's calls is nothing that a user could change.
+    warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
     if "LOCAL_RANK" not in os.environ:  # started without a launcher: alone
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
@@ -81,6 +84,9 @@ def part_processes() -> None:
     if hasattr(sys, "last_value"):
         return
     gc.collect()  # engines that only cycles keep alive, and what they hold of the process group
+    engines = sys.modules.get("vllm.distributed.parallel_state")
+    if engines is not None:  # at the very end vLLM would look for its groups, and not find them
+        engines.cleanup_dist_env_and_memory()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -205,6 +205,37 @@ def test_another_model_on_the_same_port_is_waited_out(generation, server):
         rationales(generation)
 
 
+# -- starting one ---------------------------------
+
+
+@needs_vllm
+def test_serve_runs_trls_command_on_this_machine_only(monkeypatch, capsys):
+    from grace_rl.cli import main
+
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *command: started.append(command) or sys.exit(0))
+    monkeypatch.setattr("grace_rl.rollout.engines.vllm_runs_on_cpu", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["serve", "scenes", "--port", "8123", "--enforce-eager"])
+    _, words, environment = started[0]
+    assert words[words.index("serve") + 1] == str(scenes.COLD_START)
+    assert words[words.index("--host") + 1] == "127.0.0.1"
+    assert words[words.index("--port") + 1] == "8123"
+    assert {"--weight-transfer-config", "processed_logprobs", "--enforce-eager"} <= set(words)
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "VLLM_SERVER_DEV_MODE=1 vllm serve" in capsys.readouterr().out
+
+
+@needs_vllm
+def test_serve_says_where_it_cannot(monkeypatch, capsys):
+    from grace_rl.cli import main
+
+    monkeypatch.setattr("grace_rl.rollout.engines.vllm_runs_on_cpu", lambda: True)
+    assert main(["serve", "scenes"]) == 2
+    assert "vllm_mode colocate" in capsys.readouterr().err
+    assert main(["serve", "scenes/untrained"]) == 2
+
+
 # -- a whole run ---------------------------------
 
 RECIPE = """
