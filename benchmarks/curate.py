@@ -31,7 +31,7 @@ from grace_rl.data.curation.prompts import SIDES, RatingPrompts, SidePrompts
 from grace_rl.data.curation.run import rate_candidates, write_candidates
 from grace_rl.data.rows import read_rows
 from grace_rl.files import write_text
-from grace_rl.recipe import DataConfig
+from grace_rl.recipe_rows import DataConfig
 
 TEXT_TOKENS = 96
 

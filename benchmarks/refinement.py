@@ -280,7 +280,7 @@ def stsb(encoder: Any, split: str) -> dict[str, float]:
 def held_out_losses(trainer: Any, options: argparse.Namespace) -> dict[str, Any]:
     """InfoNCE of validation rows after each of 5 steps, and how often a step is no worse."""
     from grace_rl.data.rows import read_rows
-    from grace_rl.recipe import DataConfig
+    from grace_rl.recipe_rows import DataConfig
     from grace_rl.train.refinement_terms import step_losses
 
     path = str(SHARED / "data/train/nli-triplets.validation.jsonl.gz")

@@ -7,7 +7,7 @@ booleans (`eval_strategy: no` stays the text that TRL expects). Twice the same k
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,33 @@ class RecipeSource:
                     f"{place}: {message}" if place == f"--{key}" else f"{place}: {key}: {message}"
                 )
         return f"{self.path}: {key}: {message}" if key else f"{self.path}: {message}"
+
+    def missing(self, key: str, advice: str) -> None:
+        """A key without a usable value is a problem, unless what was written is one already."""
+        if not self.tree.get(key):
+            self.problems.append(self.problem((key,), f"is missing; {advice}"))
+
+    def collect(self, check: Callable[[], Any]) -> Any:
+        """Run a check whose problems begin with a dotted key, and say where that key was written.
+
+        Returns:
+            What the check returns; None where it raised UserError.
+        """
+        try:
+            return check()
+        except UserError as error:
+            for problem in error.problems:
+                key, colon, message = problem.partition(": ")
+                self.problems.append(
+                    self.problem(_path(key), message) if colon else f"{self.path}: {problem}"
+                )
+            return None
+
+
+def _path(key: str) -> KeyPath:
+    """`roles.query` and `rewards[0] (length)` as paths."""
+    words = key.partition(" ")[0].replace("[", ".").replace("]", "").split(".")
+    return tuple(int(word) if word.isdigit() else word for word in words)
 
 
 def read_source(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSource:

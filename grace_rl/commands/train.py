@@ -90,7 +90,8 @@ def _dry_run(recipe: Recipe | Chain, processes: int) -> int:
     from grace_rl.data.rows import read_rows
     from grace_rl.launch.alone import arguments_alone
     from grace_rl.launch.lines import counted
-    from grace_rl.recipe import SCENES, describe, is_local_file
+    from grace_rl.recipe import describe
+    from grace_rl.recipe_rows import SCENES, is_local_file
     from grace_rl.stages import Chain
 
     if isinstance(recipe, Chain):

@@ -152,7 +152,7 @@ def _perplexity(
 
     from grace_rl.data import scenes
     from grace_rl.data.rows import read_rows
-    from grace_rl.recipe import DataConfig
+    from grace_rl.recipe_rows import DataConfig
     from grace_rl.rollout.policy import load_policy, resolve_model
     from grace_rl.rollout.prompts import PromptTemplate
 

@@ -152,7 +152,7 @@ def _whole(value: Any, least: int) -> bool:
 
 
 def _of_scenes(score: Mapping[str, Any]) -> bool:
-    from grace_rl.recipe import SCENES_SPLITS
+    from grace_rl.recipe_rows import SCENES_SPLITS
 
     splits = score.get("dataset_splits")
     return (

@@ -48,7 +48,8 @@ from grace_rl.train.guided_infonce import CachedGuidedInfoNCE, GuidedInfoNCE, Ma
 from grace_rl.train.start import Build, Start
 
 if TYPE_CHECKING:
-    from grace_rl.recipe import DataConfig, Recipe
+    from grace_rl.recipe import Recipe
+    from grace_rl.recipe_rows import DataConfig
 
 POOLING_MODES = {"mean": "mean", "last": "lasttoken", "cls": "cls"}
 

@@ -79,7 +79,7 @@ def writing_examples(
         UserError: The file that `writing_dataset_name` names is bad.
     """
     if args.writing_dataset_name is not None:
-        from grace_rl.recipe import DataConfig
+        from grace_rl.recipe_rows import DataConfig
 
         data = DataConfig(args.writing_dataset_name, rows=args.writing_dataset_rows)
         rows = read_rows(data)

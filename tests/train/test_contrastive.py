@@ -203,7 +203,7 @@ def test_it_is_scored_like_a_policy(policy, tmp_path):
 
 
 def test_rows_without_pairs_are_a_mistake(tmp_path):
-    from grace_rl.recipe import DataConfig
+    from grace_rl.recipe_rows import DataConfig
 
     class OnlyData:
         data = DataConfig("scenes", options={"form": "unsupervised"})

@@ -13,7 +13,7 @@ from grace_rl.errors import UserError
 from grace_rl.recipe_source import KeyPath, RecipeSource, read_source
 
 if TYPE_CHECKING:
-    from grace_rl.recipe import DataConfig
+    from grace_rl.recipe_rows import DataConfig
 
 Engine = Literal["vllm", "transformers"]
 GeneratePrompts = Literal["instructions", "completion", "describe"]
@@ -168,8 +168,8 @@ def load_curation(path: str | Path, overrides: Sequence[str] = ()) -> CurationRe
     Raises:
         UserError: With every mistake: where, the key, what to do.
     """
-    from grace_rl.recipe import data_config
     from grace_rl.recipe_keys import OWN_KEYS, convert, nearest
+    from grace_rl.recipe_rows import data_config
 
     source = read_source(path, overrides)
     data_keys = {key: hint for key, hint in OWN_KEYS.items() if key.startswith("dataset_")}
@@ -273,7 +273,7 @@ def _check_steps(source: RecipeSource, steps: dict[str, Any]) -> None:
 
 
 def _check_model(name: str | None, path: KeyPath, problem: Any) -> None:
-    from grace_rl.recipe import looks_like_path
+    from grace_rl.recipe_rows import looks_like_path
 
     if name and looks_like_path(name) and not Path(name).is_dir():
         problem(path, f"there is no folder {name}; paths start at {Path.cwd()}")

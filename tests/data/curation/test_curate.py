@@ -15,7 +15,7 @@ from grace_rl.data.curation.config import load_curation
 from grace_rl.data.curation.run import Shard, curate
 from grace_rl.data.rows import read_rows
 from grace_rl.errors import UserError
-from grace_rl.recipe import DataConfig
+from grace_rl.recipe_rows import DataConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 SCENES = ROOT / "recipes/curate/scenes.yaml"
