@@ -101,9 +101,23 @@ def test_nobody_and_somebody_else_on_the_port(server):
 # -- while training ---------------------------------
 
 
+PATIENCE = 30.0  # for what must succeed, on a machine however busy
+LITTLE = 2.0  # for what must not
+
+
 @pytest.fixture
 def generation(server, no_nccl):
     """TRL's own server mode, on a model of a few weights."""
+    return served(server, PATIENCE)
+
+
+@pytest.fixture
+def hasty(server, no_nccl):
+    """The same with little patience."""
+    return served(server, LITTLE)
+
+
+def served(server, patience):
     import torch
     from accelerate import Accelerator
     from trl.generation.vllm_generation import VLLMGeneration
@@ -114,7 +128,7 @@ def generation(server, no_nccl):
         torch.nn.Linear(2, 2), accelerator, None, mode="server", server_base_url=server.url,
         server_timeout=5, max_completion_length=8,
     )  # fmt: skip
-    kept.keep_server(made, patience=1.0)
+    kept.keep_server(made, patience)
     made.sync_weights()
     return made
 
@@ -126,12 +140,19 @@ def rationales(generation):
 
 
 @needs_vllm
-@pytest.mark.parametrize("fault", ["drop", "500", "garbage", "html", "short", 1.5])
+@pytest.mark.parametrize("fault", ["drop", "500", "garbage", "html", "short"])
 def test_a_passing_fault_costs_one_more_attempt_and_no_push(generation, server, fault):
     server.faults = [fault]
     rationales(generation)
     assert server.calls["/v1/completions"] == 2
     assert server.calls["/update_weights"] == 1
+
+
+@needs_vllm
+def test_a_server_that_takes_too_long_is_asked_again(hasty, server):
+    server.faults = [2 * LITTLE]
+    rationales(hasty)
+    assert server.calls["/v1/completions"] == 2
 
 
 @needs_vllm
@@ -163,21 +184,21 @@ def test_a_server_without_versions_is_pushed_to_after_any_fault(generation, serv
 
 
 @needs_vllm
-def test_a_server_that_stays_away_is_lost_in_time(generation, server):
+def test_a_server_that_stays_away_is_lost_in_time(hasty, server):
     server.stop()
     began = time.monotonic()
     with pytest.raises(ServerLost, match="connection refused"):
-        rationales(generation)
-    assert 0.9 < time.monotonic() - began < 4
+        rationales(hasty)
+    assert LITTLE * 0.9 < time.monotonic() - began < 10 * LITTLE
     with pytest.raises(ServerLost, match="connection refused"):
-        generation.sync_weights()
+        hasty.sync_weights()
 
 
 @needs_vllm
-def test_a_server_that_only_fails_is_lost_too(generation, server):
+def test_a_server_that_only_fails_is_lost_too(hasty, server):
     server.faults = ["500"] * 100
     with pytest.raises(ServerLost, match="500"):
-        rationales(generation)
+        rationales(hasty)
 
 
 @needs_vllm
@@ -199,10 +220,10 @@ def test_two_runs_on_one_server_are_told_apart(generation, server):
 
 
 @needs_vllm
-def test_another_model_on_the_same_port_is_waited_out(generation, server):
+def test_another_model_on_the_same_port_is_waited_out(hasty, server):
     server.faults, server.model = ["drop"], "other/model"
     with pytest.raises(ServerLost):
-        rationales(generation)
+        rationales(hasty)
 
 
 # -- starting one ---------------------------------
@@ -258,7 +279,7 @@ bf16: false
 gradient_checkpointing: false
 use_vllm: true
 vllm_mode: server
-vllm_server_retry_timeout: 0.6
+vllm_server_retry_timeout: 2
 vllm_server_timeout: 3
 logging_steps: 1
 save_strategy: "no"
