@@ -19,8 +19,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from grace_rl.cli import main as grace_rl
 from grace_rl.data import scenes
 from grace_rl.data.guide import build_guide
 from grace_rl.data.scenes.texts import paraphrase, render, with_facts
@@ -46,6 +45,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--copies", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--guide", default="", help="default: the packaged MiniLM")
     parser.add_argument("--output", type=Path, default=Path("runs/false-negatives"))
     parser.add_argument("--results", type=Path, help="a JSON file")
@@ -55,7 +55,7 @@ def main() -> int:
 
     options.output.mkdir(parents=True, exist_ok=True)
     data = options.output / "rows.jsonl"
-    rows = duplicated_rows(120 * BATCH_ROWS, options.copies)
+    rows = duplicated_rows(options.steps * BATCH_ROWS, options.copies)
     write_text(data, "".join(json.dumps(row) + "\n" for row in rows))
     sigma, caught, wrong = sigma_and_quality(guide, rows, options.output / "guide")
     print(
@@ -77,17 +77,24 @@ def main() -> int:
         for arm in options.arms:
             folder = options.output / f"{arm}-{seed}"
             if not (folder / "evaluation.json").exists() or not (folder / "model").exists():
-                command = [sys.executable, "-m", "grace_rl", "train", "recipes/quickstart.yaml"]
+                command = ["train", "recipes/quickstart.yaml", "--max_steps", str(options.steps)]
                 command += ["--overwrite", "--seed", str(seed), "--output_dir", str(folder)]
                 command += ["--dataset_name", str(data), "--dataset_options", "{}"]
                 command += ["--dataset_rows", str(len(rows)), "--shuffle_dataset", "false"]
                 command += ["--evaluation", "null", "--false_negatives", json.dumps(masks[arm])]
-                subprocess.run([*command, *options.overrides], check=True)
+                if code := grace_rl(command + options.overrides):
+                    return code
             found[arm].append(scores(folder))
             print(arm, seed, found[arm][-1], flush=True)
     Console(width=120).print(summary(found))
     if options.results:
-        kept = {"copies": options.copies, "sigma": sigma, "seeds": options.seeds, "scores": found}
+        kept = {
+            "copies": options.copies,
+            "steps": options.steps,
+            "sigma": sigma,
+            "seeds": options.seeds,
+            "scores": found,
+        }
         kept["guide"] = {"duplicates_masked": caught, "others_masked": wrong}
         write_text(options.results, json.dumps(kept, indent=1) + "\n")
     return 0
