@@ -1,0 +1,211 @@
+"""Texts per second of the encoder, against a plain loop and against vLLM alone.
+
+    OMP_NUM_THREADS=4 python benchmarks/encode.py speed
+    python benchmarks/encode.py memory
+
+`speed`: a Qwen3 of about 10M random parameters (or --model FOLDER) writes up to --tokens tokens for
+--texts texts of scenes and reads them with the bottleneck. In one process, in turn, --repeats times
+after a warm-up: (a) a plain loop of generate and one forward per text, on --loop-texts of them;
+(b) the same vLLM engine generating for the same prompts and nothing else; our encoder with
+transformers, with vLLM, and with everything in its cache.
+
+`memory`: the peak of `grace-rl embed` on --small and on --large texts, each in its own process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grace_rl.data import scenes
+from grace_rl.embed.encoder import EncoderSettings, RationaleEncoder
+from grace_rl.embed.reader import ReaderConfig
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=("speed", "memory"))
+    parser.add_argument("--model", help="a language model's folder")
+    parser.add_argument("--texts", type=int, default=512)
+    parser.add_argument("--loop-texts", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--small", type=int, default=10_000)
+    parser.add_argument("--large", type=int, default=100_000)
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        found = (speed if options.what == "speed" else memory)(options, Path(folder))
+    found["options"] = vars(options)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"encode-{options.what}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+# -- speed ---------------------------------
+
+
+def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    model = Path(options.model) if options.model else save_model(folder / "model")
+    settings = EncoderSettings(ReaderConfig(), None, 128, options.tokens)
+    load = RationaleEncoder.from_pretrained
+    plain = load(model, settings=settings)
+    fast = load(model, settings=settings, engine="vllm")
+    cached = load(model, settings=settings, engine="vllm", cache=folder / "cache.sqlite")
+    texts = [row["query"] for row in scenes.rows("train", "triplet", options.texts)]
+    prompts = [plain.template.render(text).token_ids for text in texts]
+    few = texts[:: len(texts) // options.loop_texts][: options.loop_texts]
+    engine = fast.writer._started()  # type: ignore[attr-defined]
+    cached.writer = fast.writer  # one engine in the process
+    from vllm import SamplingParams, TokensPrompt
+
+    params = SamplingParams(
+        max_tokens=options.tokens, temperature=0.0, stop_token_ids=fast.end_ids, detokenize=False
+    )
+    raw: list[Any] = []
+
+    def generate_only() -> None:
+        raw[:] = engine.generate(
+            [TokensPrompt(prompt_token_ids=ids) for ids in prompts], params, use_tqdm=False
+        )
+
+    runs: dict[str, tuple[int, Callable[[], Any]]] = {
+        "loop": (len(few), lambda: [loop(plain, text) for text in few]),
+        "encode, transformers": (len(texts), lambda: plain.encode(texts)),
+        "vLLM alone": (len(texts), generate_only),
+        "encode, vLLM": (len(texts), lambda: fast.encode(texts)),
+        "encode, cached": (len(texts), lambda: cached.encode(texts)),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(options.repeats + 1):
+        for name, (count, run) in runs.items():
+            engine.reset_prefix_cache()  # nobody profits from the prompts of the run before
+            started = time.perf_counter()
+            run()
+            if repeat:
+                rates[name].append(count / (time.perf_counter() - started))
+    written = fast.write(texts)
+    same = [list(o.outputs[0].token_ids) for o in raw] == [item.token_ids for item in written]
+    tokens = sum(len(item.token_ids) for item in written) / len(texts)
+    parameters = sum(p.numel() for p in plain.model.parameters())
+    print(
+        f"{len(texts)} texts, {tokens:.1f} tokens a rationale, {parameters / 1e6:.1f}M parameters,"
+    )
+    print(f"{torch.get_num_threads()} threads; vLLM alone wrote the same tokens: {same}")
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, values in rates.items():
+        low, high = min(values), max(values)
+        print(f"{name:>22}: {medians[name]:9.1f} texts/s  (from {low:.1f} to {high:.1f})")
+    best = max(medians["encode, vLLM"], medians["encode, transformers"])
+    ratios = {
+        "encode / loop": best / medians["loop"],
+        "encode, vLLM / vLLM alone": medians["encode, vLLM"] / medians["vLLM alone"],
+        "cached / encode": medians["encode, cached"] / best,
+    }
+    for name, ratio in ratios.items():
+        print(f"{name:>26}: {ratio:.2f}")
+    return {
+        "texts_per_second": rates,
+        "ratios": ratios,
+        "tokens_per_rationale": tokens,
+        "parameters": parameters,
+        "threads": torch.get_num_threads(),
+        "same_tokens": same,
+    }
+
+
+@torch.no_grad()
+def loop(encoder: RationaleEncoder, text: str) -> torch.Tensor:
+    """What one would write by hand: generate for one text, then read it with a forward."""
+    ids = encoder.template.render(text).token_ids
+    prompt = torch.tensor([ids])
+    generated = encoder.model.generate(  # type: ignore[operator]
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=encoder.max_rationale_tokens,
+        do_sample=False,
+        eos_token_id=encoder.end_ids,
+        pad_token_id=encoder.end_ids[0],
+    )[:, len(ids) :]
+    hidden = encoder.model(generated, output_hidden_states=True).hidden_states
+    states = [torch.nn.functional.layer_norm(h, h.shape[-1:]) for h in (hidden[0], hidden[-1])]
+    vector: torch.Tensor = (states[0] + states[1]).mean(1)
+    return vector
+
+
+def save_model(folder: Path) -> Path:
+    """A random model with the tokenizer of scenes."""
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(scenes.COLD_START)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=8192,
+            hidden_size=320,
+            intermediate_size=896,
+            num_hidden_layers=6,
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            head_dim=64,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            dtype="float32",
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# -- memory ---------------------------------
+
+
+def memory(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    model = folder / "model"
+    settings = EncoderSettings(ReaderConfig(), None, 128, 8)
+    encoder = RationaleEncoder.from_pretrained(scenes.COLD_START, settings=settings)
+    some = [row["query"] for row in scenes.rows("train", "triplet", 2000)]
+    encoder.fit_centre(some[:256])
+    encoder.model.save_pretrained(model)
+    encoder.tokenizer.save_pretrained(model)
+    encoder.save(model)
+    peaks = {}
+    for count in (options.small, options.large):
+        source, output = folder / f"{count}.jsonl", folder / f"{count}.parquet"
+        with source.open("w", encoding="utf-8") as lines:
+            for i in range(count):
+                lines.write(json.dumps({"text": f"{some[i % len(some)]} {i}"}) + "\n")
+        command = [sys.executable, "-m", "grace_rl", "embed", str(model)]
+        process = subprocess.Popen([*command, "--input", str(source), "--output", str(output)])
+        started = time.perf_counter()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"embed failed: {status}")
+        seconds = time.perf_counter() - started
+        peaks[count] = usage.ru_maxrss / 1024
+        print(f"{count:>9,} texts: peak {peaks[count]:.0f} MiB, {seconds:.0f} s")
+    ratio = peaks[options.large] / peaks[options.small]
+    print(f"peak of {options.large:,} to peak of {options.small:,} texts: {ratio:.3f}")
+    return {"peak_mib": peaks, "ratio": ratio}
+
+
+if __name__ == "__main__":
+    main()
