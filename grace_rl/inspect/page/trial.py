@@ -158,7 +158,7 @@ class _Answer:
             cosine = float(self.other[1] @ own)
             frame.html(
                 f'<p data-part="similarity">Similarity to the other text: <b>{number(cosine)}</b>'
-                f'<br><span class="small quiet">Its rationale: {text(self.other[0])}</span></p>'
+                f'<br><span class="small quiet">Its rationale: {text(self.other[0] or "(empty)")}</span></p>'
             )
         found = ranked(self.pool.drop(columns="rationale"), self.vectors @ own, self.typed)
         was = dict(zip(self.before["text"], self.before["rank"], strict=True))
