@@ -487,8 +487,9 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         metrics = batch.scored.metrics | distinct_n(batch.pool.token_ids)
         metrics |= collapse_metrics(batch.pool.embeddings, world_raw, batch.pool.example)
         if self.false_negatives is not None:
-            metrics["false_negatives/masked_share"] = seen.masked_share()
-            advice = self.false_negatives.watch(seen.masked_share())
+            share = gather(torch.tensor([seen.masked_share()], device=raw.device)).mean().item()
+            metrics["false_negatives/masked_share"] = share
+            advice = self.false_negatives.watch(share)
             if advice and self.accelerator.is_main_process:
                 self.console.print(advice, style="yellow", highlight=False)
         for name, value in metrics.items():
