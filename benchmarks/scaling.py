@@ -109,7 +109,10 @@ def compare_steps(options: argparse.Namespace) -> None:
         ratio = table["alone"]["step"] / row["step"]
         spread = f"{row['fastest']:.2f} to {row['slowest']:.2f}"
         print(f"{name:>8} {row['step']:>8.2f} {spread:>13}", *shares, f"{ratio:.2f}")
-    save(options, "scaling-steps", {"parameters": size, "batch": options.batch, "runs": table})
+    load = os.getloadavg()[1] / (os.cpu_count() or 1)
+    print(f"load of the machine: {load:.1f} a core; above 1 something else ran beside it")
+    found = {"parameters": size, "batch": options.batch, "load_per_core": load, "runs": table}
+    save(options, "scaling-steps", found)
 
 
 def train(options: argparse.Namespace, folder: Path, strategy: str, run: Path) -> None:
@@ -167,6 +170,7 @@ def compare_memory(options: argparse.Namespace) -> None:
         buckets = 4 * size if name == "ddp" else 0
         expected = (sum(states.values()) + buckets) / MIB
         rows[name] = {"expected": expected, **{n: measured[n] for n in ("held", "peak")}}
+        print(f"# {name}: {measured['held']:.0f} MiB", flush=True)
     print(f"{size / 1e6:.1f}M parameters in float32, {options.processes} processes, MiB a process")
     print(
         f"{'':>6} {'formula':>8} {'held':>8} {'ratio':>6} {'to ddp':>7} {'formula':>8} {'peak':>7}"
@@ -180,7 +184,7 @@ def compare_memory(options: argparse.Namespace) -> None:
         )
     save(
         options,
-        "scaling-memory",
+        f"scaling-memory-{options.processes}",
         {"parameters": size, "processes": options.processes, "mib": rows},
     )
 
@@ -191,6 +195,8 @@ def hold(strategy: str, millions: int) -> None:
     import torch
     from accelerate import Accelerator, DeepSpeedPlugin, PartialState
     from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from grace_rl.train.processes import part_processes
 
     torch.manual_seed(0)
     stage = STRATEGIES[strategy]
@@ -246,7 +252,7 @@ def hold(strategy: str, millions: int) -> None:
         mean = float(held.mean())
         print(json.dumps({"parameters": size, "held": mean, "peak": peak}), flush=True)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    part_processes()
 
 
 # --- both ---------------------------------------------------------------------------------------
