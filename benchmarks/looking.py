@@ -134,8 +134,12 @@ def time_queries(path: Path) -> dict[str, Any]:
     questions: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "one step": (lambda: run.rollouts(step=step), lambda: frame[frame["step"] == step]),
         "a word in text or rationale, first 50": (
-            lambda: (run.count(text="fox"), run.rollouts(text="fox", limit=50)),
-            lambda: contains("fox").head(50),
+            lambda: run.rollouts(text="hostel", limit=50),
+            lambda: contains("hostel").head(50),
+        ),
+        "how many have the word": (
+            lambda: run.count(text="hostel"),
+            lambda: len(contains("hostel")),
         ),
         "two conditions on rewards, best 50": (
             lambda: run.rollouts(
@@ -212,7 +216,7 @@ def time_page(runs: list[Path]) -> dict[str, Any]:
             until("rollouts", lambda: page.goto(list_of), "tbody a")
             total = page.locator(".count").inner_text()
             fields = {
-                "filter by text": ("Text or rationale contains", "river"),
+                "filter by text": ("Text or rationale contains", "hostel"),
                 "filter by score": ("Scores", "contrastive > 1, length < 2"),
                 "filter by steps": ("Step", "20-60"),
             }

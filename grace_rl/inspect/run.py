@@ -198,18 +198,27 @@ class Run:
             f", stddev_pop({_name(n)}) AS {_name('spread/' + n.removeprefix(REWARD))}"
             for n in rewards
         )
-        query = f"""
-            SELECT step, "group", any_value(example) AS example, any_value(role) AS role,
-              any_value(text) AS text, count(*) AS rollouts,
-              arg_max(rationale, advantage) AS best, arg_min(rationale, advantage) AS worst,
-              stddev_pop(advantage) AS spread{spreads}
-            FROM rollouts {where} GROUP BY step, "group"
-        """
         names = ["step", "group", "example", "role", "text", "rollouts", "best", "worst", "spread"]
-        if sort not in [*names, *(f"spread/{n.removeprefix(REWARD)}" for n in rewards)]:
-            raise UserError(f"{self.path}: groups have no column {sort!r}")
+        labels = [f"spread/{name.removeprefix(REWARD)}" for name in rewards]
+        if sort not in ["step", "group", "rollouts", "spread", *labels]:
+            raise UserError(f"{self.path}: groups cannot be sorted by {sort!r}")
         order = f"{_name(sort)} {'DESC' if descending else 'ASC'} NULLS LAST"
-        return self._ask(f'{query} ORDER BY {order}, step, "group" {_part(limit, offset)}', values)
+        # Texts are fetched for the groups that are shown, not carried through the grouping.
+        query = f"""
+            WITH chosen AS (
+              SELECT step, "group", count(*) AS rollouts, stddev_pop(advantage) AS spread{spreads},
+                arg_max(row, advantage) AS best_row, arg_min(row, advantage) AS worst_row
+              FROM rollouts {where} GROUP BY step, "group"
+              ORDER BY {order}, step, "group" {_part(limit, offset)})
+            SELECT chosen.step, chosen."group", best.example, best.role, best.text, rollouts,
+              best.rationale AS best, worst.rationale AS worst, spread
+              {"".join(f", {_name(label)}" for label in labels)}
+            FROM chosen
+            JOIN rollouts AS best ON best.step = chosen.step AND best.row = best_row
+            JOIN rollouts AS worst ON worst.step = chosen.step AND worst.row = worst_row
+            ORDER BY chosen.{order}, chosen.step, chosen."group"
+        """
+        return self._ask(query, values)[[*names, *labels]]
 
     def count_groups(self, chosen: Filter | None = None, **filters: Any) -> int:
         """How many groups there are."""

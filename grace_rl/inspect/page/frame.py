@@ -24,6 +24,7 @@ VIEWS = {
     "/": "Overview",
     "/rollouts": "Rollouts",
     "/training": "Through training",
+    "/replays": "Replays",
     "/try": "Try it",
 }
 SLOW = 0.25  # seconds after which a wait shows itself

@@ -16,7 +16,7 @@ from nicegui import app as nice
 from nicegui import ui
 
 from grace_rl.errors import UserError
-from grace_rl.inspect.page import frame, overview, rollout, rollouts, training, trial
+from grace_rl.inspect.page import frame, overview, replays, rollout, rollouts, training, trial
 from grace_rl.inspect.page.guard import Guard, is_loopback
 from grace_rl.inspect.run import Run
 
@@ -78,6 +78,10 @@ def app(runs: Sequence[Run]) -> Any:
     @ui.page("/try")
     async def _trial(request: Request) -> None:
         await trial.show(site, request.query_params)
+
+    @ui.page("/replays")
+    async def _replays(request: Request) -> None:
+        await replays.show(site, request.query_params)
 
     ui.run_with(
         outer,

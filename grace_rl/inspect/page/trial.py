@@ -156,16 +156,17 @@ class _Answer:
     def _show(self, own: Any) -> None:
         if self.other is not None:
             cosine = float(self.other[1] @ own)
+            said = text(self.other[0] or "(empty)")
             frame.html(
                 f'<p data-part="similarity">Similarity to the other text: <b>{number(cosine)}</b>'
-                f'<br><span class="small quiet">Its rationale: {text(self.other[0] or "(empty)")}</span></p>'
+                f'<br><span class="small quiet">Its rationale: {said}</span></p>'
             )
         found = ranked(self.pool.drop(columns="rationale"), self.vectors @ own, self.typed)
         was = dict(zip(self.before["text"], self.before["rank"], strict=True))
-        said = dict(zip(self.pool["text"], self.pool["rationale"], strict=True))
+        rationales = dict(zip(self.pool["text"], self.pool["rationale"], strict=True))
         found = found.assign(
             moved=[was[t] - rank for t, rank in zip(found["text"], found["rank"], strict=True)],
-            rationale=[said[t] for t in found["text"]],
+            rationale=[rationales[t] for t in found["text"]],
         )
         columns = {"rank": "rank", "moved": "moved", "cosine": "cosine", "text": "text"}
         if self.checkpoint.writes:

@@ -1,0 +1,52 @@
+"""What `grace-rl replay` left beside a run: groups that other rewards would have ranked anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+
+from grace_rl.errors import UserError
+from grace_rl.inspect.run import Run
+
+GROUPS = """
+WITH pairs AS (
+    SELECT a.step, a."group",
+           avg((a.replayed_advantage > b.replayed_advantage)::INT) AS order_kept
+    FROM kept a JOIN kept b
+      ON a.step = b.step AND a."group" = b."group" AND a.advantage > b.advantage
+    GROUP BY a.step, a."group"
+)
+SELECT step, "group", first(role) AS role, first(text) AS text, first(order_kept) AS order_kept,
+       arg_max(rationale, advantage) AS best,
+       arg_max(rationale, replayed_advantage) AS replayed_best,
+       bool_and(rank <> 0 OR replayed_rank <> 0) AS best_changed
+FROM kept JOIN pairs USING (step, "group")
+GROUP BY step, "group"
+ORDER BY order_kept, step, "group"
+"""
+
+
+def replays(run: Run) -> dict[str, Path]:
+    """The replays of a run by name."""
+    return {path.stem: path for path in sorted((run.path / "replays").glob("*.parquet"))}
+
+
+def replayed_groups(run: Run, name: str) -> pd.DataFrame:
+    """Groups with anything to rank, those whose order changes most first.
+
+    Returns:
+        `step group role text order_kept best replayed_best best_changed`; `order_kept` is the share
+        of pairs of rollouts that keep their order, 0 to 1.
+
+    Raises:
+        UserError: There is no replay of that name.
+    """
+    known = replays(run)
+    if name not in known:
+        there = ", ".join(known) or "none yet"
+        raise UserError(f"{run.name}: no replay {name!r}; there are: {there}")
+    with duckdb.connect() as database:
+        database.execute("CREATE TABLE kept AS SELECT * FROM read_parquet(?)", [str(known[name])])
+        return database.execute(GROUPS).df()
