@@ -24,6 +24,7 @@ from grace_rl.train.run_directory import read_metrics
 
 ROLLOUTS: dict[str, Any] = {
     "method": "grpo",
+    "instruction": None,
     "dataset_options": {"form": "quad"},
     "roles": {"query": {}, "positive": {}, "negative": {"train": False}},
     "rewards": [{"name": "contrastive"}, {"name": "length"}],
@@ -33,8 +34,10 @@ ROLLOUTS: dict[str, Any] = {
     "print_rollouts_steps": 0,
 }
 PPO = ROLLOUTS | {"method": "ppo", "num_iterations": 2, "beta": 0.05, "kl_target": 1.0}
-SFT: dict[str, Any] = {"method": "sft", "dataset_options": {"form": "sft"}}
-RECONSTRUCTION: dict[str, Any] = {"method": "reconstruction"}
+SFT = {"method": "sft", "instruction": None, "dataset_options": {"form": "sft"}}
+RECONSTRUCTION: dict[str, Any] = {"method": "reconstruction", "writing_share": 0.25}
+RECONSTRUCTION |= {"instruction": None}
+REFINEMENT: dict[str, Any] = {"method": "refinement", "refinement_steps": 2}
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
 CHECKPOINTING = {"gradient_checkpointing": True}
 JUDGED = {"rewards": [{"name": "contrastive"}, {"name": "judge.py:Judge", "weight": 0.5}]}
@@ -83,6 +86,7 @@ RUNS = {
         "ppo": PPO | {"critic": "separate"},
         "sft-lora": SFT | LORA | CHECKPOINTING,
         "reconstruction": RECONSTRUCTION | CHECKPOINTING,
+        "refinement": REFINEMENT,
     },
 }
 """Per mode, what each run adds to `EVERY`: a new method is one line."""
@@ -92,7 +96,6 @@ EVERY: dict[str, Any] = {
     "dtype": "float32",
     "dataset_name": "scenes",
     "dataset_rows": 24,
-    "instruction": None,
     "per_device_train_batch_size": 4,
     "max_steps": 4,
     "learning_rate": 1.0e-3,
@@ -108,7 +111,7 @@ LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def launch(
-    *command: str, processes: int = 2, timeout: float = 200
+    *command: str, processes: int = 2, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python program on several processes, with one thread each."""
     environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
@@ -221,6 +224,8 @@ SAME = {
     "grpo-lora": ROLLOUTS | CHECKPOINTING | LORA | {"lora_alpha": 64, "lora_dropout": 0.0},
     "ppo": PPO | EVERY_REWARD,
     "sft": SFT,
+    "refinement": REFINEMENT,
+    "reconstruction": RECONSTRUCTION,
 }
 """What must not depend on the number of processes: a new method is one line."""
 
@@ -228,7 +233,8 @@ SGD = {"optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant", "m
 """Plain descent: Adam divides by the root of the squared gradient, and so makes a rounding error of
 a gradient that is nearly zero as large as a step."""
 
-OWN_CLOCK = ("time/", "step_time", "seconds", "rollout/tokens_per_second")
+UNLIKE = ("time/", "step_time", "seconds", "rollout/tokens_per_second", "gain_", "information_gain")
+"""Metrics of time; and of `reconstruction`, which compares with the next text of the process."""
 
 
 @pytest.fixture(scope="module")
@@ -269,9 +275,9 @@ def test_two_processes_train_as_one_does(tmp_path: Path, alone: Path, mode: str)
         for one, two in zip(*metrics, strict=True):
             assert one.keys() == two.keys()
             for key in one:
-                if not key.startswith(OWN_CLOCK):
+                if not key.startswith(UNLIKE):
                     assert two[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), (name, key)
-        if settings["method"] != "sft":
+        if settings["method"] in ("grpo", "ppo"):
             assert_same_rollouts(*(read_rollouts(run / name) for run in (alone, tmp_path)))
 
 
@@ -305,9 +311,8 @@ def test_a_reward_that_fails_on_one_process_ends_all_with_one_message(
     )
     rewards = [{"name": "contrastive"}, {"name": "faulty.py:faulty"}]
     recipe = write_recipe(tmp_path / "recipe.yaml", mode, ROLLOUTS | {"rewards": rewards})
-    start = time.monotonic()
     done = launch("-m", "grace_rl", "train", recipe, "--output_dir", str(tmp_path / "run"))
-    assert time.monotonic() - start < 60  # half of it to start, at most 30 s to stop
+    assert time.time() - (tmp_path / "run" / "metrics.jsonl").stat().st_mtime < 30
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "the judge is away" in line]
     assert len(lines) == 2 and lines[0] == lines[1], done.stderr
