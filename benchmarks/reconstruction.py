@@ -298,7 +298,7 @@ def print_cost(options: argparse.Namespace) -> None:
     for name, entries in rewards.items():
         folder = options.folder / f"cost-{time.time_ns()}"
         given = GRPO | {
-            "max_steps": 6, "logging_steps": 1, "output_dir": str(folder), "rewards": entries,
+            "max_steps": 5, "logging_steps": 1, "output_dir": str(folder), "rewards": entries,
             "model_name_or_path": str(model), "multi_objective_aggregation": "normalize_then_sum",
             "dataset_name": str(shared / "data/train/nli-triplets.train.jsonl.gz"),
         }  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,27 @@ from grace_rl.data.rows import read_rows
 from grace_rl.errors import UserError
 from grace_rl.launch.alone import arguments_alone
 from grace_rl.methods import METHODS, named
+from grace_rl.recipe import Recipe
 from grace_rl.stages import Chain, Stage
 from grace_rl.train.processes import join_processes
 from grace_rl.train.run import DONE, train
 from grace_rl.train.run_directory import RunDirectory, read_status
 
 
-def check_stages(chain: Chain) -> list[int | None]:
+def _alone(recipe: Recipe) -> Any:
+    return arguments_alone(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _joined(recipe: Recipe) -> Any:
+    return recipe.training_arguments(**join_processes(recipe.training))
+
+
+def check_stages(chain: Chain, arguments: Callable[[Recipe], Any] = _alone) -> list[int | None]:
     """Plan every stage, as far as its rows exist, before the first one starts.
+
+    Args:
+        chain: The stages.
+        arguments: Builds a stage's training arguments; by default those of one process alone.
 
     Returns:
         Rows of each stage; None for a stage whose rows an earlier one makes, or that curates.
@@ -45,7 +59,7 @@ def check_stages(chain: Chain) -> list[int | None]:
             continue
         try:
             stage.stand_in.model_config()
-            args = arguments_alone(stage.stand_in, int(os.environ.get("WORLD_SIZE", "1")))
+            args = arguments(stage.stand_in)
             if "dataset_name" in stage.made:
                 continue
             data = stage.stand_in.data
@@ -71,9 +85,8 @@ def train_chain(chain: Chain, *, overwrite: bool = False) -> int:
     Raises:
         UserError: See `check_stages` and `grace_rl.train.run.train`.
     """
-    check_stages(chain)
+    check_stages(chain, _joined)
     console = Console()
-    join_processes(chain.recipes[0].training if chain.recipes else {})
     run = RunDirectory(chain.output_dir, PartialState())
     run.open(chain.resolved(), overwrite=overwrite)
     try:

@@ -187,7 +187,7 @@ def test_a_trained_decoder_prefers_rationales_that_say_more(tmp_path: Path) -> N
 
     args = ReconstructionConfig(
         output_dir=str(tmp_path), instruction=None, use_cpu=True, report_to="none",
-        save_strategy="no", per_device_train_batch_size=32, max_steps=150, learning_rate=3e-3,
+        save_strategy="no", per_device_train_batch_size=32, max_steps=100, learning_rate=3e-3,
         disable_tqdm=True, writing_share=0.0,
     )  # fmt: skip
     model, tokenizer = load_policy(str(scenes.COLD_START), dtype=torch.float32)
