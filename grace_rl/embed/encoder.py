@@ -165,7 +165,8 @@ class RationaleEncoder:
             tokenizer, own.instruction, own.max_text_tokens, own.chat_template_kwargs
         )
         end_ids = end_token_ids(model, tokenizer)
-        reader = Reader(own.reader, tokenizer, end_ids, readers, device)
+        many = 64 if device == "cpu" else 256  # a CPU's caches like it smaller
+        reader = Reader(own.reader, tokenizer, end_ids, readers, device, many)
         if settings is None or (
             (folder / "grace.json").exists()
             and EncoderSettings.load(folder).reader == settings.reader

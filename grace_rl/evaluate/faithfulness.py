@@ -50,7 +50,7 @@ def faithfulness(
         "shuffle": shuffled(rationales, seed),
         "blank": [""] * len(texts),
     }
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for span in spans:
         config = ReaderConfig(span=span)
         reader = Reader(config, encoder.tokenizer, encoder.end_ids, encoder.model)
