@@ -76,7 +76,7 @@ def main() -> int:
     for seed in options.seeds:
         for arm in options.arms:
             folder = options.output / f"{arm}-{seed}"
-            if not (folder / "evaluation.json").exists() or not (folder / "model").exists():
+            if not (folder / "model").exists():
                 command = ["train", "recipes/quickstart.yaml", "--max_steps", str(options.steps)]
                 command += ["--overwrite", "--seed", str(seed), "--output_dir", str(folder)]
                 command += ["--dataset_name", str(data), "--dataset_options", "{}"]
