@@ -37,6 +37,8 @@ def test_the_extras_are_those_promised():
         "vllm",
         "deepspeed",
         "mteb",
+        "compare",
+        "judge",
         "inspect",
         "dev",
     }
