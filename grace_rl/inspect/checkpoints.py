@@ -223,9 +223,8 @@ def _start(run: Run) -> Path | None:
     if not isinstance(name, str):
         return None
     if name == "scenes":
-        from grace_rl.data.scenes import COLD_START
-
-        return Path(COLD_START)
+        # Not imported: the world brings torch, and a list of checkpoints must be quick.
+        return Path(__file__).parents[1] / "data" / "scenes" / "cold_start"
     folder = run.path / "untrained" if name == "scenes/untrained" else Path(name)
     return folder if _is_model(folder) else None
 

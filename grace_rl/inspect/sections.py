@@ -72,7 +72,9 @@ def charts(runs: list[Run]) -> str:
                 rows = logged[["step", metric]].dropna()
                 values = pd.to_numeric(rows[metric], errors="coerce").astype(float)
                 label = short[metric] if len(tables) == 1 else f"{short[metric]} ({run})"
-                tint = colour if len(metrics) > 1 else order
+                # Two runs share the colours of metrics, and dashes tell them apart.
+                shared = len(metrics) > 1 and len(tables) == 2
+                tint = colour if shared else order * len(metrics) + colour
                 lines.append(Line(label, list(rows["step"]), list(values), tint, dashed=order > 0))
                 if panel.judged:
                     fired += [

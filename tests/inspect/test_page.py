@@ -17,6 +17,9 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from grace_rl.inspect import Run
+from grace_rl.reward import load_rewards
+from grace_rl.reward.replay import replay, write_replay
+from grace_rl.reward.stored import stored_steps
 
 pytestmark = pytest.mark.slow
 WAIT = 60_000  # milliseconds; a model is loaded in some views
@@ -64,6 +67,8 @@ def settled(page: Any) -> None:
 def views(trained: list[Path]) -> dict[str, tuple[str, str]]:
     """Each view's address, and what shows that it is complete."""
     run = Run(trained[1])
+    steps, rewards = stored_steps(run.path), load_rewards(["consistency"], ".")
+    write_replay(run.path, "consistency", [table for table, _ in replay(steps, rewards)])
     text = run.texts()["text"][0]
     best = run.group(3, int(run.groups(step=3)["group"][0])).iloc[0]
     return {
@@ -74,6 +79,8 @@ def views(trained: list[Path]) -> dict[str, tuple[str, str]]:
         "rollout": (f"/rollout?run=second&step=3&row={best['row']}", "section table >> nth=1"),
         "texts": ("/training", "table a >> nth=3"),
         "training": (f"/training?text={quote(text)}", "del, ins"),
+        "replays": ("/replays?run=second", "table a >> nth=3"),
+        "no replays": ("/replays?run=first", "text=No replay is kept"),
         "try": (f"/try?text={quote(text)}&with=a+dog", "[data-side=b] table"),
     }
 
@@ -219,6 +226,8 @@ def test_an_edited_rationale_moves_the_neighbours(
 
 
 def test_hostile_rationales_are_text(browser: Any, page_of_written: str, written: Path) -> None:
+    steps, rewards = stored_steps(written), load_rewards(["consistency"], ".")
+    write_replay(written, "consistency", [table for table, _ in replay(steps, rewards)])
     hostile = Run(written).rollouts(step=3)
     pages = [
         "/rollouts?step=3",
@@ -230,6 +239,9 @@ def test_hostile_rationales_are_text(browser: Any, page_of_written: str, written
         f"/rollouts?text={quote('<img src=x onerror=window.pwned=6>')}",
         f"/try?text={quote(hostile['rationale'][0])}",
         f"/rollouts?run={quote('<script>window.pwned=7</script>')}",
+        "/replays",
+        f"/replays?name={quote('<script>window.pwned=9</script>')}",
+        f"/replays?name={quote('../../recipe')}",
         f"/rollouts?score={quote('<script>window.pwned=8</script> > 1')}",
     ]
     for width in (1280, 390):

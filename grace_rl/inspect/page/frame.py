@@ -140,8 +140,18 @@ async def waiting(place: Element, label: str) -> AsyncIterator[Waiting]:
         timer = ui.timer(SLOW, update, immediate=False)
     try:
         yield state
-    finally:
+    except asyncio.CancelledError:  # whoever waited has left, and the place with him
         timer.cancel()
+        raise
+    except BaseException:
+        _end(timer, box)
+        raise
+    _end(timer, box)
+
+
+def _end(timer: ui.timer, box: Element) -> None:
+    timer.cancel()
+    if not box.is_deleted:
         timer.delete()
         box.delete()
 
