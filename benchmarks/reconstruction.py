@@ -180,7 +180,6 @@ def scores_of(model: Path, shared: Path, writes: bool) -> dict[str, Any]:
         ended = [item.token_ids[-1] in end_ids for item in seen]
         found["rationales that end"] = statistics.mean(ended)
         found["rationale tokens"] = statistics.mean(len(item.token_ids) for item in seen)
-        found["examples"] = [[item.prompt.text, item.rationale] for item in seen[:5]]
     return found
 
 
@@ -249,7 +248,8 @@ def collect(folder: Path) -> None:
         return
     found: dict[str, dict[str, Any]] = {}
     for path in sorted((folder / "scores").glob("*.json")):
-        found[path.stem] = json.loads(path.read_text())
+        scores = json.loads(path.read_text())
+        found[path.stem] = {k: v for k, v in scores.items() if k != "examples"}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
