@@ -59,7 +59,9 @@ def with_noise(batch, rows, seed=5):
 
 
 @pytest.mark.parametrize(
-    "reward", [Contrastive(), Contrastive(score="margin"), HardNegative()], ids=str
+    "reward",
+    [Contrastive(), Contrastive(score="margin"), HardNegative()],
+    ids=["contrastive", "contrastive-margin", "hard_negative"],
 )
 @pytest.mark.parametrize("mode", ["absolute", "margin", "ratio"])
 def test_a_masked_candidate_has_no_influence(tmp_path, reward, mode):

@@ -54,10 +54,11 @@ def given_rollouts(self: Any, prompt_ids: list[list[int]], *_: Any, **__: Any) -
     return written, None
 
 
-for command in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-    StopOnSignal.on_step_end = interrupting(command.get("interrupt_at"))  # type: ignore[method-assign]
-    given = command.get("given_rollouts", False)
-    GRPOTrainer._generate_single_turn = given_rollouts if given else sample  # type: ignore[method-assign]
-    code = cli.main(command["arguments"])
-    if code != command.get("exit", 0):
-        sys.exit(f"exit code {code} of {command}")
+if __name__ == "__main__":
+    for command in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        StopOnSignal.on_step_end = interrupting(command.get("interrupt_at"))  # type: ignore[method-assign]
+        given = command.get("given_rollouts", False)
+        GRPOTrainer._generate_single_turn = given_rollouts if given else sample  # type: ignore[method-assign]
+        code = cli.main(command["arguments"])
+        if code != command.get("exit", 0):
+            sys.exit(f"exit code {code} of {command}")
