@@ -248,8 +248,7 @@ def collect(folder: Path) -> None:
         return
     found: dict[str, dict[str, Any]] = {}
     for path in sorted((folder / "scores").glob("*.json")):
-        scores = json.loads(path.read_text())
-        found[path.stem] = {k: v for k, v in scores.items() if k != "examples"}
+        found[path.stem] = json.loads(path.read_text())
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
