@@ -16,7 +16,7 @@ import pandas as pd
 
 from grace_rl.errors import UserError
 from grace_rl.inspect.run import Run
-from grace_rl.train.checkpoints import checkpoint_step, list_checkpoints
+from grace_rl.train.checkpoints import is_complete, list_checkpoints
 
 START, MODEL = "start", "model"
 KEPT = 3  # models in memory
@@ -39,8 +39,8 @@ def checkpoints(run: Run) -> dict[str, Path]:
     found: dict[str, Path] = {}
     if (start := _start(run)) is not None:
         found[START] = start
-    for path in sorted(list_checkpoints(run.path / "checkpoints"), key=checkpoint_step):
-        if _is_model(path):
+    for path in list_checkpoints(run.path / "checkpoints"):
+        if is_complete(path) and _is_model(path):
             found[path.name] = path
     if _is_model(run.path / "model"):
         found[MODEL] = run.path / "model"

@@ -122,6 +122,21 @@ def test_a_rollout_has_its_curve_and_neighbours_before_and_after(
         assert titles[1] == "After: by the rationale"
 
 
+def test_training_keeps_the_advantage_of_every_token(trained: list[Path]) -> None:
+    """With step-wise scores tokens differ; without, all have the rollout's."""
+    names = ["advantage", "token_ids", "token_advantages", "step_ends", "step_scores"]
+    plain, stepwise = (Run(path).rollouts(columns=names) for path in trained)
+    assert plain["token_advantages"].isna().all() and plain["step_ends"].isna().all()
+    rollouts = stepwise[stepwise["advantage"].notna()]
+    assert len(rollouts) and stepwise[stepwise["advantage"].isna()]["step_ends"].isna().all()
+    for row in rollouts.to_dict("records"):
+        each = row["token_advantages"]
+        assert len(each) == len(row["token_ids"]) == row["step_ends"][-1]
+        assert sum(each) / len(each) == pytest.approx(row["advantage"], abs=1e-4)
+        assert len(row["step_ends"]) == len(row["step_scores"])
+    assert any(max(each) - min(each) > 0.1 for each in rollouts["token_advantages"])
+
+
 def test_filters_act_in_place_and_their_address_can_be_shared(
     browser: Any, page_of_trained: str, trained: list[Path]
 ) -> None:

@@ -13,8 +13,10 @@ import pytest
 from grace_rl.errors import UserError
 from grace_rl.inspect import Filter, Run
 from grace_rl.inspect import run as run_module
+from grace_rl.inspect.checkpoints import Checkpoint, checkpoints
 from grace_rl.inspect.neighbours import nearest_by_rationale, pool_of_step
 from grace_rl.rollout.store import cut_rollouts
+from grace_rl.train.checkpoints import mark_complete
 
 AddStep = Callable[..., None]
 
@@ -171,3 +173,20 @@ def test_a_run_that_is_none_is_refused(tmp_path: Path) -> None:
         Run(tmp_path / "nothing")
     with pytest.raises(UserError, match="neither a run's status.json nor rollouts"):
         Run(tmp_path)
+
+
+def test_only_whole_checkpoints_are_offered(run_folder: Path) -> None:
+    """One that is still being written has no mark yet."""
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-20"):
+        folder = run_folder / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        if name != "checkpoint-20":
+            mark_complete(folder)
+    assert list(checkpoints(Run(run_folder))) == ["checkpoint-9", "checkpoint-10"]
+
+
+def test_a_checkpoint_that_is_not_the_runs_is_refused(run_folder: Path) -> None:
+    for name in ("../../elsewhere", str(run_folder), "checkpoint-1"):
+        with pytest.raises(UserError, match="no checkpoint"):
+            Checkpoint(Run(run_folder), name)

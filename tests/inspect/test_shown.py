@@ -13,8 +13,10 @@ import pytest
 from rich.console import Console
 
 from grace_rl.cli import main
+from grace_rl.errors import UserError
 from grace_rl.inspect import Filter, Run, markup
 from grace_rl.inspect.chart import Line, line_chart
+from grace_rl.inspect.extra import needs_extra
 from grace_rl.inspect.html_file import write_html
 from grace_rl.inspect.terminal import show
 
@@ -166,3 +168,13 @@ def test_mistakes_end_with_two_and_a_sentence(
 ) -> None:
     assert main(["inspect", str(written), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_of_the_extra_is_a_sentence() -> None:
+    with (
+        pytest.raises(UserError, match=r"needs duckdb: pip install 'grace-rl\[inspect\]'"),
+        needs_extra(),
+    ):
+        raise ModuleNotFoundError("No module named 'duckdb'", name="duckdb")
+    with pytest.raises(ModuleNotFoundError), needs_extra():  # ours, not the user's
+        raise ModuleNotFoundError("No module named 'grace_rl.x'", name="grace_rl.x")
