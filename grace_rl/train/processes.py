@@ -9,6 +9,7 @@ hand over gloo, before the training arguments exist.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 
 from grace_rl.errors import UserError
+
+PARTING = timedelta(seconds=5)  # how long a process waits for the others at its end
 
 
 def join_processes(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,6 +91,10 @@ def part_processes() -> None:
     if engines is not None:  # at the very end vLLM would look for its groups, and not find them
         engines.cleanup_dist_env_and_memory()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.get_backend() == "gloo":
+            # A launcher ends all processes as soon as one has failed: let each say why first.
+            with contextlib.suppress(RuntimeError):
+                torch.distributed.monitored_barrier(timeout=PARTING)
         torch.distributed.destroy_process_group()
 
 

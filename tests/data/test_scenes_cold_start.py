@@ -157,7 +157,6 @@ def test_its_recipe_makes_it_again(tmp_path: Path):
         AutoModelForCausalLM.from_pretrained(untrained),
         args,
         rows,
-        PromptTemplate(tokenizer, None),
         tokenizer,
     )
     trainer.train()
