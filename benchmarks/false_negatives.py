@@ -1,9 +1,12 @@
 """Do planted duplicates hurt RL on scenes, and does the false-negative mask help?
 
     python benchmarks/false_negatives.py --seeds 0 1 2
+    python benchmarks/false_negatives.py --seeds 0 1 2 --method contrastive --copies 24
 
 The quickstart, but every scene comes --copies times, in other words each time, and the copies lie
-in the same batch: each is a false negative of the others. Arms:
+in the same batch: each is a false negative of the others. With --method contrastive it is InfoNCE
+without rationales instead, on the same rows in random order: with 24 copies of 64 scenes, most
+batches of 64 hold each scene. Arms:
 
     unmasked   word-for-word duplicates only are masked, and there are none
     masked     by the guide --guide, sigma calibrated on ordinary rows of scenes
@@ -35,6 +38,13 @@ from grace_rl.files import write_text
 
 ARMS = ("unmasked", "masked", "truth")
 BATCH_ROWS = 12  # of the quickstart
+RECIPES = {
+    "grpo": ["recipes/quickstart.yaml", "--shuffle_dataset", "false"],
+    "contrastive": [
+        *("recipes/scenes/contrastive.yaml", "--validation", "null"),
+        *("--early_stopping_patience", "0", "--eval_strategy", "no"),
+    ],
+}
 SCORES = ("recall_at_1", "triplet_accuracy", "spearman", "coverage")
 
 
@@ -45,6 +55,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--copies", type=int, default=3)
+    parser.add_argument("--method", choices=("grpo", "contrastive"), default="grpo")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--guide", default="", help="default: the packaged MiniLM")
     parser.add_argument("--output", type=Path, default=Path("runs/false-negatives"))
@@ -57,7 +68,8 @@ def main() -> int:
     data = options.output / "rows.jsonl"
     rows = duplicated_rows(options.steps * BATCH_ROWS, options.copies)
     write_text(data, "".join(json.dumps(row) + "\n" for row in rows))
-    sigma, caught, wrong = sigma_and_quality(guide, rows, options.output / "guide")
+    at_once = max(BATCH_ROWS, 4 * options.copies)
+    sigma, caught, wrong = sigma_and_quality(guide, rows, options.output / "guide", at_once)
     print(
         f"guide {Path(guide).parent.name}: sigma {sigma:.3f} masks {caught:.1%} of the duplicates "
         f"and {wrong:.2%} of the other texts of a batch"
@@ -77,10 +89,10 @@ def main() -> int:
         for arm in options.arms:
             folder = options.output / f"{arm}-{seed}"
             if not (folder / "model").exists():
-                command = ["train", "recipes/quickstart.yaml", "--max_steps", str(options.steps)]
+                command = ["train", *RECIPES[options.method], "--max_steps", str(options.steps)]
                 command += ["--overwrite", "--seed", str(seed), "--output_dir", str(folder)]
                 command += ["--dataset_name", str(data), "--dataset_options", "{}"]
-                command += ["--dataset_rows", str(len(rows)), "--shuffle_dataset", "false"]
+                command += ["--dataset_rows", str(len(rows))]
                 command += ["--evaluation", "null", "--false_negatives", json.dumps(masks[arm])]
                 if code := grace_rl(command + options.overrides):
                     return code
@@ -89,6 +101,7 @@ def main() -> int:
     Console(width=120).print(summary(found))
     if options.results:
         kept = {
+            "method": options.method,
             "copies": options.copies,
             "steps": options.steps,
             "sigma": sigma,
@@ -139,17 +152,17 @@ def facts(texts: list[str]) -> list[list[float]]:
 
 
 def sigma_and_quality(
-    guide: str, rows: list[dict[str, Any]], folder: Path
+    guide: str, rows: list[dict[str, Any]], folder: Path, at_once: int
 ) -> tuple[float, float, float]:
-    """Sigma on ordinary rows; the shares it masks of duplicates and of other texts in a batch."""
+    """Sigma on ordinary rows; the shares it masks of duplicates and of other texts `at_once`."""
     built = build_guide(folder, lambda: rows, guide)
     with tempfile.TemporaryDirectory() as scratch:
         ordinary = scenes.rows("train", "triplet", 500)
         sigma = build_guide(Path(scratch), lambda: ordinary, guide).sigma
     assert sigma is not None
     caught, wrong = [], []
-    for start in range(0, len(rows), BATCH_ROWS):
-        batch = rows[start : start + BATCH_ROWS]
+    for start in range(0, len(rows), at_once):
+        batch = rows[start : start + at_once]
         queries = built.vectors([row["query"] for row in batch])
         cosine = queries @ built.vectors([row["positive"] for row in batch]).T
         for i, one in enumerate(batch):
@@ -164,11 +177,12 @@ def scores(folder: Path) -> dict[str, float]:
     """Test scores of a run's policy, greedy, on the rows that the quickstart is scored on."""
     kept = folder / "scores.json"
     if not kept.exists():
-        from grace_rl.embed.encoder import RationaleEncoder
+        from grace_rl.embed.loading import load_encoder
         from grace_rl.evaluate.scenes import score_policy
 
-        encoder = RationaleEncoder.from_pretrained(folder / "model")
-        write_text(kept, json.dumps(score_policy(encoder, ["test"], 200)) + "\n")
+        encoder = load_encoder(str(folder / "model"))
+        reading = "greedy" if encoder.writes_rationales else "none"
+        write_text(kept, json.dumps(score_policy(encoder, ["test"], 200, reading)) + "\n")
     found: dict[str, float] = json.loads(kept.read_text(encoding="utf-8"))
     return {name.split("/")[1]: value for name, value in found.items()}
 
@@ -184,7 +198,7 @@ def summary(found: dict[str, list[dict[str, float]]]) -> Table:
     table.add_column("score")
     for arm in found:
         table.add_column(arm, justify="right")
-    for score in SCORES:
+    for score in [name for name in SCORES if all(name in run for run in sum(found.values(), []))]:
         cells = []
         for runs in found.values():
             values = [run[score] for run in runs]
