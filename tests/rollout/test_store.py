@@ -45,9 +45,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         step_ends=[[0, 3], None],
         token_advantages=[[0.5, 0.5, -0.5], None],
         advantage=[0.5, None],
-    ) | {
-        "reward/length": [0.5, None]
-    }
+    ) | {"reward/length": [0.5, None]}
     path = write_rollouts(tmp_path, 10, columns)
     assert path == tmp_path / "rollouts" / "step-000010.parquet"
     table = read_rollouts(tmp_path)
