@@ -6,7 +6,7 @@
     python benchmarks/credit.py overhead                      # seconds per step, with and without
 
 `tabular` samples groups of 8 from a policy over 3 actions and 5 steps whose gradient is known by
-enumeration (papers/gircse.md 9.12 a). `noise` gives several kinds of credit to the same rollouts of
+enumeration. `noise` gives several kinds of credit to the same rollouts of
 one policy. `scenes` trains every row of ROWS with every seed on the same number of rollouts, each
 in a process with one thread, and keeps what it has finished: started again it goes on. `overhead`
 alternates two trainers in one process and prints the ratio of their steps.
