@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from grace_rl.errors import UserError
 
 HELP = "look at runs: a local web page, the terminal, or one file to send to somebody"
 RECIPE_OVERRIDES = False
+PACKAGES = ("duckdb", "pandas", "nicegui", "fastapi", "uvicorn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from rich.console import Console
-
-    from grace_rl.errors import UserError
-    from grace_rl.inspect.extra import needs_extra
 
     with needs_extra():
         from grace_rl.inspect.filters import Filter
@@ -78,3 +80,16 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
     serve(runs, options.host, options.port, say)
     return 0
+
+
+@contextmanager
+def needs_extra() -> Iterator[None]:
+    """Within it a missing package of the extra becomes a sentence that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in PACKAGES:
+            raise
+        raise UserError(
+            f"looking at runs needs {error.name}: pip install 'grace-rl[inspect]'"
+        ) from None

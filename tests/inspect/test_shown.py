@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote
@@ -13,10 +15,10 @@ import pytest
 from rich.console import Console
 
 from grace_rl.cli import main
+from grace_rl.commands.inspect import needs_extra
 from grace_rl.errors import UserError
 from grace_rl.inspect import Filter, Run, markup
 from grace_rl.inspect.chart import Line, line_chart
-from grace_rl.inspect.extra import needs_extra
 from grace_rl.inspect.html_file import write_html
 from grace_rl.inspect.terminal import show
 
@@ -178,3 +180,13 @@ def test_a_missing_package_of_the_extra_is_a_sentence() -> None:
         raise ModuleNotFoundError("No module named 'duckdb'", name="duckdb")
     with pytest.raises(ModuleNotFoundError), needs_extra():  # ours, not the user's
         raise ModuleNotFoundError("No module named 'grace_rl.x'", name="grace_rl.x")
+
+
+def test_without_the_extra_the_command_says_what_to_install(written: Path) -> None:
+    code = (
+        "import sys; sys.modules['duckdb'] = None\n"
+        "from grace_rl.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "inspect", str(written), "--terminal"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "pip install 'grace-rl[inspect]'" in result.stderr
