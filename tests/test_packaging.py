@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import hashlib
 import importlib
 import os
+import re
+import sys
 from pathlib import Path
 
 import grace_rl
@@ -65,3 +68,25 @@ def test_ci_runs_the_command_of_the_readme():
 
 
 LICENCE_WORDS = "0ffddef9e48f8a09"
+
+
+def test_what_modules_import_at_once_is_installed_with_the_package():
+    """CI has the extra dev, so only this test (or a plain install) notices a missing one."""
+    extra = {"inspect", "local_tasks.py", "mteb_encoder.py"}  # their commands name the extra
+    names = {"pyyaml": "yaml"}
+    lines = config()["options"]["install_requires"].strip().splitlines()
+    base = {re.split(r"[<>=!~ ]", line.strip())[0] for line in lines if line.strip()}
+    base = {names.get(name, name).replace("-", "_") for name in base}
+    known = base | set(sys.stdlib_module_names) | {"grace_rl", "rewards"}
+    missing = {}
+    for path in [*(ROOT / "grace_rl").rglob("*.py"), *(ROOT / "rewards").glob("*.py")]:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            found = []
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found = [node.module]
+            new = {name.partition(".")[0] for name in found} - known
+            if new and not extra & set(path.relative_to(ROOT).parts):
+                missing[str(path.relative_to(ROOT))] = new
+    assert missing == {}
