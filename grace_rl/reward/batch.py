@@ -8,9 +8,10 @@ texts, not with single rollouts: `pool.by_text` has one centroid per text, which
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -381,3 +382,9 @@ def group_stds(values: Tensor, group: Tensor) -> Tensor:
     squares = (values - group_means(values, group)).nan_to_num() ** 2
     sums = torch.zeros_like(counts).index_add_(0, index, squares)
     return torch.where(counts > 1, (sums / (counts - 1)).sqrt(), torch.nan)[index]
+
+
+def row_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The rows' own fields as columns; a field that a row lacks is None there."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from grace_rl.errors import UserError
-from grace_rl.reward.batch import Pool, RewardBatch
+from grace_rl.reward.batch import Pool, RewardBatch, row_columns
 from grace_rl.reward.example import batch_of_pool
 from grace_rl.rollout.store import read_rollouts, rollout_files
 
@@ -138,9 +138,7 @@ def _columns(
 ) -> dict[str, list[Any]]:
     if rows is None or any(row["example"] >= len(rows) for row in trained):
         return {}
-    own = [rows[row["example"]] for row in trained]
-    names = dict.fromkeys(name for row in own for name in row)
-    return {name: [row.get(name) for row in own] for name in names}
+    return row_columns([rows[row["example"]] for row in trained])
 
 
 def group_ranks(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:

@@ -89,12 +89,6 @@ def rollout_columns(fields: list[dict[str, Any]], embeddings: Tensor) -> dict[st
     return columns | {"embeddings": embeddings}
 
 
-def row_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The rows' own fields as columns; a field that a row lacks is None there."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
 def row_means(output: dict[str, Any]) -> Tensor:
     """(B,) advantages; those that differ by token as their mean over the rationale."""
     advantages, mask = output["advantages"], output["completion_mask"]

@@ -49,6 +49,7 @@ from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
 from grace_rl.errors import UserError
 from grace_rl.reward import Pool, RewardBatch
+from grace_rl.reward.batch import row_columns
 from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
 from grace_rl.reward.runtime import RewardRuntime, weighted_totals
 from grace_rl.reward.shaping import (
@@ -73,7 +74,6 @@ from grace_rl.train.generation_batch import (
     StepTable,
     rollout_columns,
     rollout_fields,
-    row_columns,
     row_means,
     step_scores,
     stored_columns,

@@ -7,7 +7,7 @@ from typing import Any
 
 from nicegui import ui
 
-from grace_rl.inspect.markup import link, number, plain, table, text
+from grace_rl.inspect.markup import link, plain, table, text
 from grace_rl.inspect.page import frame
 from grace_rl.inspect.replays import replayed_groups, replays
 
@@ -47,12 +47,9 @@ async def show(site: frame.Site, query: Mapping[str, str]) -> None:
             def cut(value: Any, row: Mapping[str, Any]) -> str:
                 return text(value, 300)
 
-            def share(value: Any, row: Mapping[str, Any]) -> str:
-                return number(value)
-
             columns = {"step": "step", "role": "role", "text": "text", "best": "best then"}
             columns |= {"replayed_best": "best now", "order_kept": "pairs that keep their order"}
-            cells = {"text": opened, "best": cut, "replayed_best": cut, "order_kept": share}
+            cells = {"text": opened, "best": cut, "replayed_best": cut}
             with place, ui.element("div").classes("line"):
                 changed = int(groups["best_changed"].sum())
                 frame.html(
