@@ -37,6 +37,9 @@ class CheckpointMixin:
     _saved_step = -1
 
     def create_accelerator_and_postprocess(self) -> None:
+        from grace_rl.train.processes import part_at_exit  # here: it needs torch
+
+        part_at_exit()  # a trainer in a program of the user's own has not been through `train`
         plugin = getattr(self.args, "deepspeed_plugin", None)
         if plugin is not None:  # else ZeRO-3 writes its shards where a model is wanted
             plugin.deepspeed_config["zero_optimization"][GATHER_ON_SAVE] = True

@@ -43,7 +43,7 @@ def join_processes(training: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: DeepSpeed is asked to use the CPU of a machine that shows it a GPU.
     """
-    atexit.register(part_processes)
+    part_at_exit()
     deepspeed = bool(training.get("deepspeed")) or _is_true("ACCELERATE_USE_DEEPSPEED")
     deepspeed = deepspeed and find_spec("deepspeed") is not None  # the recipe will say so
     on_cpu = bool(training.get("use_cpu")) or not _has_accelerator()
@@ -74,6 +74,12 @@ def join_processes(training: Mapping[str, Any]) -> dict[str, Any]:
         given = json.loads(Path(given).read_text(encoding="utf-8"))
     # `use_cpu` would make transformers forget DeepSpeed.
     return {"use_cpu": False, "accelerator_config": {**given, "use_configured_state": True}}
+
+
+def part_at_exit() -> None:
+    """Have `part_processes` called when Python ends: once, before all that was registered so far."""
+    atexit.unregister(part_processes)
+    atexit.register(part_processes)
 
 
 def part_processes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import pickle
@@ -31,6 +32,7 @@ from grace_rl.train.checkpoints import (
     remove_incomplete_checkpoints,
     rotate_checkpoints,
 )
+from grace_rl.train.processes import part_processes
 from grace_rl.train.run_directory import RunDirectory, read_metrics, read_status
 
 ROOT = Path(__file__).parents[2]
@@ -257,6 +259,16 @@ def test_ctrl_c_saves_and_says_how_to_resume_and_the_same_command_finishes(tmp_p
         and status["status"] == "finished"
         and (run.model / "model.safetensors").is_file()
     )
+
+
+def test_a_trainer_without_the_command_line_parts_from_the_others_at_its_end(
+    tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else gloo's threads abort about every sixth process that has done all its work."""
+    at_exit: list[Any] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    tiny["tiny_trainer"](RunDirectory(tmp_path / "run"))
+    assert at_exit.count(part_processes) == 1
 
 
 @pytest.mark.slow
