@@ -36,7 +36,7 @@ from grace_rl.evaluate.similarity import rank_correlation
 from grace_rl.recipe import load_recipe
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.train.run import train
-from grace_rl.train.run_directory import read_metrics, read_status
+from grace_rl.train.run_records import read_metrics, read_status
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "reconstruction.json"

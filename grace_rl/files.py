@@ -6,10 +6,13 @@ killed process left of them may be removed by whoever holds the folder.
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 UNFINISHED = ".*.writing"  # glob pattern
 
@@ -42,6 +45,30 @@ def write_text(path: Path, text: str) -> None:
     """Replace the file by `text` (UTF-8), whole."""
     with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file, whole; numbers that JSON does not have become null."""
+    write_text(
+        path, json.dumps(plain_numbers(content), indent=2, ensure_ascii=False, default=str) + "\n"
+    )
+
+
+def plain_numbers(value: Any) -> Any:
+    """Tensor and numpy scalars as Python numbers, NaN and infinities as None, at any depth.
+
+    >>> plain_numbers({"loss": float("nan"), "reward": [0.5, float("inf")]})
+    {'loss': None, 'reward': [0.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain_numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_numbers(item) for item in value]
+    if hasattr(value, "tolist"):  # tensors and numpy
+        return plain_numbers(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def sync(path: Path) -> None:

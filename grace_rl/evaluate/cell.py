@@ -29,7 +29,7 @@ def run_cell(folder: Path) -> int:
     from grace_rl.embed.loading import load_encoder
     from grace_rl.recipe import load_recipe
     from grace_rl.train.run import train
-    from grace_rl.train.run_directory import read_metrics, read_status
+    from grace_rl.train.run_records import read_metrics, read_status
 
     spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
     result: dict[str, Any] = {"spec": spec}

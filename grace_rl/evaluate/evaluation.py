@@ -26,8 +26,7 @@ from grace_rl.evaluate.bootstrap import task_interval
 from grace_rl.evaluate.local_tasks import mteb_task
 from grace_rl.evaluate.mteb_encoder import MtebEncoder, Usage
 from grace_rl.evaluate.tasks import LocalTask, Task
-from grace_rl.files import write_text
-from grace_rl.train.run_directory import plain_numbers
+from grace_rl.files import plain_numbers, write_text
 
 PACKAGES = ("grace-rl", "mteb", "sentence-transformers", "transformers", "torch", "numpy", "scipy")
 BATCH = 512  # texts that mteb hands over at once; encoders sort and cut them themselves

@@ -21,7 +21,7 @@ import yaml
 from grace_rl.errors import UserError
 from grace_rl.inspect.filters import Filter
 from grace_rl.rollout.store import REWARD, read_rollouts, rollout_files
-from grace_rl.train.run_directory import read_metrics, read_status
+from grace_rl.train.run_records import read_metrics, read_status
 
 HEAVY = ("token_ids", "step_scores", "step_ends", "token_advantages", "embedding")
 """Columns that are read from the files only where they are asked for."""
@@ -51,7 +51,8 @@ class Run:
     Raises:
         UserError: There is no run.
 
-    Rollouts are told apart by `step` and `row`, the place in the step's file.
+    Rollouts are told apart by `step` and `row`, the place in the step's file. Files that cannot be
+    read are left out of the answers and named by `unreadable`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,6 +64,7 @@ class Run:
         self.name = self.path.resolve().name
         self._lock = threading.Lock()
         self._loaded: dict[int, tuple[int, int]] = {}
+        self._unreadable: dict[int, str] = {}
         self._looked = -LOOK_AGAIN
         self._metrics: tuple[tuple[int, int], pd.DataFrame] | None = None
         # No extension may be fetched: nothing leaves the machine.
@@ -78,6 +80,11 @@ class Run:
     def rewards(self) -> list[str]:
         """Labels of the rewards, as far as they are loaded."""
         return [name.removeprefix(REWARD) for name in self._names() if name.startswith(REWARD)]
+
+    def unreadable(self) -> list[str]:
+        """A sentence for each file of rollouts that is broken."""
+        self.refresh()
+        return list(self._unreadable.values())
 
     def status(self) -> dict[str, Any]:
         """status.json, or nothing."""
@@ -312,12 +319,7 @@ class Run:
         with self._lock:
             if self._loaded and time.monotonic() - self._looked < LOOK_AGAIN:
                 return
-            for _ in range(3):
-                try:
-                    self._load(progress)
-                    break
-                except duckdb.IOException:
-                    continue  # a resuming run cut files off meanwhile
+            self._load(progress)
             self._looked = time.monotonic()
 
     def _load(self, progress: Callable[[int, int], None] | None) -> None:
@@ -334,17 +336,31 @@ class Run:
             database.execute("DELETE FROM rollouts WHERE list_contains(?, step)", [gone])
             for step in gone:
                 del self._loaded[step]
+                self._unreadable.pop(step, None)
         new = [step for step in found if step not in self._loaded]
         for start in range(0, len(new), FILES_AT_ONCE):
             if progress:
                 progress(start, len(new))
             part = new[start : start + FILES_AT_ONCE]
-            self._insert(database, [str(files[step]) for step in part])
+            try:
+                self._insert(database, [files[step] for step in part])
+            except duckdb.Error:
+                self._insert_each(database, {step: files[step] for step in part})
             self._loaded |= {step: found[step] for step in part}
         if progress and new:
             progress(len(new), len(new))
 
-    def _insert(self, database: duckdb.DuckDBPyConnection, paths: list[str]) -> None:
+    def _insert_each(self, database: duckdb.DuckDBPyConnection, files: dict[int, Path]) -> None:
+        """Some of the files are broken, or a resuming run has cut them off meanwhile."""
+        for step, path in files.items():
+            try:
+                self._insert(database, [path])
+            except duckdb.Error as error:
+                reason = str(error).partition("\n")[0]
+                self._unreadable[step] = f"{path}: cannot be read: {reason}"
+
+    def _insert(self, database: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> None:
+        paths = list(map(str, files))
         source = "read_parquet(?, union_by_name = true, file_row_number = true)"
         there = [
             c[0] for c in database.execute(f"SELECT * FROM {source} LIMIT 0", [paths]).description

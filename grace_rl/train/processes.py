@@ -77,7 +77,7 @@ def join_processes(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def part_at_exit() -> None:
-    """Have `part_processes` called when Python ends: once, before all that was registered so far."""
+    """Have `part_processes` called when Python ends: once, before all registered so far."""
     atexit.unregister(part_processes)
     atexit.register(part_processes)
 

