@@ -1,14 +1,15 @@
 """Texts per second of the encoder, against a plain loop and against vLLM alone.
 
     OMP_NUM_THREADS=4 python benchmarks/encode.py speed
+    OMP_NUM_THREADS=4 python benchmarks/encode.py speed --scenes 16 --dtype bfloat16
     python benchmarks/encode.py memory
 
 `speed`: a Qwen3 of about 10M random parameters (or --model FOLDER) writes up to --tokens tokens for
---texts texts of scenes and reads them with the bottleneck. In one process, in turn, --repeats times
-after a warm-up: (a) a plain loop of generate and one forward per text, on --loop-texts of them;
-(b) the same vLLM engine generating for the same prompts and nothing else; our encoder with
-transformers, with vLLM, and with everything in its cache. Timed by the clock and in processor time,
-which a busy machine disturbs less.
+each of --texts texts, each of --scenes scenes, and reads them with the bottleneck. In one process,
+in turn, --repeats times after a warm-up: (a) a plain loop of generate and one forward per text, on
+--loop-texts of them; (b) the same vLLM engine generating for the same prompts and nothing else; our
+encoder with transformers, with vLLM, and with everything in its cache. Timed by the clock and in
+processor time, which a busy machine disturbs less.
 
 `memory`: the peak of `grace-rl embed` on --small and on --large texts, each in its own process.
 """
@@ -24,10 +25,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from random_policy import save_random_policy
 
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import EncoderSettings, RationaleEncoder
@@ -42,6 +46,8 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("speed", "memory"))
     parser.add_argument("--model", help="a language model's folder")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--scenes", type=int, default=1, help="how long a text is")
     parser.add_argument("--texts", type=int, default=512)
     parser.add_argument("--loop-texts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=64)
@@ -62,13 +68,21 @@ def main() -> None:
 
 
 def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    model = Path(options.model) if options.model else save_model(folder / "model")
-    settings = EncoderSettings(ReaderConfig(), None, 128, options.tokens)
-    load = RationaleEncoder.from_pretrained
-    plain = load(model, settings=settings)
-    fast = load(model, settings=settings, engine="vllm")
-    cached = load(model, settings=settings, engine="vllm", cache=folder / "cache.sqlite")
-    texts = [row["query"] for row in scenes.rows("train", "triplet", options.texts)]
+    model = Path(options.model or folder / "model")
+    dtype = getattr(torch, options.dtype)
+    if not options.model:
+        save_random_policy(model, dtype=dtype)
+    load = partial(
+        RationaleEncoder.from_pretrained,
+        model,
+        settings=EncoderSettings(ReaderConfig(), None, 1024, options.tokens),
+        model_kwargs={"dtype": dtype},
+    )
+    plain, fast = load(), load(engine="vllm")
+    cached = load(engine="vllm", cache=folder / "cache.sqlite")
+    rows = scenes.rows("train", "triplet", options.texts * options.scenes)
+    words = iter(row["query"] for row in rows)
+    texts = [" ".join(islice(words, options.scenes)) for _ in range(options.texts)]
     prompts = [plain.template.render(text).token_ids for text in texts]
     few = texts[:: len(texts) // options.loop_texts][: options.loop_texts]
     engine = fast.writer._started()  # type: ignore[attr-defined]
@@ -105,9 +119,11 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     written = fast.write(texts)
     same = [list(o.outputs[0].token_ids) for o in raw] == [item.token_ids for item in written]
     tokens = sum(len(item.token_ids) for item in written) / len(texts)
+    prompt_tokens = sum(map(len, prompts)) / len(prompts)
     parameters = sum(p.numel() for p in plain.model.parameters())
     print(
-        f"{len(texts)} texts, {tokens:.1f} tokens a rationale, {parameters / 1e6:.1f}M parameters,"
+        f"{len(texts)} texts, {prompt_tokens:.1f} tokens a prompt and {tokens:.1f} a rationale, "
+        f"{parameters / 1e6:.1f}M parameters in {options.dtype},"
     )
     print(f"{torch.get_num_threads()} threads; vLLM alone wrote the same tokens: {same}")
     for name in runs:
@@ -124,6 +140,7 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "texts_per_second": rates,
         "texts_per_processor_second": cpu,
         "ratios": ratios,
+        "tokens_per_prompt": prompt_tokens,
         "tokens_per_rationale": tokens,
         "parameters": parameters,
         "threads": torch.get_num_threads(),
@@ -159,33 +176,6 @@ def loop(encoder: RationaleEncoder, text: str) -> torch.Tensor:
     states = [torch.nn.functional.layer_norm(h, h.shape[-1:]) for h in (hidden[0], hidden[-1])]
     vector: torch.Tensor = (states[0] + states[1]).mean(1)
     return vector
-
-
-def save_model(folder: Path) -> Path:
-    """A random model with the tokenizer of scenes."""
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(scenes.COLD_START)
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=8192,
-            hidden_size=320,
-            intermediate_size=896,
-            num_hidden_layers=6,
-            num_attention_heads=5,
-            num_key_value_heads=5,
-            head_dim=64,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            dtype="float32",
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 # -- memory ---------------------------------

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from random_policy import save_random_policy
 from trl import GRPOTrainer
 
 from grace_rl.data import scenes
@@ -46,7 +46,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, title: str, ends: float) -> None:
     """Time both engines in turn on rationales that end so, and print the medians."""
     with tempfile.TemporaryDirectory() as folder:
-        size = save_model(Path(folder), ends)
+        size = save_random_policy(Path(folder), ends)
         trainers = {
             name: build_trainer(folder, options, name == "vllm", exact=not ends)
             for name in ("transformers", "vllm")
@@ -70,31 +70,6 @@ def measure(options: argparse.Namespace, title: str, ends: float) -> None:
         print(f"{name:>14}: {median:8.0f} tokens/s  (from {low:.0f} to {high:.0f})")
     ratio = statistics.median(speeds["vllm"]) / statistics.median(speeds["transformers"])
     print(f"         ratio: vLLM is {ratio:.1f} times as fast")
-
-
-def save_model(folder: Path, ends: float) -> int:
-    """A random model with the tokenizer of scenes; a share `ends` of its words ends a rationale."""
-    tokenizer = AutoTokenizer.from_pretrained(scenes.COLD_START)
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=8192,
-            hidden_size=320,
-            intermediate_size=896,
-            num_hidden_layers=6,
-            num_attention_heads=5,
-            num_key_value_heads=5,
-            head_dim=64,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    ends_rationale = range(1000, 1000 + int(ends * model.config.vocab_size))
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends_rationale]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model.num_parameters()
 
 
 def build_trainer(

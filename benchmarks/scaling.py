@@ -86,12 +86,12 @@ def main() -> None:
 
 
 def compare_steps(options: argparse.Namespace) -> None:
-    from rollout_engines import save_model
+    from random_policy import save_random_policy
 
     runs: dict[str, list[dict[str, float]]] = {"alone": [], "ddp": [], "zero2": [], "zero3": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = save_model(folder / "model", ends=1 / 24)
+        size = save_random_policy(folder / "model", ends=1 / 24)
         (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
         for repeat in range(options.repeats):
             for strategy in runs:
