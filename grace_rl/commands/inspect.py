@@ -43,9 +43,10 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
     with needs_extra():
         from grace_rl.inspect.filters import Filter
-        from grace_rl.inspect.run import Run
+        from grace_rl.inspect.run import Run, distinct_names
 
         runs = [Run(path) for path in options.runs]
+    distinct_names(runs)
     console = Console()
     names = ("step", "role", "text", "score", "truncated", "example", "group")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -68,9 +69,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing leaves the machine
     os.environ.setdefault("NICEGUI_STORAGE_PATH", os.devnull)  # nothing is written either
     with needs_extra():
-        from grace_rl.inspect.page.server import distinct_names, serve, warn_of
+        from grace_rl.inspect.page.server import serve, warn_of
 
-    distinct_names(runs)
     if warning := warn_of(options.host):
         console.print(warning, markup=False, highlight=False, soft_wrap=True, style="yellow")
 

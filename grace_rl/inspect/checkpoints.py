@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -201,13 +201,11 @@ def text_pool(run: Run, size: int = POOL) -> pd.DataFrame:
 
 def token_pieces(run: Run, token_ids: Sequence[int]) -> list[str] | None:
     """What each token wrote, by the tokenizer of any of the run's models; None without one."""
-    from tokenizers import Tokenizer
-
     files = [path / "tokenizer.json" for path in reversed(checkpoints(run).values())]
     file = next((path for path in files if path.is_file()), None)
     if file is None:
         return None
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = _tokenizer(file, file.stat().st_mtime_ns)
     pieces, before = [], ""
     for end in range(1, len(token_ids) + 1):
         start = max(0, end - 8)  # neighbours settle spaces and letters of several bytes
@@ -215,6 +213,14 @@ def token_pieces(run: Run, token_ids: Sequence[int]) -> list[str] | None:
         whole = tokenizer.decode(list(token_ids[start:end]), skip_special_tokens=False)
         pieces.append(whole[len(before) :] if whole.startswith(before) else whole)
     return pieces
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(file: Path, changed: int) -> Any:
+    """Kept, because a large one takes most of a second to read and each rollout asks for it."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(file))
 
 
 def _start(run: Run) -> Path | None:

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 from grace_rl.errors import UserError
 
 _CONDITION = re.compile(r"\s*([^<>=]+?)\s*(>=|<=|>|<)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*")
-_STEPS = re.compile(r"(\d*)\s*(?:(-)\s*(\d*))?")
+_STEPS = re.compile(r"([0-9]{0,18})\s*(?:(-)\s*([0-9]{0,18}))?")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Filter:
         for name, value in given.items():
             try:
                 values[name] = _READERS[name](value)
+            except UserError as error:
+                problems += error.problems
             except ValueError as error:
                 problems.append(f"{name}: {error}")
         if problems:
@@ -99,7 +101,7 @@ def _steps(value: str) -> int | tuple[int | None, int | None]:
 
 
 def _whole(value: str) -> int:
-    if not re.fullmatch(r"\d{1,18}", value):
+    if not re.fullmatch(r"[0-9]{1,18}", value):
         raise ValueError(f"must be a whole number, not {value!r}")
     return int(value)
 

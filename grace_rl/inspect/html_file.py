@@ -14,7 +14,7 @@ from grace_rl.errors import UserError
 from grace_rl.files import write_text
 from grace_rl.inspect import sections
 from grace_rl.inspect.filters import Filter
-from grace_rl.inspect.markup import LOOK, differences, number, plain, table, text
+from grace_rl.inspect.markup import LOOK, differences, mistakes, number, plain, table, text
 from grace_rl.inspect.run import Run
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -37,6 +37,7 @@ def write_html(runs: Sequence[Run], chosen: Filter, file: Path, limit: int = 20)
         raise UserError(f"{file}: there is no folder {file.parent}")
     title = " and ".join(run.name for run in runs)
     parts = [f'<div class="pair">{"".join(map(sections.summary, runs))}</div>']
+    parts += [mistakes(run.unreadable()) for run in runs]
     parts += map(sections.alarm_list, runs)
     parts.append(sections.charts(list(runs)))
     if any(run.steps() for run in runs):

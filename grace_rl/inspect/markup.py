@@ -169,6 +169,14 @@ def differences(before: str, after: str) -> str:
     return f'<bdi class="foreign">{"".join(made)}</bdi>'
 
 
+def mistakes(problems: Sequence[str]) -> str:
+    """What is wrong, as HTML that screen readers say at once; nothing for no problems."""
+    if not problems:
+        return ""
+    lines = "".join(f"<li>{plain(problem)}</li>" for problem in problems)
+    return f'<ul class="mistake" role="alert">{lines}</ul>'
+
+
 def facts(values: Mapping[str, str]) -> str:
     """A few names and their values, as HTML; values are HTML already."""
     items = "".join(f"<div><dt>{plain(k)}</dt><dd>{v}</dd></div>" for k, v in values.items())

@@ -357,7 +357,7 @@ class Run:
                 self._insert(database, [path])
             except duckdb.Error as error:
                 reason = str(error).partition("\n")[0]
-                self._unreadable[step] = f"{path}: cannot be read: {reason}"
+                self._unreadable[step] = f"the rollouts of step {step} are left out: {reason}"
 
     def _insert(self, database: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> None:
         paths = list(map(str, files))
@@ -432,6 +432,22 @@ class Run:
         if unknown := [name for name in names if name not in known]:
             there = ", ".join([*known, *HEAVY])
             raise UserError(f"{self.path}: no column {', '.join(unknown)}; there are: {there}")
+
+
+def distinct_names(runs: Sequence[Run]) -> None:
+    """Tell runs of one folder name apart by their paths.
+
+    Raises:
+        UserError: The same run twice.
+    """
+    paths = [run.path.resolve() for run in runs]
+    if twice := {str(path) for path in paths if paths.count(path) > 1}:
+        raise UserError([f"{path}: given twice" for path in sorted(twice)])
+    for parts in range(2, max(len(path.parts) for path in paths) + 1):
+        names = [run.name for run in runs]
+        for run, path in zip(runs, paths, strict=True):
+            if names.count(run.name) > 1:
+                run.name = str(Path(*path.parts[-parts:]))
 
 
 def _name(column: str) -> str:

@@ -45,6 +45,8 @@ def show(
         raise UserError("--row and --group need one --step")
     for run in runs:
         console.rule(Text(visible(run.name)))
+        for problem in run.unreadable():
+            console.print(_text(problem), style="bold red")
         if options.row is not None and alone is not None:
             _rollout(run, alone, options.row, console)
         elif chosen.group is not None and alone is not None:

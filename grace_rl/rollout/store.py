@@ -108,7 +108,7 @@ def read_rollouts(
             some steps do not have is null there.
 
     Raises:
-        UserError: The folder does not exist, or a step or a column is not there.
+        UserError: The folder does not exist, a step or a column is not there, or a file is broken.
     """
     files = rollout_files(run)
     if steps is not None:
@@ -125,6 +125,8 @@ def read_rollouts(
             opened.append(pq.ParquetFile(path))
         except FileNotFoundError:
             continue  # cut off by a resuming run since the folder was listed
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
     names = dict.fromkeys(name for file in opened for name in file.schema_arrow.names)
     schema = pa.schema([*SCHEMA, *_reward_fields(names)])
     if columns is not None:

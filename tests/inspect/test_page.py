@@ -20,6 +20,7 @@ from grace_rl.inspect import Run
 from grace_rl.reward import load_rewards
 from grace_rl.reward.replay import replay, write_replay
 from grace_rl.reward.stored import stored_steps
+from grace_rl.train.checkpoints import mark_complete
 
 pytestmark = pytest.mark.slow
 WAIT = 60_000  # milliseconds; a model is loaded in some views
@@ -165,6 +166,14 @@ def test_filters_act_in_place_and_their_address_can_be_shared(
         assert page.get_by_label("Step").input_value() == "2-4"
 
 
+def test_a_page_after_the_last_is_the_last(browser: Any, page_of_trained: str) -> None:
+    with opened(browser, page_of_trained) as page:
+        page.goto(f"{page_of_trained}/rollouts?page=9999")
+        assert page.locator("tbody tr").first.inner_text()
+        page.goto(f"{page_of_trained}/rollouts?page={quote('²')}")
+        page.get_by_text("page: must be a whole number").wait_for()
+
+
 def test_pages_of_a_list_turn(browser: Any, page_of_trained: str, trained: list[Path]) -> None:
     with opened(browser, page_of_trained) as page:
         page.goto(f"{page_of_trained}/rollouts?sort=advantage&order=down")
@@ -270,6 +279,12 @@ def test_hostile_rationales_are_text(browser: Any, page_of_written: str, written
             assert "<script>window.pwned = 1</script>" in page.inner_text("table")
             assert "‹U+202E›gnirts" in page.inner_text("table")
             assert page.locator("table script, table img, table svg, table b").count() == 0
+            with page.expect_download() as download:
+                page.get_by_role("button", name="download written-rollouts as csv").click()
+            assert "\"'=HYPERLINK(" in Path(download.value.path()).read_text("utf-8")
+            page.goto(f"{page_of_written}/rollout?step=3&row=0")  # a run without a model
+            page.get_by_role("link", name="try this text").click()
+            page.get_by_text("No run here has a model yet").wait_for()
 
 
 def test_soft_tokens_as_words_and_alarms(browser: Any, page_of_written: str) -> None:
@@ -354,5 +369,12 @@ def test_a_step_that_is_written_meanwhile_appears(
             page.get_by_text("36 rollouts").wait_for()
             page.goto(server.address)
             assert "4 of 9" in page.inner_text(".facts")
+            checkpoint = run_folder / "checkpoints" / "checkpoint-4"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "config.json").write_text("{}")
+            mark_complete(checkpoint)
+            page.goto(f"{server.address}/rollout?step=4&row=0")  # there is no finished model yet
+            there = page.get_by_role("link", name="try this text").get_attribute("href")
+            assert "a=written%3Acheckpoint-4" in str(there)
     finally:
         server.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from grace_rl.inspect import Filter, Run
 from grace_rl.inspect import run as run_module
 from grace_rl.inspect.checkpoints import Checkpoint, checkpoints
 from grace_rl.inspect.neighbours import nearest_by_rationale, pool_of_step
+from grace_rl.inspect.run import distinct_names
 from grace_rl.rollout.store import cut_rollouts
 from grace_rl.train.checkpoints import mark_complete
 
@@ -86,6 +88,38 @@ def test_one_text_through_training_is_its_best_rationale_at_each_step(run_folder
     assert table["rationale"].tolist()[:2] == ["step 1, rollout 0", "step 2, rollout 0"]
     texts = run.texts("SEA")
     assert texts["text"].tolist() == ["the sea at noon"] and texts["steps"].tolist() == [3]
+
+
+def test_broken_files_are_named_and_the_others_are_shown(
+    run_folder: Path, add_step: AddStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_again(monkeypatch)
+    whole = (run_folder / "rollouts" / "step-000001.parquet").read_bytes()
+    for step, content in ((1, whole[: len(whole) // 2]), (2, b"")):
+        (run_folder / "rollouts" / f"step-{step:06d}.parquet").write_bytes(content)
+    run = Run(run_folder)
+    assert run.count() == 9 and len(run.rollouts(step=3)) == 9
+    assert [s.partition(" are left out")[0] for s in run.unreadable()] == [
+        "the rollouts of step 1",
+        "the rollouts of step 2",
+    ]
+    with pytest.raises(UserError, match=r"step-000001.parquet: cannot be read"):
+        run.rollout(1, 0)
+    add_step(run_folder, 1)
+    cut_rollouts(run_folder, 1)
+    assert run.count() == 9 and run.unreadable() == []
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path, run_folder: Path) -> None:
+    paths = [tmp_path / place / "day" / "run" for place in ("a", "b")] + [tmp_path / "c" / "run"]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        shutil.copytree(run_folder, path)
+    runs = [Run(path) for path in (*paths, run_folder)]
+    distinct_names(runs)
+    assert [run.name for run in runs] == ["a/day/run", "b/day/run", "c/run", "written"]
+    with pytest.raises(UserError, match="given twice"):
+        distinct_names([Run(run_folder), Run(run_folder)])
 
 
 def test_new_steps_appear_and_cut_ones_go(
@@ -166,6 +200,13 @@ def test_mistakes_in_an_address_are_told_together() -> None:
     with pytest.raises(UserError) as caught:
         Filter.from_query({"step": "ten", "example": "-1", "truncated": "maybe", "score": "a"})
     assert len(caught.value.problems) == 4
+    assert all(problem.count(":") == 1 for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("value", ["9" * 19, "\u0663", "1-" + "9" * 40])
+def test_numbers_that_no_step_has_are_mistakes(value: str) -> None:
+    with pytest.raises(UserError, match="step: cannot read"):
+        Filter.from_query({"step": value})
 
 
 def test_a_run_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 import re
 import subprocess
@@ -11,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -19,6 +21,7 @@ from grace_rl.commands.inspect import needs_extra
 from grace_rl.errors import UserError
 from grace_rl.inspect import Filter, Run, markup
 from grace_rl.inspect.chart import Line, line_chart
+from grace_rl.inspect.csv_file import csv_text
 from grace_rl.inspect.html_file import write_html
 from grace_rl.inspect.terminal import show
 
@@ -79,6 +82,20 @@ def test_every_part_shows_hostile_text_as_text(written: Path) -> None:
     assert "<script>" in only_shows(markup.text(hostile[0])).text
 
 
+@pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " =1", "\r=1", "＝1+1"])
+def test_no_text_in_a_csv_is_a_formula(cell: str) -> None:
+    table = pd.DataFrame({"rationale": [cell, "a\r=1", "x-1"], "advantage": [-0.5, 1.0, None]})
+    rows = list(csv.reader(io.StringIO(csv_text(table), newline="")))
+    assert rows == [
+        ["rationale", "advantage"],
+        [f"'{cell}", "-0.5"],
+        ["a\r=1", "1.0"],  # in quotation marks, so no row begins inside
+        ["x-1", ""],
+    ]
+    assert '"a\r=1"' in csv_text(table)
+    assert csv_text(table.rename(columns={"rationale": cell})).startswith(("'", "\"'"))
+
+
 def test_marks_say_what_changed() -> None:
     tags = parsed(markup.differences("a b c", "a x c"))
     assert [tag for tag, _ in tags.seen] == ["bdi", "del", "ins"] and tags.text == "a bx c"
@@ -109,6 +126,14 @@ def test_the_file_to_send_is_whole_and_asks_for_nothing(written: Path, tmp_path:
     assert not re.search(r"url\(|@import|https?://(?!evil)", html)
     assert "alarms/stale_engine" in tags.text and "<script>window.pwned" in tags.text
     assert "Soft tokens of written" in tags.text
+
+
+def test_a_broken_file_is_told_everywhere(run_folder: Path, tmp_path: Path) -> None:
+    (run_folder / "rollouts" / "step-000002.parquet").write_bytes(b"PAR1")
+    file = tmp_path / "report.html"
+    write_html([Run(run_folder)], Filter(), file)
+    assert "the rollouts of step 2 are left out" in file.read_text(encoding="utf-8")
+    assert "the rollouts of step 2 are left out" in printed(run_folder, "--step", "1")
 
 
 def test_the_file_holds_the_chosen_groups(written: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from nicegui.element import Element
 
 from grace_rl.errors import UserError
 from grace_rl.inspect.checkpoints import Loaded
-from grace_rl.inspect.markup import LOOK, plain
+from grace_rl.inspect.csv_file import csv_text
+from grace_rl.inspect.markup import LOOK, mistakes, plain
 from grace_rl.inspect.run import Run
 
 CSS = LOOK + (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
@@ -93,10 +94,9 @@ def html(content: str, tag: str = "div") -> ui.html:
     return ui.html(content, sanitize=False, tag=tag)
 
 
-def mistake(error: UserError) -> None:
+def mistake(error: UserError) -> ui.html:
     """A mistake in the address or in a field, as text."""
-    lines = "".join(f"<li>{plain(problem)}</li>" for problem in error.problems)
-    html(f'<ul class="mistake" role="alert">{lines}</ul>')
+    return html(mistakes(error.problems))
 
 
 def address(path: str, **query: Any) -> str:
@@ -162,10 +162,15 @@ async def work(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 async def loaded(site: Site, place: Element) -> None:
-    """Wait until the rollouts of all runs are read."""
+    """Wait until the rollouts of all runs are read; files that cannot be are told at the top."""
+    assert place.parent_slot is not None
+    above = place.parent_slot.parent
     for run in site.runs.values():
         async with waiting(place, f"reading rollouts of {run.name}") as state:
             await work(run.refresh, state.report)
+        if broken := await work(run.unreadable):
+            with place:
+                mistake(UserError(broken)).move(above, target_index=1)
 
 
 def guarded(
@@ -189,7 +194,7 @@ def csv_button(name: str, make: Callable[[], pd.DataFrame]) -> None:
 
     async def download() -> None:
         table = await work(make)
-        ui.download.content(table.to_csv(index=False), f"{name}.csv", "text/csv")
+        ui.download.content(csv_text(table), f"{name}.csv", "text/csv")
 
     ui.button("csv", icon="download", color=None, on_click=download).props(
         f'flat dense no-caps aria-label="download {plain(name)} as csv"'

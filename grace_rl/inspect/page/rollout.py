@@ -33,13 +33,14 @@ async def show(site: frame.Site, query: Mapping[str, str]) -> None:
         rollout = run.rollout(step, row)
         there = frame.address("/group", run=run.name, step=step, group=rollout["group"])
         through = frame.address("/training", run=run.name, text=rollout["text"])
-        trial = frame.address("/try", a=f"{run.name}:model", text=rollout["text"])
+        newest = next(reversed(checkpoints(run)), None)
+        trial = frame.address("/try", a=newest and f"{run.name}:{newest}", text=rollout["text"])
         links = [link(through, "this text through training"), link(trial, "try this text")]
         if rollout["advantage"] is not None:
             links.insert(0, link(there, "its group"))
         frame.html(
-            f'<p class="small quiet">Step {step}, {plain(rollout["role"])} of row '
-            f"{rollout['example']}{'' if rollout['advantage'] is not None else ', an anchor'} · "
+            f'<p class="small quiet">{plain(run.name)}, step {step}, {plain(rollout["role"])} of '
+            f"row {rollout['example']}{', an anchor' if rollout['advantage'] is None else ''} · "
             f"{' · '.join(links)}</p><h2>Text</h2><p>{text(rollout['text'])}</p>"
             f"<h2>Rationale</h2>{sections.rollout_tokens(run, rollout)}"
             '<p class="small quiet">Green tokens are made likelier, red ones less likely.</p>'

@@ -47,7 +47,7 @@ class _List:
     ) -> None:
         self.run, self.chosen, self.place = run, chosen, place
         self.groups = query.get("show") == "groups"
-        self.page = max(1, int(query["page"])) if query.get("page", "").isdigit() else 1
+        self.page = max(1, whole(query, "page")) if query.get("page") else 1
         self.sort, self.descending = query.get("sort", "step"), query.get("order") == "down"
         self.asked = 0
         with fields:
@@ -74,7 +74,7 @@ class _List:
                 label, value=written[name], placeholder=example, on_change=self._changed
             )
             field.props(f'dense outlined debounce=150 data-field="{name}"')
-            self.inputs[name] = field
+            self.inputs[name] = field.classes("" if name == "step" else "broad")
         roles = {"": "any", **{role: role for role in self.run.roles()}}
         role = self.chosen.role or ""
         roles.setdefault(role, role)
@@ -86,7 +86,7 @@ class _List:
         self.inputs["show"] = self._select("Show", shown, "groups" if self.groups else "")
         sorts = self.sorts()
         self.sort = self.sort if self.sort in sorts else "step"
-        self.inputs["sort"] = self._select("Sort by", sorts, self.sort)
+        self.inputs["sort"] = self._select("Sort by", sorts, self.sort).classes("sort")
         orders = {"": "rising", "down": "falling"}
         self.inputs["order"] = self._select("Order", orders, "down" if self.descending else "")
 
@@ -143,29 +143,24 @@ class _List:
             self._draw(count, rows)
 
     def _ask(self) -> tuple[int, pd.DataFrame]:
-        offset = (self.page - 1) * ROWS
-        how: dict[str, Any] = {"sort": self.sort, "descending": self.descending}
-        if self.groups:
-            count = self.run.count_groups(self.chosen)
-            return count, self.run.groups(self.chosen, limit=ROWS, offset=offset, **how)
-        count = self.run.count(self.chosen)
-        return count, self.run.rollouts(self.chosen, limit=ROWS, offset=offset, **how)
+        count = (self.run.count_groups if self.groups else self.run.count)(self.chosen)
+        self.page = min(self.page, max(1, -(-count // ROWS)))
+        return count, self._rows(limit=ROWS, offset=(self.page - 1) * ROWS)
 
-    def _whole(self) -> pd.DataFrame:
+    def _rows(self, limit: int | None = None, offset: int = 0) -> pd.DataFrame:
+        ask = self.run.groups if self.groups else self.run.rollouts
         how: dict[str, Any] = {"sort": self.sort, "descending": self.descending}
-        if self.groups:
-            return self.run.groups(self.chosen, **how)
-        return self.run.rollouts(self.chosen, **how)
+        return ask(self.chosen, **how, limit=limit, offset=offset)
 
     def _draw(self, count: int, rows: pd.DataFrame) -> None:
         kind = "groups" if self.groups else "rollouts"
         with ui.element("div").classes("line"):
             frame.html(f'<span class="count" role="status">{count:,} {kind}</span>', "span")
-            frame.csv_button(f"{self.run.name}-{kind}", self._whole)
+            frame.csv_button(f"{self.run.name}-{kind}", self._rows)
         frame.html(f'<div class="wide">{self._table(rows)}</div>')
         pages = -(-count // ROWS)
         if pages > 1:
-            ui.pagination(1, pages, value=min(self.page, pages), on_change=self._turn).props(
+            ui.pagination(1, pages, value=self.page, on_change=self._turn).props(
                 "max-pages=6 boundary-numbers"
             )
 
@@ -208,7 +203,7 @@ def group_view(site: frame.Site, query: Mapping[str, str]) -> None:
         first = rows.iloc[0]
         through = frame.address("/training", run=run.name, text=first["text"])
         frame.html(
-            f'<p>{text(first["text"])}</p><p class="small quiet">Step {step}, '
+            f'<p>{text(first["text"])}</p><p class="small quiet">{plain(run.name)}, step {step}, '
             f"{plain(str(first['role']))} of row {first['example']} · "
             f"{link(through, 'this text through training')}</p>"
         )

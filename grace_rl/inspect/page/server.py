@@ -7,7 +7,6 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -101,20 +100,6 @@ FAVICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">'
     '<path d="M2 13 6 7l3 3 5-8" fill="none" stroke="#1f6fd6" stroke-width="2"/></svg>'
 )
-
-
-def distinct_names(runs: Sequence[Run]) -> None:
-    """Tell runs of one folder name apart by their paths.
-
-    Raises:
-        UserError: The same run twice.
-    """
-    paths = [run.path.resolve() for run in runs]
-    if twice := {str(path) for path in paths if paths.count(path) > 1}:
-        raise UserError([f"{path}: given twice" for path in sorted(twice)])
-    for run in runs:
-        if sum(other.name == run.name for other in runs) > 1:
-            run.name = str(Path(*run.path.resolve().parts[-2:]))
 
 
 def warn_of(host: str) -> str | None:
