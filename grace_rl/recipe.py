@@ -55,6 +55,7 @@ FILE_KEYS = (
     "resume_from_checkpoint",
     "chat_template_path",
 )
+BITSANDBYTES = ("paged_", "bnb", "adamw_8bit", "ademamix", "lion_")  # in an optimizer's name
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,12 @@ class Recipe:
             )
             if self.training.get(key) and find_spec(package) is None
         ]
+        optimizer = str(self.training.get("optim", ""))
+        if any(part in optimizer for part in BITSANDBYTES) and find_spec("bitsandbytes") is None:
+            problems.append(
+                f"{self.path}: optim: {optimizer} needs the package bitsandbytes; "
+                "install it, or use adamw_torch"
+            )
         if problems:
             raise UserError(problems)
         config = METHODS[self.method].config_class()
@@ -174,7 +181,7 @@ def recipe_of(source: RecipeSource) -> Recipe:
     """A recipe from what was read; see `load_recipe`."""
     tree, problems = source.tree, source.problems
     method = tree.get("method", "grpo")
-    if method not in METHODS:
+    if method not in list(METHODS):  # a list could be no key
         problems.append(
             source.problem(("method",), f"must be one of {', '.join(METHODS)}, not {method!r}")
         )
@@ -183,15 +190,19 @@ def recipe_of(source: RecipeSource) -> Recipe:
     values = typed_values(source, method)
     name = default_name(source.path)
     training = trainer_defaults(method) | {"output_dir": f"runs/{name}"}
+    if values.get("output_dir") is None:
+        values.pop("output_dir", None)
     training |= {k: values[k] for k in values if k in trainer_hints(method)}
     model = {k: values[k] for k in values if k in model_hints()}
     _check_model(source, model)
     data = data_config(source, values)
     evaluation = evaluation_config(source, values, data)
     _check_files(source, training)
+    _check_deepspeed(source, training.get("deepspeed"))
     if "reader" in training:
         _check_reader(source, training["reader"])
     _check_false_negatives(source, training.get("false_negatives"))
+    _check_contrastive_loss(source, training)
     rewards = rewards_of(source, values, method)
     if METHODS[method].rollouts:
         check_batch_sizes(source, training, data)
@@ -285,6 +296,13 @@ def _check_files(source: RecipeSource, training: dict[str, Any]) -> None:
             source.problems.append(source.problem((key,), message))
 
 
+def _check_deepspeed(source: RecipeSource, given: Any) -> None:
+    if isinstance(given, dict) or str(given).lstrip().startswith("{") or Path(str(given)).exists():
+        from grace_rl.launch.zero_config import deepspeed_config
+
+        source.collect(lambda: deepspeed_config(given))
+
+
 def _check_reader(source: RecipeSource, reader: dict[str, Any]) -> None:
     from grace_rl.embed.reader import ReaderConfig
 
@@ -301,6 +319,14 @@ def _check_false_negatives(source: RecipeSource, values: dict[str, Any] | None) 
         from grace_rl.data.false_negatives import false_negative_config
 
         source.collect(lambda: false_negative_config(values))
+
+
+def _check_contrastive_loss(source: RecipeSource, training: dict[str, Any]) -> None:
+    if training.get("contrastive_loss") is not None:
+        from grace_rl.train.contrastive_loss import contrastive_loss_config
+
+        settings = {"reader": {}, "use_liger_kernel": False} | training
+        source.collect(lambda: contrastive_loss_config(settings))
 
 
 def _check_settings(source: RecipeSource, training: dict[str, Any], method: Method) -> None:

@@ -47,7 +47,7 @@ def tap_layers(
 
     def finish(module: nn.Module, args: Any, output: Any) -> None:
         seen[count] = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        states = [seen[layer].detach().float() for layer in wanted]
+        states = [seen[layer].float() for layer in wanted]
         seen.clear()
         if len(states) > 1:
             states = [layer_norm(state, state.shape[-1:]) for state in states]

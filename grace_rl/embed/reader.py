@@ -167,14 +167,16 @@ class Reader:
 
     # -- raw vectors ---------------------------------
 
-    @torch.no_grad()
-    def read(self, written: Sequence[Written], ends: Tensor | None = None) -> Tensor:
+    def read(
+        self, written: Sequence[Written], ends: Tensor | None = None, gradient: bool = False
+    ) -> Tensor:
         """Raw vectors, float32, neither centred nor normalised, with a forward pass of its own.
 
         Args:
             written: N rationales.
             ends: (N, K+1) long, how many of a rationale's tokens each of its prefixes has. All
                 prefixes come from the one pass that reads the whole.
+            gradient: Keep the graph, and leave the weights in training mode if they are.
 
         Returns:
             (N, H); with `ends` (N, K+1, H). A prefix without any token to pool is zero.
@@ -188,9 +190,9 @@ class Reader:
             return self._read_strings(written)
         rows = [self.tokens_to_read(item) for item in written]
         places = None if ends is None else self._prefix_places(written, rows, ends)
-        vectors = []
+        vectors: list[Tensor] = []
         was_training = self._policy.training
-        self._policy.eval()
+        self._policy.train(was_training and gradient)
         stack = decoder_stack(self._policy)
         device = next(stack.parameters()).device
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # little padding
@@ -210,7 +212,7 @@ class Reader:
             def receive(states: Tensor, span: tuple[Tensor, Tensor | None] = span) -> None:
                 vectors.append(self._pool(states, *span))
 
-            with tap_layers(stack, self._layers, receive):
+            with torch.set_grad_enabled(gradient), tap_layers(stack, self._layers, receive):
                 stack(
                     input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False
                 )

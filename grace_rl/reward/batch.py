@@ -254,14 +254,15 @@ class RewardBatch(Rollouts):
                 "the batch has no prefix embeddings; a reward that needs them declares it with the "
                 "attribute `steps = True`"
             )
-        cut = dataclasses.replace(
-            self,
-            embeddings=self.prefix_embeddings[:, number],
-            prefix_embeddings=None,
-            prefix_ends=None,
+        return self.read_as(self.prefix_embeddings[:, number])
+
+    def read_as(self, embeddings: Tensor) -> RewardBatch:
+        """The batch as if its rollouts had other embeddings, (B, D); else as `prefix`."""
+        other = dataclasses.replace(
+            self, embeddings=embeddings, prefix_embeddings=None, prefix_ends=None
         )
-        cut.__dict__.update(_relations=self._relations, _siblings=self._siblings)
-        return cut
+        other.__dict__.update(_relations=self._relations, _siblings=self._siblings)
+        return other
 
     def positives(self) -> Tensor:
         """(B, P) bool: the same example and side, another text."""

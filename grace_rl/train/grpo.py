@@ -12,6 +12,7 @@ What differs from TRL's `GRPOTrainer`:
 - A reward that scores every prefix of a rationale (`refinement`) gives each segment an advantage
   of its own, (B, T) instead of (B,); `grace_rl.reward.shaping` has the mathematics. The embeddings
   of prefixes come from the forwards that are made anyway.
+- `contrastive_loss` adds a loss with a gradient through the reader (train/contrastive_loss.py).
 - Rollouts, rewards and advantages are kept in the run directory.
 
 What differs from GRACE (arXiv 2510.04506): any role can be rolled out, so that negatives move the
@@ -20,7 +21,8 @@ are TRL's.
 
 Overridden private methods of TRL 1.16, each tested by name: `_get_train_sampler`,
 `_get_eval_sampler`, `_generate_and_score_completions`, `_tokenize_prompts`,
-`_generate_single_turn`, `_get_per_token_logps_and_entropies`, `_calculate_rewards`.
+`_generate_single_turn`, `_get_per_token_logps_and_entropies`, `_calculate_rewards`; and the public
+`compute_loss`.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ from grace_rl.rollout.server import keep_server
 from grace_rl.rollout.store import write_rollouts
 from grace_rl.train.callbacks import print_group
 from grace_rl.train.checkpoints import CheckpointMixin
+from grace_rl.train.contrastive_loss import ContrastiveLoss, contrastive_loss_config
 from grace_rl.train.generation_batch import (
     GenerationBatch,
     StepTable,
@@ -168,6 +171,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             self._bundles["eval"] = Bundles(list(eval_dataset), roles)
         check_batches(args, self._bundles["train"], self.rewards)
         self.shaping = check_shaping(vars(args), self.rewards)
+        self._contrastive_loss_config = contrastive_loss_config(vars(args))
+        self._contrastive_loss: ContrastiveLoss | None = None  # of the batch of rollouts
         self.false_negatives = load_false_negatives(
             false_negative_config(args.false_negatives),
             [row for bundles in self._bundles.values() for row in bundles.rows],
@@ -272,6 +277,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         if self._batch.ends is not None:
             self._batch.steps = self._step_table(self._batch)
         self._assign_credit(self._batch, output)
+        if self._contrastive_loss is not None:
+            output["rollout"] = torch.arange(len(texts), device=output["completion_ids"].device)
         if self.model.training:
             self._keep_rollouts(self._batch, output)
         self._batch = None
@@ -405,12 +412,12 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         if not usable:
             return forward(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         assert batch is not None
-        # Prompts, padded left, end at the seam; completions, padded right, start there.
         seam = input_ids.size(1) - logits_to_keep
-        mask = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
-        for i, (prompt, ids) in enumerate(zip(batch.prompts, batch.token_ids, strict=True)):
-            _, first = self.reader.tokens_to_read(Written(prompt, ids, ""))
-            mask[i, seam - len(prompt.token_ids) + first : seam + len(ids)] = True
+        written = [
+            Written(prompt, ids, "")
+            for prompt, ids in zip(batch.prompts, batch.token_ids, strict=True)
+        ]
+        mask = self._tokens_read(written, seam, input_ids)
         places = None if batch.ends is None else seam + batch.ends.to(input_ids.device)
         size = kwargs.get("batch_size") or input_ids.size(0)
 
@@ -424,6 +431,17 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             output = forward(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         batch.raw = torch.cat(vectors)
         return output
+
+    def _tokens_read(self, written: Sequence[Written], seam: int, input_ids: Tensor) -> Tensor:
+        """(B, T) which tokens of TRL's forward an in-context reader pools.
+
+        Prompts, padded left, end at the seam; completions, padded right, start there.
+        """
+        mask = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
+        for i, item in enumerate(written):
+            _, first = self.reader.tokens_to_read(item)
+            mask[i, seam - len(item.prompt.token_ids) + first : seam + len(item.token_ids)] = True
+        return mask
 
     # -- scoring them ---------------------------------
 
@@ -484,6 +502,10 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             },
         )
         self._phases["reward"] += time.perf_counter() - start
+        if self._contrastive_loss_config is not None and mode == "train":
+            self._contrastive_loss = ContrastiveLoss(
+                self._contrastive_loss_config, self.reader, written, seen
+            )
         metrics = batch.scored.metrics | distinct_n(batch.pool.token_ids)
         metrics |= collapse_metrics(batch.pool.embeddings, world_raw, batch.pool.example)
         if self.false_negatives is not None:
@@ -518,6 +540,37 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             lengths = gather(torch.tensor([len(ids) for ids in token_ids], device=self.args.device))
             self.segmenter.follow(float(lengths.float().mean()))
         return torch.tensor([self.segmenter.ends(ids) for ids in token_ids])
+
+    # -- learning to read them ---------------------------------
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss, and `contrastive_loss` where the recipe asks for it.
+
+        An in-context reader takes the hidden states from the forward that TRL makes for the loss;
+        the bottleneck needs one more, over the rationales alone.
+        """
+        contrast, config = self._contrastive_loss, self._contrastive_loss_config
+        if contrast is None or config is None or not self.model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        rows, hidden = inputs["rollout"], inputs["completion_mask"]
+        written = [contrast.written[row] for row in rows.tolist()]
+        if self.reader.config.in_context:
+            tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+            mask = self._tokens_read(written, inputs["prompt_ids"].size(1), tokens)
+            vectors: list[Tensor] = []
+            policy = self.accelerator.unwrap_model(self.model)
+            with self.reader.tap(policy, lambda _: (mask, None), vectors):
+                loss = super().compute_loss(model, inputs, *args, **kwargs)
+            raw = torch.cat(vectors)
+        else:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            with self.accelerator.autocast():
+                raw = self.reader.read(written, gradient=True)
+        distance, accuracy = contrast(rows, raw, hidden.any(dim=1))
+        found = gather(torch.stack([distance.detach(), accuracy]).unsqueeze(0)).nanmean(0).tolist()
+        for name, value in zip(("loss", "accuracy"), found, strict=True):
+            self._metrics["train"][f"contrastive_loss/{name}"].append(value)
+        return loss + config.weight * distance / self.current_gradient_accumulation_steps
 
     # -- keeping and reporting them ---------------------------------
 

@@ -41,6 +41,9 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
         false_negatives: Keywords of `grace_rl.data.false_negatives.FalseNegativeConfig`: a guide
             that says which texts of other rows mean the same and must not count as negatives.
             `None` compares words only.
+        contrastive_loss: Keywords of `grace_rl.train.contrastive_loss.ContrastiveLossConfig`: a
+            loss beside the rewards, by which the policy learns to read what it writes. `None` has
+            none.
         print_rollouts_steps: Print one group of rationales every so many steps; 0 never prints.
         stale_engine_threshold: Alarm level of `sampling/sampling_logp_difference/mean`, in nats.
         vllm_server_retry_timeout: Seconds to try again when the server of `vllm_mode: server` is
@@ -54,6 +57,7 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
     segment_min_tokens: int = 16
     shaping: dict[str, Any] = field(default_factory=dict)
     false_negatives: dict[str, Any] | None = None
+    contrastive_loss: dict[str, Any] | None = None
     print_rollouts_steps: int = 10
     stale_engine_threshold: float = 0.1
     vllm_server_retry_timeout: float = 600.0

@@ -40,6 +40,7 @@ RECONSTRUCTION |= {"instruction": None}
 REFINEMENT: dict[str, Any] = {"method": "refinement", "refinement_steps": 2}
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
 CHECKPOINTING = {"gradient_checkpointing": True}
+READING = {"contrastive_loss": {"weight": 0.5}}
 JUDGED = {"rewards": [{"name": "contrastive"}, {"name": "judge.py:Judge", "weight": 0.5}]}
 EVALUATION = {"evaluation": {"dataset_splits": ["test"], "rows": 4}}
 
@@ -220,7 +221,11 @@ EVERY_REWARD = {
 }
 SAME = {
     "grpo": ROLLOUTS | EVERY_REWARD,
-    "grpo-context": ROLLOUTS | CHECKPOINTING | {"reader": {"span": "context"}, "beta": 0.05},
+    "grpo-context": ROLLOUTS
+    | CHECKPOINTING
+    | READING
+    | {"reader": {"span": "context"}, "beta": 0.05},
+    "grpo-reading": ROLLOUTS | CHECKPOINTING | READING,
     "grpo-lora": ROLLOUTS | CHECKPOINTING | LORA | {"lora_alpha": 64, "lora_dropout": 0.0},
     "ppo": PPO | EVERY_REWARD,
     "sft": SFT,
