@@ -56,7 +56,8 @@ def logged(tmp_path_factory) -> set[str]:
     names: set[str] = set()
     for method, more in (("grpo", ", {name: refinement}"), ("ppo", "")):
         folder = tmp_path_factory.mktemp(method)
-        (folder / "recipe.yaml").write_text(RECIPE.format(method=method, more=more))
+        recipe = RECIPE.format(method=method, more=more) + "contrastive_loss: {weight: 0.1}\n"
+        (folder / "recipe.yaml").write_text(recipe)
         run = folder / "run"
         assert main(["train", str(folder / "recipe.yaml"), "--output_dir", str(run)]) == 0
         names |= {name for line in read_metrics(run) for name in line}
