@@ -134,6 +134,11 @@ class Judge:
                 results[key] = (None, 0, 0)
             else:
                 results[key] = answer
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}  # who pays for a call
+        paid = [results[key][1:] if first[key] == i else (0, 0) for i, key in enumerate(keys)]
+        tokens = batch.embeddings.new_tensor(paid)  # (B, 2) prompt, answer
+        cost = (tokens * tokens.new_tensor(self.prices)).sum(1) / 1e6
+        self.spent += float(cost.sum())
         if failures and (not self.skip_failures or len(failures) == len(asked)):
             raise RuntimeError(
                 f"{len(failures)} of {len(asked)} calls to {self._client.base_url} failed; "
@@ -144,11 +149,6 @@ class Judge:
             for key, answer in zip(asked, answers, strict=True)
             if isinstance(answer, BaseException)
         }
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}  # who pays for a call
-        paid = [results[key][1:] if first[key] == i else (0, 0) for i, key in enumerate(keys)]
-        tokens = batch.embeddings.new_tensor(paid)  # (B, 2) prompt, answer
-        cost = (tokens * tokens.new_tensor(self.prices)).sum(1) / 1e6
-        self.spent += float(cost.sum())
         return RewardOutput(
             values=[results[key][0] for key in keys],
             components={

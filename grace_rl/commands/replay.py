@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 HELP = "score the rollouts of a run again with other rewards, and show what would have changed"
 RECIPE_OVERRIDES = False
+UNLIKE = {
+    "multi_objective_aggregation": "advantages are replayed from the sum of the rewards",
+    "false_negatives": "a replay has no guide, and leaves out only negatives of the same words",
+}
+"""Keys of a run whose advantages a replay of the very same rewards does not give."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +43,18 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.rollout.store import rollout_files
 
     path, folder = Path(options.rewards), Path(options.run)
-    steps = options.steps or sorted(rollout_files(folder))
+    steps = sorted(set(options.steps or rollout_files(folder)))
+    if options.show < 0:
+        raise UserError("--show: must be at least 0")
     rewards = load_rewards(read_rewards(path), path.parent)
     scale = "group"
-    if (folder / "recipe.yaml").is_file():
-        scale = trainer_value(load_recipe(folder / "recipe.yaml").training, "scale_rewards")
     console = Console()
+    if (folder / "recipe.yaml").is_file():
+        training = load_recipe(folder / "recipe.yaml").training
+        scale = trainer_value(training, "scale_rewards")
+        for name, meaning in UNLIKE.items():
+            if trainer_value(training, name) not in (None, "sum_then_normalize"):
+                console.print(f"the run has {name}: {meaning}", style="yellow", soft_wrap=True)
     tables, groups = [], []
     stored = stored_steps(folder, steps, run_rows(folder))
     replayed = replay(stored, rewards, scale)  # type: ignore[arg-type]
@@ -66,7 +77,7 @@ def _show(console: Any, groups: list[ReplayedGroup], count: int) -> None:
     changed = sum(group.best_changed for group in ranked)
     mean = sum(group.order_kept for group in ranked) / max(1, len(ranked))
     console.print(
-        f"{len(groups)} groups; in {changed} another rollout would have been the best; "
+        f"{len(ranked)} groups; in {changed} another rollout would have been the best; "
         f"{mean:.0%} of the pairs keep their order"
     )
     for group in sorted(ranked, key=lambda group: group.order_kept)[:count]:

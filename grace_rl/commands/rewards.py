@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ HELP = "list, show, write and check rewards"
 RECIPE_OVERRIDES = False
 
 KINDS = ("contrastive", "text", "step", "remote")
+PATIENCE = 30  # seconds before `check` says that it still waits
 STEPS_TRIED = 2  # of a run's stored steps: the first and the last
 
 
@@ -81,7 +83,8 @@ def _new(options: argparse.Namespace) -> int:
     path = Path(options.file)
     test = path.with_name(f"test_{path.name}")
     problems = []
-    if path.suffix != ".py" or not path.stem.isidentifier():
+    name = "".join(word.capitalize() for word in path.stem.split("_") if word)
+    if path.suffix != ".py" or not path.stem.isidentifier() or not name.isidentifier():
         problems.append(f"{path}: give a Python file with a plain name, such as my_reward.py")
     problems += [
         f"{p}: exists already; remove it or choose another name" for p in (path, test) if p.exists()
@@ -90,7 +93,6 @@ def _new(options: argparse.Namespace) -> int:
         problems.append(f"{path}: there is no folder {path.parent}")
     if problems:
         raise UserError(problems)
-    name = "".join(word.capitalize() for word in path.stem.split("_") if word)
     templates = Path(__file__).parents[1] / "reward" / "templates"
     for target, template in ((path, f"{options.kind}.py"), (test, f"test_{options.kind}.txt")):
         text = (templates / template).read_text(encoding="utf-8")
@@ -125,7 +127,14 @@ def _check(options: argparse.Namespace) -> int:
         chosen = sorted({steps[0], steps[-1]})[:STEPS_TRIED] if steps else None
         for stored in stored_steps(options.rollouts, chosen, run_rows(options.rollouts)):
             batches[f"step {stored.step} of {options.rollouts}"] = stored.batch
+    about = (
+        f"{options.name}: no answer for {PATIENCE} s; a call that waits needs a time limit (Ctrl-C)"
+    )
+    note = threading.Timer(PATIENCE, lambda: print(about, file=sys.stderr, flush=True))
+    note.daemon = True
+    note.start()
     findings = try_reward(reward, batches)
+    note.cancel()
     table = Table(box=None, pad_edge=False, show_header=False)
     marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
     for finding in findings:

@@ -11,7 +11,10 @@ from grace_rl.errors import UserError
 from grace_rl.inspect.run import Run
 
 GROUPS = """
-WITH pairs AS (
+WITH best AS (
+    SELECT step, "group", max(advantage) AS first, max(replayed_advantage) AS then
+    FROM kept GROUP BY step, "group"
+), pairs AS (
     SELECT a.step, a."group",
            avg((a.replayed_advantage > b.replayed_advantage)::INT) AS order_kept
     FROM kept a JOIN kept b
@@ -21,8 +24,8 @@ WITH pairs AS (
 SELECT step, "group", first(role) AS role, first(text) AS text, first(order_kept) AS order_kept,
        arg_max(rationale, advantage) AS best,
        arg_max(rationale, replayed_advantage) AS replayed_best,
-       bool_and(rank <> 0 OR replayed_rank <> 0) AS best_changed
-FROM kept JOIN pairs USING (step, "group")
+       bool_and(advantage < best.first OR replayed_advantage < best.then) AS best_changed
+FROM kept JOIN pairs USING (step, "group") JOIN best USING (step, "group")
 GROUP BY step, "group"
 ORDER BY order_kept, step, "group"
 """

@@ -13,7 +13,8 @@ from grace_rl.reward.batch import (
     group_stds,
 )
 from grace_rl.reward.loading import LoadedReward, RewardSpec, available_rewards, load_rewards
-from grace_rl.reward.runtime import RewardError, RewardRuntime, Scored, score_prefixes
+from grace_rl.reward.outputs import score_prefixes
+from grace_rl.reward.runtime import RewardError, RewardRuntime, Scored
 
 __all__ = [
     "LoadedReward",

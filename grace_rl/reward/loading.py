@@ -185,7 +185,7 @@ def _load(spec: Any, target: Any, label: str) -> LoadedReward:
     if isinstance(target, type):
         try:
             function = target(**keywords)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"cannot be built: {describe_error(error, _source(target))}") from error
     elif keywords:
         function = functools.partial(target, **keywords)
@@ -205,6 +205,8 @@ def _load(spec: Any, target: Any, label: str) -> LoadedReward:
 def _find(name: str, base_dir: Path, files: dict[Path, types.ModuleType]) -> Any:
     """The class or function that a name means."""
     if ":" not in name:
+        if name.endswith(".py"):
+            raise UserError(f"say which class or function of the file: {name}:Name")
         name = _entry_point_value(name)
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
@@ -251,7 +253,7 @@ def _import(module: str) -> types.ModuleType:
                 "PYTHONPATH, or write path/to/file.py:Name"
             ) from error
         raise UserError(f"importing {module} failed: {describe_error(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"importing {module} failed: {describe_error(error)}") from error
 
 
@@ -268,7 +270,7 @@ def _load_file(path: Path, files: dict[Path, types.ModuleType]) -> types.ModuleT
     sys.modules[name] = module  # dataclasses and pickle look a class's module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"importing {path} failed: {describe_error(error, str(path))}") from error
     files[path] = module
@@ -396,7 +398,7 @@ def describe_error(error: BaseException, source: str | None = None) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     inside = [frame for frame in frames if source is not None and frame.filename == source]
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({error.filename}:{error.lineno})"
     if inside or (frames and source is None):
         frame = (inside or frames)[-1]
@@ -405,7 +407,7 @@ def describe_error(error: BaseException, source: str | None = None) -> str:
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -51,9 +51,10 @@ class ReplayedGroup:
 
     @property
     def best_changed(self) -> bool:
-        """Another rollout would have been the best."""
-        best = max(range(len(self.after)), key=self.after.__getitem__)
-        return self.before[best] < max(self.before)
+        """None of the best rollouts would still have been one of the best."""
+        first, then = max(self.before), max(self.after)
+        pairs = zip(self.before, self.after, strict=True)
+        return not any(before == first and after == then for before, after in pairs)
 
 
 def replay(

@@ -14,27 +14,26 @@ import threading
 import types
 import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grace_rl.errors import UserError
-from grace_rl.reward.batch import RewardBatch, RewardOutput, group_means, group_stds
+from grace_rl.reward.batch import RewardBatch, group_means, group_stds
 from grace_rl.reward.loading import LoadedReward, describe_error
+from grace_rl.reward.outputs import (
+    CheckedOutput,
+    drop_nonfinite,
+    failed_margin,
+    read_output,
+    unscored_output,
+)
 from grace_rl.zero import outside_zero3
 
+FAILURES = (Exception, SystemExit, asyncio.CancelledError)  # of a reward; Ctrl-C is none
 FLAT_BATCHES = 10  # a weighted reward that is flat for so many batches in a row is named once
-RESERVED_COMPONENTS = {
-    "mean",
-    "std",
-    "within_group_std",
-    "errors",
-    "nonfinite",
-    "unscored",
-    "gated",
-}
 
 
 class RewardError(UserError):
@@ -128,7 +127,7 @@ class RewardRuntime:
                 "log_metric": lambda name, value: None,
             }
         outputs, errors = self._call_all(batch, trainer_arguments)
-        nonfinite = [_drop_nonfinite(output) for output in outputs]
+        nonfinite = [drop_nonfinite(output) for output in outputs]
         reports = self._agree(batch, outputs, errors, nonfinite)
 
         values = self._gather(torch.stack([output.values for output in outputs], dim=1))
@@ -138,7 +137,7 @@ class RewardRuntime:
         rewards = _fill_unscored(values, group)
         metrics = self._counts(reports, values)
         if self.gates:
-            failed = self._gather(torch.stack([_failed_margin(o) for o in outputs], dim=1))
+            failed = self._gather(torch.stack([failed_margin(o) for o in outputs], dim=1))
             rewards = apply_gates(rewards, failed, weights, group)
             for i, label in enumerate(self.labels):
                 if self.rewards[i].gates:
@@ -178,28 +177,28 @@ class RewardRuntime:
     @outside_zero3()
     def _call_all(
         self, batch: RewardBatch, trainer_arguments: Mapping[str, Any]
-    ) -> tuple[list[_Output], list[Exception | None]]:
+    ) -> tuple[list[CheckedOutput], list[BaseException | None]]:
         """Every reward's checked output; an unscored one beside the exception where it failed."""
         raw: list[Any] = []
         with torch.no_grad():
             for reward in self.rewards:
                 try:
                     raw.append(reward(batch, trainer_arguments))
-                except Exception as error:
+                except FAILURES as error:
                     raw.append(error)
         waiting = [i for i, result in enumerate(raw) if inspect.isawaitable(result)]
         for i, result in zip(waiting, self._await_all([raw[i] for i in waiting]), strict=True):
             raw[i] = result
-        outputs: list[_Output] = []
-        errors: list[Exception | None] = []
+        outputs: list[CheckedOutput] = []
+        errors: list[BaseException | None] = []
         for reward, result in zip(self.rewards, raw, strict=True):
             try:
                 if isinstance(result, BaseException):
                     raise result
-                outputs.append(_read(result, reward, batch))
+                outputs.append(read_output(result, reward, batch))
                 errors.append(None)
-            except Exception as error:
-                outputs.append(_unscored(reward, batch))
+            except FAILURES as error:
+                outputs.append(unscored_output(reward, batch))
                 errors.append(error)
         return outputs, errors
 
@@ -215,16 +214,22 @@ class RewardRuntime:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
+        async def answer(awaitable: Awaitable[Any]) -> Any:
+            try:
+                return await awaitable
+            except FAILURES as error:
+                return error
+
         async def together() -> list[Any]:
-            return await asyncio.gather(*awaitables, return_exceptions=True)
+            return await asyncio.gather(*map(answer, awaitables))
 
         return asyncio.run_coroutine_threadsafe(together(), self._loop).result()
 
     def _agree(
         self,
         batch: RewardBatch,
-        outputs: Sequence[_Output],
-        errors: Sequence[Exception | None],
+        outputs: Sequence[CheckedOutput],
+        errors: Sequence[BaseException | None],
         nonfinite: list[int],
     ) -> list[_Report]:
         """Exchange reports; raise on every process if a reward that must not fail failed on one."""
@@ -271,7 +276,7 @@ class RewardRuntime:
         return reports
 
     def _gather_components(
-        self, outputs: Sequence[_Output], reports: Sequence[_Report], count: int
+        self, outputs: Sequence[CheckedOutput], reports: Sequence[_Report], count: int
     ) -> dict[str, Tensor]:
         names = sorted({name for report in reports for name in report.components})
         if not names:
@@ -318,39 +323,6 @@ class RewardRuntime:
             self._warned.add(key)
             if self._main_process:
                 warnings.warn(message, stacklevel=4)
-
-
-@dataclass(frozen=True, eq=False)
-class _Output:
-    """A checked RewardOutput: float32 tensors on the batch's device."""
-
-    values: Tensor
-    steps: Tensor | None = None
-    components: dict[str, Tensor] = field(default_factory=dict)
-    failed: Tensor | None = None  # (B,) bool
-    margin: float = 1.0
-
-
-def score_prefixes(reward: LoadedReward, batch: RewardBatch) -> RewardOutput:
-    """What a reward that looks at embeddings says about every prefix of the rationales.
-
-    Args:
-        reward: called with the batch once per prefix, each time with that prefix's embeddings.
-        batch: with prefix embeddings.
-
-    Returns:
-        Values and components as for the whole rationales, and `steps`, (B, K+1).
-
-    Raises:
-        ValueError: the reward returns something else than values, or the batch has no prefixes.
-    """
-    prefixes = 0 if batch.prefix_ends is None else batch.prefix_ends.shape[1]
-    outputs = [_read(reward(batch.prefix(k), {}), reward, batch) for k in range(prefixes)]
-    if not outputs:
-        raise ValueError("the batch has no prefix embeddings, so no prefix can be scored")
-    whole = outputs[-1]
-    steps = torch.stack([output.values for output in outputs], dim=1)
-    return RewardOutput(values=whole.values, steps=steps, components=whole.components)
 
 
 def weighted_totals(rewards: Tensor, weights: Tensor) -> Tensor:
@@ -412,104 +384,3 @@ def _fill_unscored(values: Tensor, group: Tensor) -> Tensor:
     """
     other = ~values.isnan().all(dim=1, keepdim=True)
     return torch.where(values.isnan() & other, group_means(values, group), values)
-
-
-def _failed_margin(output: _Output) -> Tensor:
-    """(B,) 0 where the gate passed (or there is none), else the margin."""
-    if output.failed is None:
-        return torch.zeros_like(output.values)
-    return output.failed.to(output.values.dtype) * output.margin
-
-
-def _drop_nonfinite(output: _Output) -> int:
-    """Turn infinities into NaN, in place; returns how many rows had one in values or steps."""
-    rows = output.values.isinf()
-    output.values[rows] = torch.nan
-    if output.steps is not None:
-        rows = rows | output.steps.isinf().any(dim=1)
-        output.steps[output.steps.isinf()] = torch.nan
-    for column in output.components.values():
-        column[column.isinf()] = torch.nan
-    return int(rows.sum())
-
-
-def _unscored(reward: LoadedReward, batch: RewardBatch) -> _Output:
-    """What a reward that failed counts as; with steps if it has any, as on the other processes."""
-    nothing = batch.embeddings.new_full((len(batch),), torch.nan)
-    if not reward.steps or batch.prefix_ends is None:
-        return _Output(nothing)
-    return _Output(nothing, nothing[:, None].repeat(1, batch.prefix_ends.shape[1]))
-
-
-def _read(result: Any, reward: LoadedReward, batch: RewardBatch) -> _Output:
-    """Check what a reward returned; raises ValueError or TypeError with a sentence."""
-    if reward.steps and getattr(result, "steps", None) is None:
-        raise ValueError("it declares `steps = True` and returned none: return a RewardOutput")
-    if not isinstance(result, RewardOutput):
-        return _Output(_column("the reward", result, batch))
-    if result.gate is not None and not reward.gates:
-        raise ValueError(
-            "it returned a gate; declare it with the attribute `gates = True` on its class or "
-            "function, so that the trainer can check the recipe"
-        )
-    clash = sorted(RESERVED_COMPONENTS & set(result.components))
-    if clash or any("/" in name for name in result.components):
-        raise ValueError(
-            f"component names must not contain '/' or be one of {sorted(RESERVED_COMPONENTS)}; "
-            f"found {sorted(result.components)}"
-        )
-    steps = None
-    if result.steps is not None:
-        steps = torch.as_tensor(result.steps, device=batch.embeddings.device).detach()
-        steps = steps.to(torch.float32, copy=True)
-        if not reward.steps:
-            raise ValueError(
-                "it returned steps; declare them with the attribute `steps = True` on its class or "
-                "function, so that prefixes are embedded"
-            )
-        if batch.prefix_ends is None or steps.shape != batch.prefix_ends.shape:
-            wanted = None if batch.prefix_ends is None else tuple(batch.prefix_ends.shape)
-            raise ValueError(
-                f"RewardOutput.steps has shape {tuple(steps.shape)}, expected that of "
-                f"RewardBatch.prefix_ends, {wanted}"
-            )
-    failed = None
-    if result.gate is not None:
-        gate = torch.as_tensor(result.gate, device=batch.embeddings.device)
-        if gate.shape != (len(batch),) or gate.dtype != torch.bool:
-            raise ValueError(
-                f"RewardOutput.gate has shape {tuple(gate.shape)} and {gate.dtype}, "
-                f"expected ({len(batch)},) and torch.bool"
-            )
-        failed = ~gate
-    return _Output(
-        values=_column("RewardOutput.values", result.values, batch),
-        steps=steps,
-        components={
-            name: _column(f"the component {name!r}", column, batch)
-            for name, column in result.components.items()
-        },
-        failed=failed,
-        margin=result.margin,
-    )
-
-
-def _column(what: str, values: Any, batch: RewardBatch) -> Tensor:
-    """(B,) float32 of its own memory, NaN for None."""
-    device, count = batch.embeddings.device, len(batch)
-    if isinstance(values, list | tuple):
-        for i, value in enumerate(values):
-            if value is not None and not hasattr(value, "__float__"):
-                raise TypeError(f"{what}: entry {i} is {value!r}, expected a number or None")
-        values = torch.tensor([torch.nan if v is None else float(v) for v in values], device=device)
-    elif isinstance(values, Tensor) or hasattr(values, "__array__"):
-        values = torch.as_tensor(values, device=device).detach().to(torch.float32, copy=True)
-    else:
-        raise TypeError(
-            f"{what} is a {type(values).__name__}; "
-            f"return a tensor or a list of {count} numbers, or a RewardOutput"
-        )
-    if values.shape != (count,):
-        shape = f"{len(values)} values" if values.dim() == 1 else f"shape {tuple(values.shape)}"
-        raise ValueError(f"{what} has {shape}, but there are {count} rollouts")
-    return values.to(torch.float32)

@@ -70,6 +70,8 @@ def stored_steps(
         raise UserError(f"{run}: no rollouts are stored there yet")
     for step in numbers:
         table = read_rollouts(run, [step], COLUMNS).to_pylist()
+        if any(row["embedding"] is None for row in table):
+            raise UserError(f"{run}: step {step} was stored without embeddings")
         yield _stored_step(step, table, rows)
 
 

@@ -22,7 +22,6 @@ from grace_rl.reward.batch import RewardBatch, group_means, group_stds
 from grace_rl.reward.example import (
     batch_of_pool,
     random_batch,
-    split_batch,
     take_rows,
     with_prefixes,
 )
@@ -107,8 +106,10 @@ def try_reward(reward: LoadedReward, batches: Mapping[str, RewardBatch]) -> list
     values = {name: result.values[:, 0] for name, result in scored.items()}
     findings += [_range(values), _nonfinite(scored, reward), _variance(scored, batches, reward)]
     first = next(iter(scored))
-    findings += _repeat(reward, batches[first], values[first], first)
-    findings.append(_negatives(reward, batches, values))
+    repeated = _repeat(reward, batches[first], values[first], first)
+    findings += repeated
+    if repeated[0].level == "ok":  # else any change could be chance
+        findings.append(_negatives(reward, batches, values))
     findings.append(_peers(reward, batches[first], values[first]))
     findings.append(_time(reward, batches[first]))
     order = ("error", "warning", "ok")
@@ -179,26 +180,27 @@ def _repeat(reward: LoadedReward, batch: RewardBatch, values: Tensor, name: str)
     again = _score(reward, batch).values[:, 0]
     if not _same(again, values):
         message = (
-            f"two calls on {name} differ by up to {_distance(again, values):.3g}; derive random "
-            "numbers from batch.seed and batch.step, so that a resumed run scores alike"
+            f"{_change(again, values)} from one call to the next on {name}; derive random numbers "
+            "from batch.seed and batch.step, so that a resumed run scores alike"
         )
         return [Finding("warning", "deterministic", message)]
     findings = [Finding("ok", "deterministic", "two calls agree")]
     order = torch.arange(len(batch) - 1, -1, -1)
     turned = _score(reward, take_rows(batch, order)).values[:, 0]
-    moved = _distance(turned, values[order])
     if _same(turned, values[order]):
         findings.append(Finding("ok", "order", "the order of the rollouts does not matter"))
     else:
-        message = f"values move by up to {moved:.3g} when the rollouts come in another order"
+        message = f"{_change(turned, values[order])} when the rollouts come in another order"
         findings.append(Finding("error", "order", message))
-    halves = [_score(reward, half).values[:, 0] for half in split_batch(batch, 2)]
-    if _same(torch.cat(halves), values):
+    halves = torch.arange(len(batch)).tensor_split(2)  # a stored step may have an odd number
+    parts = [take_rows(batch, half) for half in halves if len(half)]
+    split = torch.cat([_score(reward, part).values[:, 0] for part in parts])
+    if _same(split, values):
         findings.append(Finding("ok", "processes", "1 and 2 processes give the same values"))
     else:
         message = (
-            f"values move by up to {_distance(torch.cat(halves), values):.3g} when two processes "
-            "share the batch; compare with batch.pool, which is the same on all, not within batch"
+            f"{_change(split, values)} when two processes share the batch; compare with "
+            "batch.pool, which is the same on all, not within batch"
         )
         findings.append(Finding("error", "processes", message))
     return findings
@@ -252,6 +254,12 @@ def _time(reward: LoadedReward, batch: RewardBatch) -> Finding:
     _score(reward, batch)
     seconds = (time.perf_counter() - start) / len(batch) * 1000
     return Finding("ok", "time", f"{seconds:.3g} s for 1,000 rollouts")
+
+
+def _change(a: Tensor, b: Tensor) -> str:
+    if not torch.equal(a.isnan(), b.isnan()):
+        return "other rollouts are scored"
+    return f"values move by up to {_distance(a, b):.3g}"
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from grace_rl.cli import main
+from grace_rl.rollout.store import write_rollouts
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("contrastive", "text", "step", "remote")
@@ -66,6 +67,8 @@ def test_nothing_is_overwritten_and_bad_names_are_refused(tmp_path, monkeypatch,
     assert not (tmp_path / "mine.py").exists()
     assert main(["rewards", "new", "not-a-name.py"]) == 2
     assert main(["rewards", "new", "nowhere/mine.py"]) == 2
+    assert main(["rewards", "new", "_1.py"]) == 2  # would make the class "1"
+    assert list(tmp_path.iterdir()) == [tmp_path / "test_mine.py"]
     errors = capsys.readouterr().err
     assert "test_mine.py: exists already" in errors and "plain name" in errors
     assert "there is no folder nowhere" in errors
@@ -84,6 +87,40 @@ def test_check_explains_mistakes_with_the_line(tmp_path, monkeypatch, capsys):
     assert "must be a mapping" in capsys.readouterr().err
     assert main(["rewards", "check", "length", "--arguments", "{margn: 1}"]) == 2
     assert "did you mean 'margin'" in capsys.readouterr().err
+    assert main(["rewards", "check", "length", "--arguments", "{1: 1}"]) == 2
+    assert "unknown argument 1" in capsys.readouterr().err
+    assert main(["rewards", "check", "bad.py"]) == 2
+    assert "bad.py:Name" in capsys.readouterr().err
+
+
+def test_check_says_that_it_waits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("grace_rl.commands.rewards.PATIENCE", 0.0)
+    (tmp_path / "slow.py").write_text(
+        "import asyncio\n\nasync def slow(batch):\n    await asyncio.sleep(0.1)\n"
+        "    return [float(len(r)) for r in batch.rationales]\n",
+        encoding="utf-8",
+    )
+    assert main(["rewards", "check", "slow.py:slow"]) == 0
+    assert "slow.py:slow: no answer for 0.0 s" in capsys.readouterr().err
+
+
+def test_a_replay_says_where_it_differs_from_its_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    recipe = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    recipe += "false_negatives: {guide: scenes}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    embedding = [[1.0, 0.0], [0.0, 1.0]]
+    columns = {"example": [0, 0], "group": [0, 0], "role": ["query"] * 2, "text": ["a"] * 2}
+    columns |= {"rationale": ["b", "c"], "token_ids": [[1], [2]], "truncated": [False] * 2}
+    write_rollouts(tmp_path, 1, columns | {"advantage": [1.0, -1.0], "embedding": embedding})
+    new = tmp_path / "new.yaml"
+    new.write_text("rewards: [{name: length}]", encoding="utf-8")
+    assert main(["replay", str(tmp_path), "--rewards", str(new), "--steps", "1", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "the run has false_negatives: a replay has no guide" in shown
+    assert "1 groups; in 0 another" in shown
+    assert main(["replay", str(tmp_path), "--rewards", str(new), "--show", "-1"]) == 2
 
 
 def test_columns_of_canned_rows_can_be_given(tmp_path, monkeypatch):

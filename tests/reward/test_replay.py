@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from grace_rl.errors import UserError
+from grace_rl.inspect import Run
+from grace_rl.inspect.replays import replayed_groups
 from grace_rl.reward import RewardRuntime, RewardSpec, load_rewards
 from grace_rl.reward.example import random_batch
 from grace_rl.reward.replay import advantages as grpo_advantages
@@ -79,6 +81,34 @@ def test_the_opposite_reward_turns_every_group_around(run):
     for one, other in zip(sum(there, []), sum(back, []), strict=True):
         assert one.after == pytest.approx([-value for value in other.after], abs=1e-5)
         assert other.order_kept == 0 and other.best_changed
+
+
+def test_rewards_that_say_nothing_put_no_other_rollout_first(run):
+    """The page and the command agree, also on rollouts that are equally good."""
+    folder, _ = run
+
+    def constant(batch):
+        return [1.0] * len(batch)
+
+    def brief(batch):
+        return [-float(len(rationale) > 11) for rationale in batch.rationales]
+
+    (folder / "status.json").write_text("{}", encoding="utf-8")
+    for reward in (constant, brief):
+        replayed = list(replay(stored_steps(folder), load_rewards([reward], ".")))
+        groups = [group for _, some in replayed for group in some]
+        write_replay(folder, reward.__name__, [table for table, _ in replayed])
+        table = replayed_groups(Run(folder), reward.__name__)
+        assert table["best_changed"].sum() == sum(group.best_changed for group in groups)
+        assert not any(group.best_changed for group in groups)
+
+
+def test_a_step_without_embeddings_cannot_be_scored_again(tmp_path):
+    names = ("example", "group", "role", "text", "rationale", "token_ids", "truncated")
+    values = (0, 0, "query", "a", "b", [1], False)
+    write_rollouts(tmp_path, 1, {n: [v] for n, v in zip(names, values, strict=True)})
+    with pytest.raises(UserError, match="step 1 was stored without embeddings"):
+        list(stored_steps(tmp_path))
 
 
 def test_columns_of_the_row_come_back_where_the_data_set_is_known(run):

@@ -154,6 +154,15 @@ def test_building_and_importing_errors_name_the_line(folder):
     assert f"({folder / 'mine.py'}:13)" in found[0]
 
 
+def test_a_file_that_ends_the_program_is_a_mistake(tmp_path):
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit('bye')\n", encoding="utf-8")
+    (tmp_path / "nul.py").write_bytes(b"x = 1\0\n")
+    [left] = problems([RewardSpec("leaves.py:x")], tmp_path)
+    assert "SystemExit: bye" in left and "leaves.py:2" in left
+    [null] = problems([RewardSpec("nul.py:x")], tmp_path)
+    assert "null bytes" in null and "None" not in null
+
+
 def test_a_wrong_signature_is_explained(folder):
     found = problems([RewardSpec("mine.py:two"), RewardSpec("mine.py:NoCall")], folder)
     assert "the argument 'other' is missing" in found[0]

@@ -140,6 +140,22 @@ def test_an_exception_names_the_line_and_keeps_its_cause(batch):
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+@pytest.mark.parametrize("failure", [SystemExit(3), asyncio.CancelledError()])
+def test_leaving_and_being_cancelled_are_a_rewards_mistakes(batch, failure):
+    def at_once(batch):
+        raise failure
+
+    async def later(batch):
+        raise failure
+
+    for reward in (at_once, later):
+        with pytest.raises(RewardError, match=type(failure).__name__):
+            runtime_of(reward).score(batch)
+        with pytest.warns(UserWarning, match="it abstains"):
+            values = runtime_of(reward, on_error="abstain").score(batch).values
+        assert values.isnan().all()
+
+
 def test_an_interrupt_is_not_a_rewards_mistake(batch):
     def reward(batch):
         raise KeyboardInterrupt

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from grace_rl.reward import available_rewards, load_rewards
+from grace_rl.reward.example import take_rows
 from grace_rl.reward.trial import canned_batches, try_reward
 
 BATCHES = canned_batches()
@@ -69,8 +70,23 @@ def test_randomness_is_told_from_dependence_on_order():
 
     found = findings_of(random)
     assert found["deterministic"].level == "warning" and "order" not in found
+    assert "negatives" not in found  # whatever moves may be chance
     found = findings_of(by_place)
     assert found["deterministic"].level == "ok" and found["order"].level == "error"
+
+
+def test_rollouts_that_are_scored_by_their_place_are_found():
+    def every_second(batch):
+        return [float(len(r)) if i % 2 else None for i, r in enumerate(batch.rationales)]
+
+    found = findings_of(every_second)["order"]
+    assert found.level == "error" and found.message.startswith("other rollouts are scored")
+
+
+def test_an_odd_number_of_rollouts_can_be_shared():
+    odd = {name: take_rows(batch, torch.arange(7)) for name, batch in BATCHES.items()}
+    [loaded] = load_rewards([length_of_rationale], ".")
+    assert {finding.level for finding in try_reward(loaded, odd)} == {"ok"}
 
 
 def test_comparing_within_the_batch_is_found_by_splitting_it():

@@ -133,6 +133,13 @@ def test_a_failed_call_ends_the_run_or_abstains_as_asked(endpoint):
     assert scored.values.isnan().all()
 
 
+def test_calls_beside_a_failed_one_are_counted_in_the_cost(endpoint):
+    prices, rationales = {"price_per_million": [1.0, 1.0]}, ["7 words", "refused"]
+    with pytest.warns(UserWarning, match="it abstains"):
+        _, judge = judged(endpoint, rationales, on_error="abstain", **prices)
+    assert judge.spent == pytest.approx(110e-6)
+
+
 def test_every_call_failing_is_an_error_even_when_failures_are_skipped(endpoint):
     with pytest.raises(RewardError, match="2 of 2 calls"):
         judged(endpoint, ["refused", "refused too"], skip_failures=True)

@@ -53,8 +53,8 @@ async def show(site: frame.Site, query: Mapping[str, str]) -> None:
             with place, ui.element("div").classes("line"):
                 changed = int(groups["best_changed"].sum())
                 frame.html(
-                    f'<span class="count" role="status">{len(groups):,} groups; in {changed:,} '
-                    "another rollout would have been the best</span>",
+                    f'<span class="count" role="status">{len(groups):,} groups; in '
+                    f"{changed:,} another rollout would have been the best</span>",
                     "span",
                 )
                 frame.csv_button(f"{run.name}-replay-{chosen}", lambda: groups)
