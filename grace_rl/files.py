@@ -6,6 +6,8 @@ killed process left of them may be removed by whoever holds the folder.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -13,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from grace_rl.errors import UserError
 
 UNFINISHED = ".*.writing"  # glob pattern
 
@@ -41,6 +45,21 @@ def whole_file(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Only one process at a time works in the folder; the lock goes with the process.
+
+    Raises:
+        UserError: Another process works there.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process is working on this output") from error
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the file by `text` (UTF-8), whole."""
     with whole_file(path) as unfinished:
@@ -52,6 +71,16 @@ def write_json(path: Path, content: Any) -> None:
     write_text(
         path, json.dumps(plain_numbers(content), indent=2, ensure_ascii=False, default=str) + "\n"
     )
+
+
+def digest(content: Any) -> str:
+    """16 hexadecimal digits that stand for plain data.
+
+    >>> digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    True
+    """
+    told = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
 def plain_numbers(value: Any) -> Any:

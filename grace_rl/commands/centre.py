@@ -24,14 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from itertools import islice
 
-    import torch
-
     from grace_rl.data.texts import TextSource
     from grace_rl.embed.encoder import RationaleEncoder
+    from grace_rl.embed.loading import usable_device
 
     source = TextSource(Path(options.input), options.text_column)
     source.check()
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(options.device)
     folder = Path(options.model)
     encoder = RationaleEncoder.from_pretrained(
         folder, device, engine=options.engine, cache=options.cache

@@ -53,12 +53,11 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     if problems or shard is None:
         raise UserError(problems)
 
-    import torch
     from rich.console import Console
 
     from grace_rl.data.texts import TextSource
     from grace_rl.embed.corpus import EmbedJob, embed_file
-    from grace_rl.embed.loading import load_encoder
+    from grace_rl.embed.loading import load_encoder, usable_device
 
     given = bool(options.from_rationales)
     path = Path(options.from_rationales or options.input)
@@ -67,7 +66,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     )
     if not given:
         source.check()  # before the model loads
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(options.device)
     encoder = load_encoder(options.model, device, engine=options.engine, cache=options.cache)
     if given:
         if not hasattr(encoder, "encode_rationales"):
@@ -101,6 +100,8 @@ def _settings(options: argparse.Namespace, encoder: Any) -> dict[str, Any]:
     from grace_rl.embed.encoder import RationaleEncoder
     from grace_rl.errors import UserError
 
+    if options.rationales and not encoder.writes_rationales:
+        raise UserError(f"--rationales: {options.model} writes none; leave it out")
     names = ("rationale", "max_rationale_tokens", "temperature", "seed", "instruction")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if given and (options.from_rationales or not isinstance(encoder, RationaleEncoder)):

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto")
     parser.add_argument("--cache", metavar="FILE", help="keep what is written in this sqlite file")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
         "--only-scores", action="store_true", help="leave out diagnostics and the row without"
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from rich.console import Console
 
+    from grace_rl.embed.loading import usable_device
     from grace_rl.errors import UserError
     from grace_rl.evaluate.tasks import load_tasks
 
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     encoder = MtebEncoder.load(
         options.model,
         options.rationale,
-        device=options.device,
+        device=usable_device(options.device),
         engine=options.engine,
         cache=options.cache,
     )

@@ -19,7 +19,7 @@ class TextSource:
     Attributes:
         path: The file.
         text: Column of the texts, None to read none.
-        id: Column of the ids; where the first row has none, rows are numbered from 0.
+        id: Column of the ids, in all rows or in none; without it rows are numbered from 0.
         rationale: Column of stored rationales, None to read none. An empty one is a rationale too.
         shard: `(i, n)`, i from 1 to n: every n-th row, beginning with the i-th.
     """
@@ -70,6 +70,7 @@ class TextSource:
         """Rows, or what is wrong with them."""
         first, step = self.shard
         kind: type | None = None  # of the ids, as in the file's first good row
+        given = False  # whether that row has one
         for number, (place, record) in enumerate(file_records(self.path)):
             mine = number % step == first - 1
             if kind is not None and not mine:
@@ -80,8 +81,11 @@ class TextSource:
                 continue
             row, problem = self._row(number, record)
             if not problem:
-                kind = type(row["id"]) if kind is None else kind
-                if type(row["id"]) is not kind:
+                if kind is None:
+                    kind, given = type(row["id"]), self.id in record
+                if (self.id in record) is not given:
+                    problem = f"column {self.id} is in some rows only; give all rows an id, or none"
+                elif type(row["id"]) is not kind:
                     problem = (
                         f"{self.id} is {row['id']!r}, but those before it are {_TYPES[kind]}; "
                         "give all rows ids of one type"
@@ -91,8 +95,9 @@ class TextSource:
 
     def _row(self, number: int, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
         row = {"id": record.get(self.id, number)}
-        if type(row["id"]) not in _TYPES:
-            return row, f"{self.id} must be a text or a whole number, not {row['id']!r}"
+        wide = isinstance(row["id"], int) and not -(2**63) <= row["id"] < 2**63
+        if type(row["id"]) not in _TYPES or wide:
+            return row, f"{self.id} must be a text or a whole number (64 bits), not {row['id']!r}"
         for name, column in (("text", self.text), ("rationale", self.rationale)):
             if column is None:
                 continue

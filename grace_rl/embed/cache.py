@@ -28,6 +28,10 @@ MODEL_FILES = (
     "*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer*", "vocab*",
     "merges.txt", "special_tokens_map.json", "chat_template*", "reader/frozen/*",
 )  # fmt: skip
+ENCODER_FILES = (
+    *MODEL_FILES, "grace.json", "refinement.json", "reader/centre.safetensors",
+    "modules.json", "*sentence*.json", "[0-9]*_*/*",
+)  # fmt: skip
 
 Remembered = tuple[str, list[int]]
 """A rationale and its token ids with the end token."""
@@ -125,13 +129,15 @@ class RationaleCache:
         cursor.execute("COMMIT")
 
 
-def model_fingerprint(folder: Path) -> str:
+def model_fingerprint(folder: Path, files: Sequence[str] = MODEL_FILES) -> str:
     """A digest of the files that decide what a model writes and reads: weights, configs, tokenizer.
 
-    The centre is not among them: it is subtracted from what is remembered.
+    The centre is not among them: it is subtracted from what is remembered. With `ENCODER_FILES` it
+    is a digest of all that decides a vector, for any kind of encoder.
     """
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
+    found = {path for pattern in files for path in folder.glob(pattern) if path.is_file()}
+    for path in sorted(found):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -7,12 +7,8 @@ one output file.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +21,9 @@ from rich.text import Text
 from torch import Tensor
 
 from grace_rl.data.texts import TextSource, in_chunks
-from grace_rl.embed.cache import model_fingerprint
+from grace_rl.embed.cache import ENCODER_FILES, model_fingerprint
 from grace_rl.errors import UserError
-from grace_rl.files import UNFINISHED, whole_file, write_text
+from grace_rl.files import UNFINISHED, held, whole_file, write_text
 
 CHUNK = 4096
 
@@ -80,7 +76,7 @@ def embed_file(
         raise UserError(f"{job.output}: is there already; --overwrite replaces it")
     job.output.parent.mkdir(parents=True, exist_ok=True)
     job.parts.mkdir(exist_ok=True)
-    with _held(job.parts):
+    with held(job.parts):
         _open(job, model, overwrite)
         done = 0
         with _progress(console) as bar:
@@ -135,24 +131,13 @@ def _utf8(text: str) -> str:
 # -- the folder of parts ---------------------------------
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Only one process at a time works in the folder; the lock goes with the process."""
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another process is working on this output") from error
-        yield
-
-
 def _open(job: EmbedJob, model: Path, overwrite: bool) -> None:
     """Make sure that what is in the folder is of this job, or nothing."""
     own = {
         "input": f"{job.source.path.resolve()}, {job.source.path.stat().st_size} bytes",
         "columns": [job.source.text, job.source.id, job.source.rationale],
         "shard": list(job.source.shard),
-        "model": _identity(model),
+        "model": model_fingerprint(model, ENCODER_FILES),
         "settings": job.settings,
         "keep_rationales": job.keep_rationales,
         "chunk": job.chunk,
@@ -172,14 +157,6 @@ def _open(job: EmbedJob, model: Path, overwrite: bool) -> None:
     for left in job.parts.glob(UNFINISHED):
         left.unlink()
     write_text(note, json.dumps(own, indent=2) + "\n")
-
-
-def _identity(model: Path) -> str:
-    digest = hashlib.sha256(model_fingerprint(model).encode())
-    for name in ("grace.json", "modules.json", "reader/centre.safetensors"):
-        if (model / name).exists():
-            digest.update((model / name).read_bytes())
-    return digest.hexdigest()
 
 
 def _join(job: EmbedJob) -> None:

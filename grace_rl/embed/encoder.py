@@ -21,7 +21,7 @@ from transformers import (
 )
 from typing_extensions import Unpack
 
-from grace_rl.embed.cache import KeyMaker, RationaleCache, model_fingerprint
+from grace_rl.embed.cache import ENCODER_FILES, KeyMaker, RationaleCache, model_fingerprint
 from grace_rl.embed.modules_json import write_modules
 from grace_rl.embed.reader import FROZEN_FOLDER, Reader, Written
 from grace_rl.embed.settings import EncoderSettings
@@ -222,6 +222,8 @@ class RationaleEncoder:
             UserError: The model was not loaded from a folder, or the file cannot be used.
         """
         self._fingerprint = model_fingerprint(self._own_folder("a cache"))
+        if self.reader.sentence_encoder is not None:
+            self._fingerprint += model_fingerprint(Path(self.reader.config.weights), ENCODER_FILES)
         self.cache = RationaleCache(path)
 
     def _own_folder(self, what: str) -> Path:
@@ -255,6 +257,7 @@ class RationaleEncoder:
         Raises:
             UserError: A setting is wrong.
         """
+        _check_list(texts)
         how = self._how(rationale, changes)
         template = self._template(how.instruction)
         prompts = [template.render(text) if text.strip() else _NOTHING for text in texts]
@@ -326,6 +329,7 @@ class RationaleEncoder:
         Raises:
             UserError: A setting is wrong.
         """
+        _check_list(texts)
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         distinct = sorted(place, key=len)
         rationales = [""] * len(place)
@@ -362,6 +366,9 @@ class RationaleEncoder:
         Raises:
             UserError: The reader needs the texts and they are not given.
         """
+        _check_list(rationales)
+        if texts is not None and len(texts) != len(rationales):
+            raise UserError(f"{len(rationales)} rationales, but {len(texts)} texts")
         vectors = []
         for start in range(0, len(rationales), VLLM_CHUNK):
             part = slice(start, start + VLLM_CHUNK)
@@ -471,6 +478,11 @@ class RationaleEncoder:
 
 
 _NOTHING = Prompt("", "", [], (0, 0))  # of a blank text
+
+
+def _check_list(texts: Sequence[str]) -> None:
+    if isinstance(texts, str):  # its characters would be taken for texts
+        raise UserError(f"give a list of texts, not one text: [{texts[:40]!r}]")
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

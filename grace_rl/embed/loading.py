@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grace_rl.embed.sentence_encoder import SentenceEncoder
 from grace_rl.errors import UserError
 from grace_rl.methods import named
@@ -56,6 +58,22 @@ def load_encoder(
         return SentenceEncoder(SentenceTransformer(str(folder), device=device))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def usable_device(told: str | None) -> str:
+    """The device of a command line; a GPU if there is one and nothing was told.
+
+    Raises:
+        UserError: It cannot be used.
+    """
+    if told is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=told)
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch without it
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device: {told!r} cannot be used: {reason}") from error
+    return told
 
 
 def _refuse(options: dict[str, Any], folder: Path) -> None:

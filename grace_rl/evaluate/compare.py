@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from grace_rl.evaluate.comparison import Cell, ComparedRow, Comparison, cells_of
 from grace_rl.evaluate.comparison_table import write_tables
-from grace_rl.files import write_text
+from grace_rl.files import held, write_text
 
 Result = dict[str, Any]
 DONE, FAILED, INTERRUPTED = 0, 1, 130
@@ -43,14 +43,14 @@ def compare(comparison: Comparison, *, only_table: bool = False) -> int:
     code = DONE
     if not only_table:
         handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        comparison.output_dir.mkdir(parents=True, exist_ok=True)
         try:
-            code = runner.run()
-        except KeyboardInterrupt:
-            runner.stop()
-            console.print("Interrupted; finished cells are kept. The same command goes on.")
-            return INTERRUPTED
+            with held(comparison.output_dir):
+                code = runner.run()
         finally:
             signal.signal(signal.SIGTERM, handler)
+        if code == INTERRUPTED:
+            return code
     results = [
         (cell, result)
         for row in comparison.rows
@@ -122,6 +122,14 @@ class _Runner:
         return sum(len(cells_of(self.comparison, row, every)) for row in rows)
 
     def run(self) -> int:
+        try:
+            return self._run()
+        except KeyboardInterrupt:
+            self.stop()
+            self.console.print("Interrupted; finished cells are kept. The same command goes on.")
+            return INTERRUPTED
+
+    def _run(self) -> int:
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

@@ -27,13 +27,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grace_rl.embed.cache import ENCODER_FILES, model_fingerprint
 from grace_rl.errors import UserError
+from grace_rl.files import digest
 from grace_rl.recipe import Recipe, load_recipe
 from grace_rl.recipe_keys import nearest
 from grace_rl.recipe_source import RecipeSource, read_source
 
+CHOOSE = ("eval_recall_at_1", "eval_triplet_accuracy")
 KEYS = ("output_dir", "seeds", "labels", "budget_seconds", "jobs", "score", "held_out", "rows")
 ROW_KEYS = ("name", "recipe", "model", "set", "grid", "choose", "train", "labels", "rationale")
+OF_RECIPES = ("set", "grid", "choose", "train", "labels")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class ComparedRow:
         train: Whether the recipe's policy is trained, or scored as it is.
         labels: Whether the number of labelled rows is set; False leaves the recipe's own rows.
         rationale: `greedy` or `none`.
+        content: A digest of what the recipe says, or of the model's files.
     """
 
     name: str
@@ -62,11 +67,15 @@ class ComparedRow:
     train: bool = True
     labels: bool = True
     rationale: str = "greedy"
+    content: str = ""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A checked comparison; see the module's text for the keys of the file."""
+    """A checked comparison; see the module's text for the keys of the file.
+
+    `score_content` is a digest of the tasks' files.
+    """
 
     output_dir: Path
     rows: list[ComparedRow]
@@ -76,6 +85,7 @@ class Comparison:
     jobs: int
     score: Mapping[str, Any]
     held_out: str | None
+    score_content: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,10 +109,19 @@ class Cell:
     @property
     def name(self) -> str:
         """Its folder's name."""
-        words = [re.sub(r"[^a-z0-9]+", "-", self.row.lower()).strip("-")]
+        words = [_folder_name(self.row)]
         for word, value in (("labels", self.labels), ("choice", self.choice), ("seed", self.seed)):
             words += [] if value is None else [f"{word}{value}"]
         return "_".join(words)
+
+
+def _folder_name(row: str) -> str:
+    """A row's name in lower case, without what folders may not like.
+
+    >>> _folder_name("GRACE, as published (2,000)"), _folder_name("Ours: größer")
+    ('grace-as-published-2-000', 'ours-größer')
+    """
+    return re.sub(r"[\W_]+", "-", row.lower()).strip("-")
 
 
 def load_comparison(path: str | Path) -> Comparison:
@@ -122,8 +141,10 @@ def load_comparison(path: str | Path) -> Comparison:
             problem(key, f"unknown key{nearest(key, KEYS)}; there are {', '.join(KEYS)}")
     seeds, labels = tree.get("seeds", [0, 1, 2]), tree.get("labels", [])
     for key, values, least in (("seeds", seeds, 0), ("labels", labels, 1)):
-        if not isinstance(values, list) or not all(_whole(value, least) for value in values):
+        if not _wholes(values, least):
             problem(key, f"must be a list of whole numbers from {least} on, not {values!r}")
+        elif len(set(values)) < len(values):
+            problem(key, f"a number is there twice: {values}")
     if not seeds:
         problem("seeds", "give at least one, better three")
     jobs, budget = tree.get("jobs", 1), tree.get("budget_seconds")
@@ -131,24 +152,38 @@ def load_comparison(path: str | Path) -> Comparison:
         problem("jobs", f"must be a whole number from 1 on, not {jobs!r}")
     if not isinstance(budget, (int, float)) or isinstance(budget, bool) or budget <= 0:
         problem("budget_seconds", "is missing; give the seconds that every training may take")
-    score = tree.get("score")
-    if not isinstance(score, dict) or not ({"tasks"} == set(score) or _of_scenes(score)):
+    output, held_out = tree.get("output_dir", f"runs/{Path(path).stem}"), tree.get("held_out")
+    if not isinstance(output, str):
+        problem("output_dir", f"must be a folder, not {output!r}")
+    if held_out is not None and not (isinstance(held_out, str) and Path(held_out).is_file()):
+        problem("held_out", f"there is no file {held_out}; paths start at {Path.cwd()}")
+    score, score_content = tree.get("score"), ""
+    if not isinstance(score, dict) or not (_of_tasks(score) or _of_scenes(score)):
         problem("score", "give {dataset_splits: [test, transfer], rows: 200} or {tasks: FILE}")
     elif "tasks" in score:
-        from grace_rl.evaluate.tasks import load_tasks
+        from grace_rl.evaluate.tasks import load_tasks, tasks_digest
 
-        _collected(problems, load_tasks, score["tasks"])
-    rows = _rows(source, tree.get("rows"))
+        tasks = _collected(problems, load_tasks, score["tasks"]) or []
+        score_content = tasks_digest(tasks)
+    rows = _rows(source, tree.get("rows"), labels if _wholes(labels, 1) else [])
     if problems:
         raise UserError(problems)
     assert budget is not None and score is not None  # or they were problems
-    output = tree.get("output_dir") or f"runs/{Path(path).stem}"
-    held_out = tree.get("held_out")
-    return Comparison(Path(output), rows, seeds, labels, budget, jobs, score, held_out)
+    return Comparison(
+        Path(output), rows, seeds, labels, budget, jobs, score, held_out, score_content
+    )
 
 
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _wholes(values: Any, least: int) -> bool:
+    return isinstance(values, list) and all(_whole(value, least) for value in values)
+
+
+def _of_tasks(score: Mapping[str, Any]) -> bool:
+    return set(score) == {"tasks"} and isinstance(score["tasks"], str)
 
 
 def _of_scenes(score: Mapping[str, Any]) -> bool:
@@ -164,7 +199,7 @@ def _of_scenes(score: Mapping[str, Any]) -> bool:
     )
 
 
-def _rows(source: RecipeSource, entries: Any) -> list[ComparedRow]:
+def _rows(source: RecipeSource, entries: Any, labels: Sequence[int]) -> list[ComparedRow]:
     """The checked rows; what is wrong goes to `source.problems`."""
     found: list[ComparedRow] = []
     baseline = False
@@ -183,15 +218,27 @@ def _rows(source: RecipeSource, entries: Any) -> list[ComparedRow]:
             if key not in ROW_KEYS:
                 message = f"unknown key{nearest(key, ROW_KEYS)}; there are {', '.join(ROW_KEYS)}"
                 problem(message, key)
-        if not isinstance(entry.get("name"), str):
+        name = entry.get("name")
+        if not isinstance(name, str) or not _folder_name(name):
             problem("has no name")
-        elif entry["name"] in [row.name for row in found]:
-            problem(f"there are two rows {entry['name']!r}; give each a name of its own")
+        elif name in [row.name for row in found]:
+            problem(f"there are two rows {name!r}; give each a name of its own")
+        elif other := [r.name for r in found if _folder_name(r.name) == _folder_name(name)]:
+            problem(f"{name!r} and {other[0]!r} would share a folder; change a letter", "name")
         if ("recipe" in entry) == ("model" in entry):
             problem("give a recipe, or a finished model to score; one of the two")
             continue
+        what = "recipe" if "recipe" in entry else "model"
+        if not isinstance(entry[what], str):
+            problem(f"must be a path, not {entry[what]!r}", what)
+            continue
         if entry.get("rationale", "greedy") not in ("greedy", "none"):
             problem("must be greedy or none", "rationale")
+        for key in ("train", "labels"):
+            if not isinstance(entry.get(key, True), bool):
+                problem(f"must be true or false, not {entry[key]!r}", key)
+        if entry.get("choose", CHOOSE[0]) not in CHOOSE:
+            problem(f"must be one of {', '.join(CHOOSE)}", "choose")
         grid = entry.get("grid", [])
         if not isinstance(grid, list) or not all(isinstance(one, dict) for one in grid):
             problem("must be a list of mappings, each some keys and values of the recipe", "grid")
@@ -200,16 +247,36 @@ def _rows(source: RecipeSource, entries: Any) -> list[ComparedRow]:
         if not isinstance(changes, dict):
             problem("must be a mapping of keys and values of the recipe", "set")
             continue
-        for one in grid or [{}]:
-            if "recipe" in entry:
-                overrides = overriding(changes | one)
-                recipe: Recipe | None = _collected(
-                    source.problems, load_recipe, entry["recipe"], overrides
-                )
-                baseline |= recipe is not None and recipe.method == "contrastive"
         known = {key: entry[key] for key in ROW_KEYS if key in entry and key != "set"}
-        known.setdefault("name", "")
-        found.append(ComparedRow(**known | {"changes": changes}))
+        known |= {"name": str(name), "changes": changes}
+        if what == "model":
+            if told := [key for key in OF_RECIPES if key in entry]:
+                problem(f"a finished model is only scored; leave out {', '.join(told)}")
+            if Path(entry["model"]).is_dir():
+                known["content"] = model_fingerprint(Path(entry["model"]), ENCODER_FILES)
+            else:
+                problem(f"there is no folder {entry['model']}", "model")
+            found.append(ComparedRow(**known))
+            continue
+        trains = entry.get("train", True)
+        counts = labels if trains and entry.get("labels", True) else []
+        rows = [{"dataset_rows": count} for count in counts] or [{}]
+        recipes: list[Recipe | None] = [
+            _collected(
+                source.problems, load_recipe, entry["recipe"], overriding(changes | one | some)
+            )
+            for one in grid or [{}]
+            for some in rows
+        ]
+        baseline |= not all(recipes)  # nobody knows what the row will be
+        if all(recipes) and (recipe := recipes[0]) is not None:
+            baseline |= trains and recipe.method == "contrastive"
+            known["content"] = digest(recipe.resolved())
+            if not trains and "reader" not in recipe.training:
+                problem(f"method {recipe.method} has no policy to score untrained", "train")
+            if grid and any(one and one.training.get("validation") is None for one in recipes):
+                problem("is chosen on validation rows; the recipe needs validation: {...}", "grid")
+        found.append(ComparedRow(**known))
     if not baseline:
         message = (
             "no row is plain InfoNCE, and without it nobody knows what rationales are worth; add "
@@ -282,6 +349,7 @@ def _cell(
     spec = {
         "recipe": row.recipe,
         "model": row.model,
+        "content": [row.content, comparison.score_content],
         "changes": changes,
         "train": row.train,
         "rationale": row.rationale,

