@@ -252,7 +252,8 @@ def _blocks(texts: Iterator[str]) -> Iterator[list[str]]:
 def _check_encoder(folder: Path, encoder: str) -> None:
     """Vectors of two encoders must not meet in one folder."""
     note = folder / BLOCKS / "encoder.txt"
-    before = note.read_text(encoding="utf-8") if note.exists() else encoder
+    started = next((folder / BLOCKS).glob("*.npy"), None) is not None
+    before = note.read_text(encoding="utf-8") if started and note.exists() else encoder
     if is_guide(folder):
         before = json.loads((folder / INFO).read_text(encoding="utf-8"))["encoder"]
     if before != encoder:

@@ -172,6 +172,12 @@ def test_a_killed_guide_embeds_no_text_twice(tmp_path, monkeypatch):
         build_guide(tmp_path, lambda: ROWS, "another", lives)
 
 
+def test_a_misspelt_encoder_leaves_nothing_behind(tmp_path):
+    with pytest.raises(UserError, match="cannot be loaded"):
+        build_guide(tmp_path, lambda: ROWS, str(tmp_path / "nowhere"))
+    assert len(build_guide(tmp_path, lambda: ROWS, "two_alike", two_alike)) == 12
+
+
 def test_sigma_is_above_random_pairs_and_not_above_most_positives(tmp_path):
     rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(300)]
     base = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
