@@ -39,6 +39,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "vllm_mode": ("colocate", "server"),
     "vllm_model_impl": ("vllm", "transformers"),
 }
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "generation_batch_size": 1,
+    "steps_per_generation": 1,
+    "mini_batch_size": 1,
+    "max_completion_length": 1,
+    "max_text_tokens": 1,
+    "seed": 0,
+}
+"""Smaller numbers fail deep in the libraries, after the model has been loaded."""
 
 
 def trainer_hints(method: str) -> dict[str, Any]:
@@ -94,7 +106,18 @@ def typed_values(source: RecipeSource, method: str) -> dict[str, Any]:
         except TypeError as error:
             source.problems.append(source.problem((key,), str(error)))
             values.pop(key, None)
+            continue
+        if problem := _too_small(key, values[key]):
+            source.problems.append(source.problem((key,), problem))
     return values
+
+
+def _too_small(key: str, value: Any) -> str | None:
+    if key == "max_steps" and value == 0:
+        return "must be at least 1, or -1 to count epochs (num_train_epochs), not 0"
+    if key in LEAST and value is not None and value < LEAST[key]:
+        return f"must be at least {LEAST[key]}, not {value}"
+    return None
 
 
 def _other_method(key: str, method: str) -> str:

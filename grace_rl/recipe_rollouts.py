@@ -48,10 +48,9 @@ def check_batch_sizes(source: RecipeSource, training: dict[str, Any], data: Data
         "gradient_accumulation_steps",
         "generation_batch_size",
     )
-    for key in (*positive, "steps_per_generation", "max_completion_length", "max_text_tokens"):
-        value = trainer_value(training, key)
-        if value is not None and value < 1:
-            source.problems.append(source.problem((key,), f"must be at least 1, not {value}"))
+    counts = [trainer_value(training, key) for key in (*positive, "steps_per_generation")]
+    if any(count is not None and count < 1 for count in counts):
+        return  # reported with the other numbers
     generations = trainer_value(training, "num_generations")
     if generations is None or generations < 2:
         message = (

@@ -144,7 +144,7 @@ def _items(source: RecipeSource, problems: list[str]) -> list[dict[str, Any]]:
         elif CURATE in item and len(item) > 1:
             message = f"{CURATE} takes a recipe's file and no other keys; put them there"
             problems.append(source.problem(("stages", i), message))
-        elif CURATE not in item and item.get("method") not in METHODS:
+        elif CURATE not in item and item.get("method") not in list(METHODS):
             message = f"method must be one of {known}, not {item.get('method')!r}"
             problems.append(source.problem(("stages", i), message))
         else:

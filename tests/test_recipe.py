@@ -219,6 +219,11 @@ def test_text_that_is_no_recipe(write, text, words):
     assert words in problem
 
 
+def test_a_method_that_is_no_word(write):
+    (first, *_) = problems_of(write("method: [sft]\nmodel_name_or_path: scenes\n"))
+    assert "method: must be one of grpo, ppo, sft" in first
+
+
 def test_missing_file_and_wrong_encoding(tmp_path, small):
     (problem,) = problems_of(tmp_path / "mini.yaml")
     assert "there is no such recipe" in problem and str(small) in problem
@@ -329,6 +334,45 @@ def test_a_reward_file_is_found_beside_the_recipe_and_from_its_copy(small, tmp_p
 def test_what_trl_refuses_is_a_problem_of_the_recipe(small):
     recipe = load_recipe(small, ["--log_completions_hub_repo", "a/b"])
     with pytest.raises(UserError, match=re.escape(str(small))):
+        recipe.training_arguments()
+
+
+@pytest.mark.parametrize("method", ["sft", "contrastive", "refinement", "reconstruction"])
+def test_numbers_that_libraries_would_stumble_over(write, method):
+    text = f"method: {method}\nmodel_name_or_path: scenes\ndataset_name: scenes\n"
+    path = write(text)
+    wrong = ["--per_device_train_batch_size=0", "--max_text_tokens=0", "--seed=-1", "--max_steps=0"]
+    found = problems_of(path, *wrong)
+    for option in wrong:
+        key, _, number = option.partition("=")
+        assert sum(p.startswith(f"{key}: must be at least") for p in found) == 1
+        assert any(p.startswith(key) and p.endswith(f"not {number}") for p in found)
+    assert load_recipe(path, ["--max_steps=-1", "--seed=0"]).training["max_steps"] == -1
+
+
+def test_an_empty_output_dir_is_the_default(write):
+    path = write("method: sft\nmodel_name_or_path: scenes\ndataset_name: scenes\noutput_dir:\n")
+    assert load_recipe(path).training["output_dir"] == "runs/mine"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("{bad", "is not JSON"),
+        ('{"zero_optimization": 3}', "zero_optimization must be"),
+        ("FILE", "mine.json: is not JSON"),
+    ],
+)
+def test_a_wrong_deepspeed_is_found_with_the_recipe(write, given, words):
+    given = given.replace("FILE", str(write("no", "mine.json")))
+    (problem,) = problems_of(write(f"{SMALL}deepspeed: '{given}'\n"))
+    assert ".yaml:11: deepspeed: " in problem and words in problem
+
+
+def test_the_package_of_an_optimizer_is_named(small, monkeypatch):
+    monkeypatch.setattr("grace_rl.recipe.find_spec", lambda name: None)
+    recipe = load_recipe(small, ["--optim", "paged_adamw_32bit"])
+    with pytest.raises(UserError, match="optim: paged_adamw_32bit needs the package bitsandbytes"):
         recipe.training_arguments()
 
 

@@ -126,10 +126,12 @@ def test_all_mistakes_of_all_stages_are_reported_together(tmp_path: Path) -> Non
 
 
 def test_stages_themselves_are_checked(tmp_path: Path) -> None:
-    problems = problems_of(tmp_path, ["cook", 3, {"curate": "x", "seed": 1}], method="grpo")
-    assert len(problems) == 4
-    assert "method must be one of" in problems[0] and "'cook'" in problems[0]
-    assert "each stage has its own" in problems[3]
+    wrong = ["cook", {"method": ["sft"]}, 3, {"curate": "x", "seed": 1}]
+    problems = problems_of(tmp_path, wrong, method="grpo")
+    assert len(problems) == 5
+    assert all("method must be one of" in problem for problem in problems[:2])
+    assert "'cook'" in problems[0]
+    assert "each stage has its own" in problems[4]
     assert "must be a list" in problems_of(tmp_path, [])[0]
 
 

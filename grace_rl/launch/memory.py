@@ -66,7 +66,8 @@ class MemoryPlan:
         rows: Sequences of one forward with gradients.
         tokens: The longest of them: prompt and rationale.
         checkpointing: Activations are computed again instead of kept.
-        logits: The whole vocabulary's logits are held (SFT); RL's fused head does not.
+        logits: Positions whose logits over the whole vocabulary are held; RL's fused head has none.
+        in_parts: `mini_batch_size` decides `rows`, whatever the batch.
         rollouts: Sequences that are written at once with transformers; 0 with vLLM or without
             rollouts.
         reference: A frozen copy is held (`beta` above 0 without LoRA).
@@ -87,7 +88,8 @@ class MemoryPlan:
     rows: int = 1
     tokens: int = 512
     checkpointing: bool = False
-    logits: bool = False
+    logits: int = 0
+    in_parts: bool = False
     rollouts: int = 0
     reference: bool = False
     critic: bool = False
@@ -160,8 +162,7 @@ def activation_bytes(shape: ModelShape, plan: MemoryPlan) -> int:
     kept = shape.layers * layer
     if plan.checkpointing:
         kept = shape.layers * shape.hidden * size + layer
-    logits = shape.vocabulary * (size + 8) if plan.logits else 0
-    return plan.rows * plan.tokens * (kept + logits)
+    return plan.rows * plan.tokens * kept + plan.logits * shape.vocabulary * (size + 8)
 
 
 def per_token(shape: ModelShape) -> int:
@@ -250,10 +251,10 @@ def remedies(shape: ModelShape, plan: MemoryPlan, room: int) -> list[str]:
     if not plan.checkpointing:
         offer("gradient_checkpointing: true", checkpointing=True)
     if plan.rows > 1:
-        offer(
-            "half per_device_train_batch_size and twice gradient_accumulation_steps",
-            rows=plan.rows // 2,
-        )
+        words = "half per_device_train_batch_size and twice gradient_accumulation_steps"
+        if plan.in_parts:
+            words = f"mini_batch_size: {plan.rows // 2}"
+        offer(words, rows=plan.rows // 2, logits=plan.logits // 2)
     if plan.rollouts:
         offer("use_vllm: true with vllm_enable_sleep_mode: true", rollouts=0)
     if plan.engine and not plan.engine_sleeps:

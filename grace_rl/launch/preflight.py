@@ -7,7 +7,6 @@ said by the recipe and by the method's plan, as `grace-rl train` would.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -20,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
+from peft.utils.error import NoMatchingPeftModuleError
 
+from grace_rl.embed.reader import ReaderConfig
 from grace_rl.errors import UserError
 from grace_rl.launch.alone import arguments_alone
 from grace_rl.launch.lines import Launch
@@ -36,6 +37,7 @@ from grace_rl.launch.memory import (
     remedies,
 )
 from grace_rl.launch.versions import installed_versions, untested
+from grace_rl.launch.zero_config import deepspeed_config
 from grace_rl.methods import METHODS, named
 
 if TYPE_CHECKING:
@@ -129,7 +131,13 @@ def preflight(
 
 
 def memory_plan(
-    recipe: Recipe, args: Any, text: int, launch: Launch | None, processes: int, machine: Machine
+    recipe: Recipe,
+    args: Any,
+    rows: list[dict[str, Any]],
+    text: int,
+    launch: Launch | None,
+    processes: int,
+    machine: Machine,
 ) -> MemoryPlan:
     """How a recipe uses memory on one process.
 
@@ -137,20 +145,19 @@ def memory_plan(
         recipe: The recipe.
         args: From `arguments_alone`.
         text: Tokens of the longest text.
-        launch, processes, machine: See `preflight`.
+        rows, launch, processes, machine: See `preflight`.
     """
     given, method = recipe.training, METHODS[recipe.method]
     stage, offload = (launch.zero_stage, launch.offloads) if launch else (0, False)
     deepspeed = stage > 0
-    if config := _deepspeed(given.get("deepspeed")):
+    if config := deepspeed_config(given.get("deepspeed")):
         zero = config.get("zero_optimization", {})
         stage, deepspeed = int(zero.get("stage", 0)), True
         offload = "cpu" in [
             zero.get(f"offload_{part}", {}).get("device") for part in ("optimizer", "param")
         ]
     lora = bool(recipe.model.get("use_peft"))
-    rows = args.per_device_train_batch_size // processes
-    written = args.max_completion_length if method.rollouts else 0
+    sequences, tokens, logits = _held(recipe.method, args, rows, text, processes)
     vllm = bool(getattr(args, "use_vllm", False))
     weight = {"bfloat16": 2, "float16": 2, "auto": 2}.get(str(recipe.model.get("dtype")), 4)
     engine = 0
@@ -172,16 +179,43 @@ def memory_plan(
         bf16=bool(given.get("bf16", args.bf16)),
         lora=lora,
         optimizer_states=OPTIMIZER_STATES.get(optimizer, 2),
-        rows=max(1, rows),
-        tokens=text + PROMPT + written,
+        rows=sequences,
+        tokens=tokens,
         checkpointing=bool(args.gradient_checkpointing),
-        logits=recipe.method == "sft",
+        logits=logits,
+        in_parts=recipe.method in ("contrastive", "refinement"),
         rollouts=rollouts,
         reference=bool(getattr(args, "beta", 0.0)) and not lora,
         critic=getattr(args, "critic", "") == "separate",
         engine=engine,
         engine_sleeps=bool(vllm and args.vllm_enable_sleep_mode),
     )
+
+
+def _held(
+    method: str, args: Any, rows: list[dict[str, Any]], text: int, processes: int
+) -> tuple[int, int, int]:
+    """Sequences with gradients on one process at once, their longest, and positions with logits."""
+    batch = max(1, args.per_device_train_batch_size // processes)
+    if METHODS[method].rollouts:
+        return batch, text + PROMPT + args.max_completion_length, 0
+    if method == "sft":  # a rationale is no longer than the longest text of the rows
+        tokens = min(2 * text + PROMPT, args.max_length or math.inf)
+        return batch, int(tokens), batch * int(tokens)
+    if method == "reconstruction":  # both sides are read, both are rebuilt, and some are written
+        alone = ReaderConfig(**args.reader).span == "bottleneck"
+        tokens = text + (1 if alone else PROMPT)
+        written = math.ceil(batch * args.writing_share)
+        return 4 * batch + written, tokens, (2 * batch + written) * (text + 1)
+    # A query, its positive and hard negatives; or a part of all texts (gradient cache).
+    given = [len(row.get("negative") or []) for row in rows]
+    if method == "contrastive":
+        texts = batch * (2 + min(given))
+        return min(texts, args.mini_batch_size or texts), text, 0
+    texts = batch * (2 + min(max(given), args.hard_negatives))
+    texts, steps = min(texts, args.mini_batch_size or texts), args.refinement_steps
+    prompt = PROMPT if args.query_prompt or args.passage_prompt else 0
+    return texts, min(text + prompt, args.max_text_tokens) + steps, texts * steps
 
 
 # --- one look each ------------------------------------------------------------------------------
@@ -227,10 +261,13 @@ def _memory(
 ) -> list[Finding]:
     try:
         shape, text = _shape(recipe), _longest_text(recipe, args, rows)
+    except NoMatchingPeftModuleError as error:
+        names = "lora_target_modules: names of the model's own layers, or all-linear"
+        return [Finding("adapter", str(error).partition(". ")[0], "problem", [names])]
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         return [Finding("memory", f"no config of the model: {reason}", "problem")]
-    plan = memory_plan(recipe, args, text, launch, processes, machine)
+    plan = memory_plan(recipe, args, rows, text, launch, processes, machine)
     if plan.engine and not machine.gpus:
         own = plan.weight_bytes * shape.parameters
         plan = dataclasses.replace(plan, engine=plan.engine + own)
@@ -282,10 +319,14 @@ def _disk(recipe: Recipe, args: Any, shape: ModelShape, plan: MemoryPlan) -> Fin
     place = Path(recipe.training["output_dir"]).absolute()
     while not place.exists():
         place = place.parent
+    if not place.is_dir():
+        return Finding("disk", f"{place} is a file", "problem", ["another output_dir"])
     free = shutil.disk_usage(place).free
     limit = args.save_total_limit
     saves = max(1, int(args.max_steps // args.save_steps)) if args.save_steps >= 1 else 1
     kept = min(limit + 1, saves + 1) if limit else saves
+    if args.save_strategy == "no":
+        kept = 0
     need = kept * checkpoint_bytes(shape, plan) + plan.weight_bytes * shape.parameters
     found = f"{need / GIB:.2f} GiB for {kept} checkpoints and the model, {free / GIB:.1f} free"
     if need > free:
@@ -419,18 +460,6 @@ def _longest_text(recipe: Recipe, args: Any, rows: list[dict[str, Any]]) -> int:
     longest = sorted((text for text in texts if isinstance(text, str)), key=len)[-32:]
     tokenizer = AutoTokenizer.from_pretrained(_model_place(recipe))
     return min(most, max((len(ids) for ids in tokenizer(longest)["input_ids"]), default=most))
-
-
-def _deepspeed(given: Any) -> dict[str, Any]:
-    """The recipe's key `deepspeed`: a mapping, JSON text, or a file."""
-    if not given:
-        return {}
-    if isinstance(given, dict):
-        return given
-    text = str(given)
-    if not text.lstrip().startswith("{"):
-        text = Path(text).read_text(encoding="utf-8")
-    return dict(json.loads(text))
 
 
 def _container_limit() -> int:

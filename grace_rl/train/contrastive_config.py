@@ -70,8 +70,7 @@ def contrastive_problems(settings: dict[str, Any]) -> list[str]:
     """What is wrong with the settings of a recipe, each as `key: what to do`.
 
     >>> contrastive_problems({"temperature": 0.0, "dropout": 0.1, "validation": {"row": 5},
-    ...                       "pooling": None, "max_text_tokens": 64, "mini_batch_size": None,
-    ...                       "early_stopping_patience": 0})
+    ...                       "pooling": None, "early_stopping_patience": 0})
     ['temperature: must be above 0, not 0.0',
      'validation.row: unknown key; there are dataset_name, split, rows']
     """
@@ -82,9 +81,6 @@ def contrastive_problems(settings: dict[str, Any]) -> list[str]:
         problems.append(f"dropout: must be from 0 to below 1, not {settings['dropout']}")
     if settings["pooling"] not in (None, *get_args(Pooling)):
         problems.append(f"pooling: must be one of {', '.join(get_args(Pooling))} or null")
-    for key in ("max_text_tokens", "mini_batch_size"):
-        if settings[key] is not None and settings[key] < 1:
-            problems.append(f"{key}: must be at least 1, not {settings[key]}")
     if settings["early_stopping_patience"] < 0:
         problems.append("early_stopping_patience: must be at least 0")
     if settings["early_stopping_patience"] > 0 and settings["validation"] is None:
@@ -93,6 +89,8 @@ def contrastive_problems(settings: dict[str, Any]) -> list[str]:
         if key not in VALIDATION_KEYS:
             known = ", ".join(VALIDATION_KEYS)
             problems.append(f"validation.{key}: unknown key; there are {known}")
-        elif key == "rows" and (not isinstance(value, int) or value < 2):
+        elif key == "rows" and (type(value) is not int or value < 2):
             problems.append(f"validation.rows: must be a whole number from 2 on, not {value!r}")
+        elif key != "rows" and not isinstance(value, str):
+            problems.append(f"validation.{key}: must be a text, not {value!r}")
     return problems

@@ -55,7 +55,7 @@ def reconstruction_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"writing_share: must be from 0 to below 1, not {settings['writing_share']}"
         )
-    if settings["per_device_train_batch_size"] < 2:
+    if settings["per_device_train_batch_size"] == 1:
         problems.append(
             "per_device_train_batch_size: must be at least 2: the information gain compares a "
             "row's vector with another row's"

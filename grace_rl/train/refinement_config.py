@@ -60,10 +60,9 @@ class RefinementConfig(TrainingArguments):
 def refinement_problems(settings: Mapping[str, Any]) -> list[str]:
     """What is wrong with the settings, each as `key: what to do`."""
     problems = []
-    least = {"refinement_steps": 0, "inference_steps": 0, "hard_negatives": 0, "word_examples": 0}
-    for key, bound in (least | {"mini_batch_size": 1, "max_text_tokens": 1}).items():
-        if settings[key] is not None and settings[key] < bound:
-            problems.append(f"{key}: must be at least {bound}, not {settings[key]}")
+    for key in ("refinement_steps", "inference_steps", "hard_negatives", "word_examples"):
+        if settings[key] is not None and settings[key] < 0:
+            problems.append(f"{key}: must be at least 0, not {settings[key]}")
     if settings["soft_temperature"] <= 0:
         problems.append(f"soft_temperature: must be above 0, not {settings['soft_temperature']}")
     if settings["per_device_train_batch_size"] == 1 and settings["hard_negatives"] == 0:
@@ -85,7 +84,17 @@ def refinement_problems(settings: Mapping[str, Any]) -> list[str]:
 def prompt_columns(prompt: str) -> set[str]:
     """The columns that a prompt names.
 
+    Raises:
+        ValueError: It is no prompt with columns.
+
     >>> prompt_columns("Instruct: {instruction}\\nQuery:")
     {'instruction'}
     """
-    return {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
+    columns = set()
+    for _, name, form, conversion in Formatter().parse(prompt):
+        if name is None:
+            continue
+        if form or conversion or not name or name.isdigit() or set(name) & set(".["):
+            raise ValueError(f"{{{name}}} must be a column's name alone")
+        columns.add(name)
+    return columns

@@ -61,13 +61,13 @@ class ICRConfig:
         for name, least in (("temperature", "above 0"), ("floor", "above 0"), ("weight", "")):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or value < 0 or (least and value == 0):
+            if not number or not value >= 0 or (least and value == 0):  # NaN too
                 bound = least or "of at least 0"
                 problems.append(f"icr.{name}: must be a number {bound}, not {value!r}")
         for name in ("stop_gradient", "per_example"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"icr.{name}: must be true or false, not {getattr(self, name)!r}")
-        if self.steps not in get_args(Steps):
+        if not isinstance(self.steps, str) or self.steps not in get_args(Steps):
             problems.append(f"icr.steps: must be mean, sum or last, not {self.steps!r}")
         if problems:
             raise UserError(problems)
@@ -87,7 +87,7 @@ class ICRConfig:
             for key in given
             if key not in known
         ]
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             problems.append(f"icr.preset: must be one of {', '.join(PRESETS)}, not {preset!r}")
         if problems:
             raise UserError(problems)

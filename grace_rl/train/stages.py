@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import PartialState
 from rich.console import Console
 
@@ -89,6 +90,8 @@ def train_chain(chain: Chain, *, overwrite: bool = False) -> int:
     check_stages(chain, _joined)
     console = Console()
     run = RunDirectory(chain.output_dir, PartialState())
+    if not overwrite:
+        run.on_main(partial(_check_finished, chain))
     run.open(chain.resolved(), overwrite=overwrite)
     try:
         for number, stage in enumerate(chain.stages, start=1):
@@ -118,6 +121,24 @@ def is_finished(stage: Stage) -> bool:
     if stage.curation is not None:
         return (stage.folder / "rows.jsonl").is_file()
     return (read_status(stage.folder) or {}).get("status") == "finished"
+
+
+def _check_finished(chain: Chain) -> None:
+    """A finished stage is skipped, so it must be as long as the recipe says by now."""
+    problems = []
+    for number, stage in enumerate(chain.stages, start=1):
+        kept = stage.folder / "recipe.yaml"
+        if stage.recipe is None or not kept.is_file() or not is_finished(stage):
+            continue
+        before, now = yaml.safe_load(kept.read_text(encoding="utf-8")), stage.recipe.training
+        problems += [
+            f"stage {number} ({stage.name}): {key}: is finished with {before.get(key)}, now "
+            f"{now.get(key)}; set it back, choose another --output_dir, or give --overwrite"
+            for key in ("max_steps", "num_train_epochs")
+            if before.get(key) != now.get(key)
+        ]
+    if problems:
+        raise UserError(problems)
 
 
 def run_stage(stage: Stage, run: RunDirectory) -> int:

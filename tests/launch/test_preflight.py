@@ -6,11 +6,12 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grace_rl.cli import main
 from grace_rl.commands.check import SUGGESTIONS, suggestions
 from grace_rl.launch import preflight
-from grace_rl.launch.memory import GIB
+from grace_rl.launch.memory import GIB, MemoryPlan, ModelShape, remedies
 from grace_rl.launch.preflight import Finding, Machine
 from grace_rl.launch.versions import TESTED
 
@@ -176,6 +177,40 @@ def test_a_recipe_for_gpus_can_be_looked_at_without_one(check):
         pytest.skip("this machine has a GPU")
     code, said = check("--bf16", "true", "--use_cpu", "false")
     assert code == 2 and "precision" in said and "--bf16 false" in said and "memory" in said
+
+
+HELD = {"max_text_tokens": 24, "per_device_train_batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "held"),
+    [
+        ("refinement", {"refinement_steps": 5}, "12 rows of 29 tokens"),  # 4 x (q, d, negative)
+        ("refinement", {"refinement_steps": 5, "mini_batch_size": 2}, "2 rows of 29 tokens"),
+        ("contrastive", {}, "12 rows of 24 tokens"),
+        ("contrastive", {"mini_batch_size": 3}, "3 rows of 24 tokens"),
+        # 8 texts read, 8 rebuilt, 1 written
+        ("reconstruction", {"instruction": None}, "17 rows of 25 tokens"),
+    ],
+)
+def test_memory_counts_what_a_method_holds_at_once(capsys, tmp_path, method, changes, held):
+    path = tmp_path / "recipe.yaml"
+    tree = {"method": method, "model_name_or_path": "scenes", "dataset_name": "scenes"}
+    more = {"dataset_rows": 64, "use_cpu": True, "bf16": False, "output_dir": str(tmp_path / "run")}
+    path.write_text(yaml.safe_dump(tree | more | HELD | changes))
+    assert main(["check", str(path)]) == 0
+    assert f"at {held}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_smaller_parts_are_the_advice_where_a_batch_is_cut_into_them():
+    shape = ModelShape(10**9, 10**9, 10**9, 2048, 8192, 24, 2048, 2048, 32000)
+    plan = MemoryPlan(rows=512, tokens=512, in_parts=True)
+    assert any(line.startswith("mini_batch_size: 256") for line in remedies(shape, plan, GIB))
+
+
+def test_an_adapter_that_fits_nowhere_is_named(check):
+    code, said = check("--use_peft", "true", "--lora_target_modules", "[nope]")
+    assert code == 2 and "no adapter Target modules nope not found" in said
 
 
 def test_the_recipes_own_deepspeed_counts(check):

@@ -127,6 +127,10 @@ def test_a_chain_that_is_killed_goes_on_in_the_stage_where_it_was(
     assert [line["step"] for line in read_metrics(second)] == list(range(1, 41))
     assert (run / "model" / "grace.json").exists()
 
+    longer = chain_file(tmp_path, {"method": "reconstruction", "max_steps": 3}, SFT)
+    with pytest.raises(UserError, match=r"stage 1 .*max_steps: is finished with 2, now 3"):
+        train_chain(loaded(longer))
+
     other = chain_file(tmp_path, {"method": "reconstruction", "max_steps": 2, "alpha": 0.5}, SFT)
     (run / "status.json").write_text(json.dumps((read_status(run) or {}) | {"status": "running"}))
     with pytest.raises(UserError, match=r"stages.1.alpha: 0.2 in the run, now 0.5"):
