@@ -28,6 +28,7 @@ def run_cell(folder: Path) -> int:
     from grace_rl.data.rows import read_rows
     from grace_rl.embed.loading import load_encoder
     from grace_rl.recipe import load_recipe
+    from grace_rl.train.callbacks import Budget
     from grace_rl.train.run import train
     from grace_rl.train.run_records import read_metrics, read_status
 
@@ -44,11 +45,11 @@ def run_cell(folder: Path) -> int:
         run = folder / "run"
         status = read_status(run)
         if status is None or status["status"] != "finished":
-            code = train(recipe, seconds=spec["budget_seconds"])
+            code = train(recipe, budget=Budget(**spec["budget"]))
             if code:
                 return code
         summary = (read_status(run) or {}).get("summary", {})
-        result["training"] = _training(read_metrics(run), summary.get("train_runtime", 0.0))
+        result["training"] = _training(read_metrics(run), summary)
         model = str(run / "model")
     if recipe is not None and not spec["train"]:
         encoder = _untrained_encoder(recipe, folder)
@@ -66,14 +67,13 @@ def run_cell(folder: Path) -> int:
     return 0
 
 
-def _training(metrics: Sequence[Mapping[str, Any]], runtime: float) -> dict[str, Any]:
-    """Seconds, steps, tokens where the trainer counts them, and the metrics of validation rows."""
+def _training(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds, steps, tokens, and the metrics of validation rows."""
     scored = [line for line in metrics if any(key.startswith("eval_") for key in line)]
-    tokens = [line["num_tokens"] for line in metrics if "num_tokens" in line]
     return {
-        "seconds": max([runtime, *(line["seconds"] for line in metrics)]),
+        "seconds": max([summary.get("train_runtime", 0.0), *(m["seconds"] for m in metrics)]),
         "steps": max((line["step"] for line in metrics), default=0),
-        "tokens": tokens[-1] if tokens else None,
+        "tokens": max(line.get("num_tokens", 0) for line in [summary, *metrics]),
         "validation": [
             {key: value for key, value in line.items() if key.startswith("eval_") or key == "step"}
             for line in scored

@@ -3,7 +3,7 @@
     output_dir: runs/compare-scenes
     seeds: [0, 1, 2]
     labels: [32, 512]              # dataset_rows of every recipe
-    budget_seconds: 600            # of training, for every run
+    budget_seconds: 600            # of training, for every run; or budget_tokens
     jobs: 2                        # processes at once
     score: {dataset_splits: [test, transfer], rows: 200}     # scenes; or {tasks: tasks.yaml}
     rows:
@@ -35,7 +35,8 @@ from grace_rl.recipe_keys import nearest
 from grace_rl.recipe_source import RecipeSource, read_source
 
 CHOOSE = ("eval_recall_at_1", "eval_triplet_accuracy")
-KEYS = ("output_dir", "seeds", "labels", "budget_seconds", "jobs", "score", "held_out", "rows")
+BUDGETS = {"budget_seconds": "seconds", "budget_tokens": "tokens"}
+KEYS = ("output_dir", "seeds", "labels", *BUDGETS, "jobs", "score", "held_out", "rows")
 ROW_KEYS = ("name", "recipe", "model", "set", "grid", "choose", "train", "labels", "rationale")
 OF_RECIPES = ("set", "grid", "choose", "train", "labels")
 
@@ -74,14 +75,15 @@ class ComparedRow:
 class Comparison:
     """A checked comparison; see the module's text for the keys of the file.
 
-    `score_content` is a digest of the tasks' files.
+    `budget` are keywords of `grace_rl.train.callbacks.Budget`; `score_content` is a digest of the
+    tasks' files.
     """
 
     output_dir: Path
     rows: list[ComparedRow]
     seeds: list[int]
     labels: list[int]
-    budget_seconds: float
+    budget: Mapping[str, float]
     jobs: int
     score: Mapping[str, Any]
     held_out: str | None
@@ -147,11 +149,16 @@ def load_comparison(path: str | Path) -> Comparison:
             problem(key, f"a number is there twice: {values}")
     if not seeds:
         problem("seeds", "give at least one, better three")
-    jobs, budget = tree.get("jobs", 1), tree.get("budget_seconds")
+    jobs = tree.get("jobs", 1)
     if not _whole(jobs, 1):
         problem("jobs", f"must be a whole number from 1 on, not {jobs!r}")
-    if not isinstance(budget, (int, float)) or isinstance(budget, bool) or budget <= 0:
-        problem("budget_seconds", "is missing; give the seconds that every training may take")
+    budget = {word: tree[key] for key, word in BUDGETS.items() if key in tree}
+    for word, value in budget.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+            problem(f"budget_{word}", f"must be a number above 0, not {value!r}")
+    if not budget:
+        message = "is missing; give the seconds (or budget_tokens) that every training may take"
+        problem("budget_seconds", message)
     output, held_out = tree.get("output_dir", f"runs/{Path(path).stem}"), tree.get("held_out")
     if not isinstance(output, str):
         problem("output_dir", f"must be a folder, not {output!r}")
@@ -168,7 +175,7 @@ def load_comparison(path: str | Path) -> Comparison:
     rows = _rows(source, tree.get("rows"), labels if _wholes(labels, 1) else [])
     if problems:
         raise UserError(problems)
-    assert budget is not None and score is not None  # or they were problems
+    assert score is not None  # or it was a problem
     return Comparison(
         Path(output), rows, seeds, labels, budget, jobs, score, held_out, score_content
     )
@@ -354,7 +361,7 @@ def _cell(
         "train": row.train,
         "rationale": row.rationale,
         "score": dict(comparison.score),
-        "budget_seconds": comparison.budget_seconds,
+        "budget": dict(comparison.budget),
         "held_out": comparison.held_out,
     }
     return Cell(row.name, labels, seed, choice, spec)

@@ -37,7 +37,7 @@ def write_tables(comparison: Comparison, results: Results, tried: Results) -> li
     folder = comparison.output_dir
     lines = table_lines(comparison, results)
     content = {
-        "budget_seconds": comparison.budget_seconds,
+        "budget": dict(comparison.budget),
         "seeds": comparison.seeds,
         "rows": lines,
         "cells": [

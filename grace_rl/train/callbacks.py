@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -304,15 +305,19 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
 
-class TimeBudget(TrainerCallback):
-    """Ends the training in order, as after its last step, when its seconds are used up.
+class Budget(TrainerCallback):
+    """Ends the training in order, as after its last step, when its budget is used up.
 
     Args:
-        seconds: Of training, scoring during it included; a resumed run has them anew.
+        seconds: Of training, scoring during it included; a resumed run has them anew. None is no
+            limit.
+        tokens: That training reads and writes, of all processes and of the whole run. None is no
+            limit.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float | None = None, tokens: int | None = None) -> None:
+        self.seconds = math.inf if seconds is None else seconds
+        self.tokens = math.inf if tokens is None else tokens
         self._began = 0.0
 
     def on_train_begin(
@@ -323,7 +328,8 @@ class TimeBudget(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if _any_process(time.monotonic() - self._began >= self.seconds, args):
+        spent = time.monotonic() - self._began >= self.seconds
+        if _any_process(spent or state.num_input_tokens_seen >= self.tokens, args):
             control.should_training_stop = True
 
 

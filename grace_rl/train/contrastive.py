@@ -46,6 +46,7 @@ from grace_rl.train.checkpoints import CheckpointMixin
 from grace_rl.train.contrastive_config import GraceContrastiveConfig
 from grace_rl.train.guided_infonce import CachedGuidedInfoNCE, GuidedInfoNCE, Marks, row_numbers
 from grace_rl.train.start import Build, Start
+from grace_rl.train.token_count import TokenCount
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -235,7 +236,7 @@ class RowScores(BaseEvaluator):
 # --- trainer ---------------------------------------------------------------------------------
 
 
-class GraceContrastiveTrainer(CheckpointMixin, SentenceTransformerTrainer):
+class GraceContrastiveTrainer(TokenCount, CheckpointMixin, SentenceTransformerTrainer):
     """sentence-transformers' trainer on rows, for language models and encoders.
 
     Args:

@@ -40,6 +40,7 @@ from grace_rl.train.reconstruction_config import ReconstructionConfig
 from grace_rl.train.reconstruction_loss import Objective, PairCollator, add_reconstruction
 from grace_rl.train.sft import sft_examples
 from grace_rl.train.start import Build, Start
+from grace_rl.train.token_count import TokenCount
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -124,7 +125,7 @@ class TextEncoder(RationaleEncoder):
         return [self.collator.written(text) for text in texts]
 
 
-class ReconstructionTrainer(CheckpointMixin, Trainer):
+class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
     """transformers' trainer with the reconstruction loss.
 
     Args:
@@ -139,6 +140,8 @@ class ReconstructionTrainer(CheckpointMixin, Trainer):
     Raises:
         UserError: The tokenizer has no end token.
     """
+
+    token_masks = ("read_attention", "target_mask", "write_attention")
 
     def __init__(
         self,

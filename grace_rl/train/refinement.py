@@ -39,6 +39,7 @@ from grace_rl.train.refinement_config import RefinementConfig, prompt_columns
 from grace_rl.train.refinement_terms import ICRConfig, icr_loss, step_losses
 from grace_rl.train.refinement_words import StepWordsWriter
 from grace_rl.train.start import Build, Start
+from grace_rl.train.token_count import TokenCount
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -57,7 +58,7 @@ def row_problems(args: RefinementConfig, rows: Sequence[Row]) -> list[str]:
     problems = []
     for key in ("query_prompt", "passage_prompt"):
         for column in sorted(prompt_columns(getattr(args, key))):
-            without = sum(column not in row for row in rows)
+            without = sum(row.get(column) is None for row in rows)
             if without:
                 problems.append(f"{key}: {without} of {len(rows)} rows have no column {column!r}")
     batch = args.per_device_train_batch_size * args.world_size
@@ -133,7 +134,7 @@ class TextCollator:
 # --- trainer ---------------------------------------------------------------------------------
 
 
-class RefinementTrainer(CheckpointMixin, Trainer):
+class RefinementTrainer(TokenCount, CheckpointMixin, Trainer):
     """transformers' `Trainer` with the objective of GIRCSE, on rows of pairs.
 
     Args:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
+from peft.utils.error import NoMatchingPeftModuleError
 from rich.console import Console
 
 from grace_rl.data.rows import read_rows
+from grace_rl.errors import UserError
 from grace_rl.methods import METHODS, named
 from grace_rl.rollout.policy import resolve_model
 from grace_rl.rollout.server import ServerLost, require_server
-from grace_rl.train.callbacks import TimeBudget, follow
+from grace_rl.train.callbacks import Budget, follow
 from grace_rl.train.environment import command_line
 from grace_rl.train.processes import join_processes
 from grace_rl.train.report import Report
@@ -32,13 +34,13 @@ if TYPE_CHECKING:
 DONE, SERVER_LOST, INTERRUPTED = 0, 75, 130
 
 
-def train(recipe: Recipe, *, overwrite: bool = False, seconds: float | None = None) -> int:
+def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = None) -> int:
     """Run a recipe in its output directory, resuming what an earlier attempt left there.
 
     Args:
         recipe: The recipe.
         overwrite: Replace a finished run.
-        seconds: End the training in order after so many seconds, whatever `max_steps` says.
+        budget: Ends the training in order when it is used up, whatever `max_steps` says.
 
     Returns:
         Exit code: 0 done, 75 the vLLM server was lost, 130 interrupted; with a checkpoint saved.
@@ -57,7 +59,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, seconds: float | None = No
     opened = run.open(recipe.resolved(), overwrite=overwrite, seed=args.seed)
     args.output_dir = str(run.checkpoints)
     try:
-        trainer = build(Start(model_config, args, run.path, console))
+        try:
+            trainer = build(Start(model_config, args, run.path, console))
+        except NoMatchingPeftModuleError as error:
+            raise UserError(f"lora_target_modules: {error}") from error
         report = Report(recipe, run, trainer)
         report.before()
         with follow(
@@ -67,8 +72,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, seconds: float | None = No
             steps_between_generations=getattr(args, "steps_between_generations", 1),
             stale_engine_threshold=getattr(args, "stale_engine_threshold", 0.1),
         ) as stop:
-            if seconds is not None:
-                trainer.add_callback(TimeBudget(seconds))
+            if budget is not None:
+                trainer.add_callback(budget)
             trainer.train(resume_from_checkpoint=opened.checkpoint)
         if stop.interrupted:
             return INTERRUPTED

@@ -28,6 +28,7 @@ from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.train.checkpoints import CheckpointMixin
 from grace_rl.train.sft_config import GraceSFTConfig
 from grace_rl.train.start import Build, Start
+from grace_rl.train.token_count import TokenCount
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -47,6 +48,9 @@ def sft_examples(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Example], int]
     Returns:
         The examples in the order of the rows, and the number of rows that had none.
 
+    Raises:
+        UserError: A rationale is no text.
+
     >>> pair = {"query": "A man walks.", "positive": "Someone moves."}
     >>> rows = [pair | {"rationale_positive": ["To walk is to move."]}, {"text": "A cat sleeps."}]
     >>> examples, skipped = sft_examples(rows)
@@ -60,17 +64,20 @@ def sft_examples(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Example], int]
     for row in rows:
         before = len(examples)
         if "text" in row:
-            examples += [(row["text"], rationale) for rationale in _texts(row.get("rationale"))]
+            examples += [(row["text"], rationale) for rationale in _texts(row, "rationale")]
         else:
-            examples += [(row["query"], rationale) for rationale in _texts(row.get("rationale"))]
-            for rationale in _texts(row.get("rationale_positive")):
+            examples += [(row["query"], rationale) for rationale in _texts(row, "rationale")]
+            for rationale in _texts(row, "rationale_positive"):
                 examples += [(row["query"], rationale), (row["positive"], rationale)]
         skipped += len(examples) == before
     return examples, skipped
 
 
-def _texts(value: str | Sequence[str] | None) -> list[str]:
-    values = [value] if isinstance(value, str) else list(value or [])
+def _texts(row: Mapping[str, Any], column: str) -> list[str]:
+    value = row.get(column)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not all(text is None or isinstance(text, str) for text in values):
+        raise UserError(f"{column}: must be a text or a list of texts, not {value!r}")
     return [text.strip() for text in values if text and text.strip()]
 
 
@@ -113,7 +120,7 @@ def plan(recipe: Recipe, args: GraceSFTConfig, rows: Sequence[Mapping[str, Any]]
     return build
 
 
-class GraceSFTTrainer(CheckpointMixin, SFTTrainer):
+class GraceSFTTrainer(TokenCount, CheckpointMixin, SFTTrainer):
     """TRL's `SFTTrainer` on rows of texts and rationales.
 
     Args:

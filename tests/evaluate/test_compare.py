@@ -270,6 +270,25 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     assert math.isclose(found, 7, rel_tol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("", "budget_seconds: is missing"),
+        ("budget_tokens: 0", "budget_tokens: must be a number above 0, not 0"),
+        ("budget_seconds: soon", "budget_seconds: must be a number above 0, not 'soon'"),
+        ("budget_tokens: 100000", None),
+        ("budget_tokens: 100000\nbudget_seconds: 9", None),
+    ],
+)
+def test_a_budget_is_of_seconds_or_of_tokens(write, budget, message):
+    path = write(INFONCE % "", head=(HEAD % "runs/x").replace("budget_seconds: 60", budget))
+    if message is None:
+        assert load_comparison(path).budget["tokens"] == 100_000
+    else:
+        with pytest.raises(UserError, match=message):
+            load_comparison(path)
+
+
 @pytest.mark.slow
 def test_a_small_comparison_is_interrupted_goes_on_and_runs_nothing_twice(tmp_path, write):
     """A grid, an untrained policy and RL within a budget of seconds, two processes at once."""
@@ -301,6 +320,7 @@ def test_a_small_comparison_is_interrupted_goes_on_and_runs_nothing_twice(tmp_pa
     costs = content["rows"][0]["costs"]
     assert 4 < costs["training seconds"]["mean"] < 40  # 120 steps would take minutes
     assert costs["perplexity"]["mean"] > 1 and costs["tokens"]["mean"] > 0
+    assert content["rows"][1]["costs"]["tokens"]["mean"] > 4 * 16  # InfoNCE reads, too
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cell.json")}
     assert compare(comparison) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cell.json")}
