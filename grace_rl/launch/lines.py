@@ -105,17 +105,26 @@ def read_launch(name: str, processes: int | None = None) -> Launch:
         advice = f"; did you mean {close[0]}?" if close else ""
         names = ", ".join(launch_names())
         raise UserError(f"--launch: no {name}{advice}; there are {names}, or a YAML file")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--launch: {path} is no YAML that can be read: {reason}") from error
     if not isinstance(config, dict) or "distributed_type" not in config:
         raise UserError(f"--launch: {path} is no config of accelerate: it has no distributed_type")
-    if int(config.get("num_machines") or 1) > 1:
+    for key in ("num_machines", "num_processes"):
+        if not isinstance(config.get(key), int | None):
+            raise UserError(f"--launch: {path}: {key} must be a number, not {config[key]!r}")
+    if not isinstance(config.get("deepspeed_config"), dict | None):
+        raise UserError(f"--launch: {path}: deepspeed_config must be a mapping")
+    if (config.get("num_machines") or 1) > 1:
         raise UserError(
             f"--launch: {name} is for several machines, which must each be told their number; "
             f"the lines to type are in the comments of {_shown(path)}"
         )
     alone = config["distributed_type"] == "NO"
     if processes is None:
-        processes = 1 if alone else _gpus() or int(config.get("num_processes") or 1)
+        processes = 1 if alone else _gpus() or config.get("num_processes") or 1
     if processes < 1:
         raise UserError(f"--num_processes: must be at least 1, not {processes}")
     if alone and processes > 1:

@@ -276,16 +276,16 @@ class RefinementTrainer(TokenCount, CheckpointMixin, Trainer):
         places = positives.tolist()
         weights = guide.weights(queries, candidates, [candidates[place] for place in places])
         weights = weights.scatter(1, positives.cpu().unsqueeze(1), 1.0)
-        share = float((weights == 0).float().mean())
-        self._found["false_negatives/masked_share"].append(torch.tensor(share))
-        advice = guide.watch(share)
-        if advice and self.console is not None and self.accelerator.is_main_process:
-            self.console.print(advice, style="yellow", highlight=False)
         if not guide.config.own_negatives:
             place = torch.arange(len(candidates))
             row = place // (width - batch) * batch + place % batch
             own = row[None] == torch.arange(len(queries))[:, None]
             weights = weights.masked_fill(own, 1.0)
+        share = float((weights == 0).float().mean())
+        self._found["false_negatives/masked_share"].append(torch.tensor(share))
+        advice = guide.watch(share)
+        if advice and self.console is not None and self.accelerator.is_main_process:
+            self.console.print(advice, style="yellow", highlight=False)
         return weights
 
     # -- what is logged ---------------------------------

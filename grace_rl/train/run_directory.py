@@ -182,7 +182,17 @@ class RunDirectory:
                 f"{self.path}: recipe.yaml is missing, so the run cannot be resumed; "
                 "give --overwrite"
             )
-        different = differences(yaml.safe_load(self.recipe.read_text(encoding="utf-8")), recipe)
+        try:
+            kept = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+            environment = json.loads(self.environment.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            environment = {}
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{self.path}: recipe.yaml or environment.json cannot be read, so the run cannot "
+                f"be resumed ({str(error).splitlines()[0]}); repair it, or give --overwrite"
+            ) from error
+        different = differences(kept, recipe)
         if different:
             raise UserError(
                 [
@@ -196,11 +206,6 @@ class RunDirectory:
         step = checkpoint_step(checkpoint) if checkpoint else 0
         cut_metrics(self.metrics, step)
         cut_rollouts(self.path, step)
-        environment = (
-            json.loads(self.environment.read_text(encoding="utf-8"))
-            if self.environment.is_file()
-            else {}
-        )
         environment.setdefault("resumed", []).append(
             {"from_step": step, **describe_environment(self._world_size, seed)}
         )

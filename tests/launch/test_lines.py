@@ -152,6 +152,22 @@ def test_mistakes_are_explained(name, processes, words):
         read_launch(name, processes)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "has no distributed_type"),
+        (b"a: [1", "is no YAML"),
+        (b"\xff\xfe", "is no YAML"),
+        (b"distributed_type: NO\nnum_processes: two", "num_processes must be a number, not 'two'"),
+        (b"distributed_type: NO\ndeepspeed_config: 3", "deepspeed_config must be a mapping"),
+    ],
+)
+def test_a_file_of_ones_own_is_looked_at(tmp_path, content, words):
+    (tmp_path / "own.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read_launch(str(tmp_path / "own.yaml"))
+
+
 def test_a_recipe_is_checked_once_before_anything_is_started(recipe, capsys):
     options = ["--launch", "cpu-zero2", "--num_processes", "3"]
     assert main(["train", str(recipe), *options, "--per_device_train_batch_size", "5"]) == 2

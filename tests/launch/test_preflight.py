@@ -110,6 +110,11 @@ def test_more_processes_than_gpus(check, machine):
     assert code == 2 and "for 8 processes" in said and "--num_processes 2" in said
 
 
+def test_no_process_is_no_number_of_processes(check):
+    code, said = check("--num_processes", "0")
+    assert code == 2 and "--num_processes: must be at least 1, not 0" in said
+
+
 def test_tensor_parallelism_must_divide_the_processes(check):
     options = ["--use_vllm", "true", "--vllm_tensor_parallel_size", "4", "--num_processes", "6"]
     code, said = check(*options)

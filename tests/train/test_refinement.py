@@ -105,6 +105,11 @@ def test_all_mistakes_in_the_objective_are_named_together():
     assert len(error.value.problems) == 4
     with pytest.raises(UserError, match="icr.lambda: unknown"):
         ICRConfig.from_settings({"lambda": 1})
+    with pytest.raises(UserError, match="icr.preset: must be one of"):
+        ICRConfig.from_settings({"preset": ["paper"]})
+    with pytest.raises(UserError) as error:
+        ICRConfig(temperature=float("nan"), steps=["last"])
+    assert len(error.value.problems) == 2
 
 
 # --- trainer -------------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def loss_and_gradients(trainer: RefinementTrainer) -> tuple[float, dict[str, tor
     loss = trainer.compute_loss(trainer.model, trainer.data_collator(TRIPLETS[:8]))
     loss.backward()
     named = trainer.model.named_parameters()
-    return float(loss), {name: p.grad for name, p in named if p.grad is not None}
+    return loss.item(), {name: p.grad for name, p in named if p.grad is not None}
 
 
 @pytest.mark.parametrize("how", [{"mini_batch_size": 5}, {"gradient_checkpointing": True}])
@@ -212,6 +217,8 @@ def test_equal_texts_missing_negatives_and_masked_candidates_are_left_out(
     batch = trainer.data_collator(rows)
     assert batch["texts"][4:] == offered
     found = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)[1]["losses"]
+    (share,) = trainer._found["false_negatives/masked_share"]
+    assert float(share) * 32 == (8 if own_negatives else 6)  # two texts for every query
     encoder = trainer.encoder()
     for i, places in allowed.items():
         alone = step_losses(
@@ -273,6 +280,12 @@ def test_mistakes_are_named_before_a_model_loads(root, tmp_path):
     with pytest.raises(UserError) as error:
         plan(good, args, TRIPLETS[:4])
     assert len(error.value.problems) == 2  # no such column, and too few rows
+    empty = [row | {"task": None} for row in TRIPLETS]
+    with pytest.raises(UserError, match="32 of 32 rows have no column 'task'"):
+        plan(good, args, empty)
+    for prompt in ("{}", "{0}", "{task.name}", "{task:5d}", "{task!r}"):
+        with pytest.raises(UserError, match="must be a column's name alone"):
+            load_recipe(root / "recipes/scenes/gircse.yaml", ["--query_prompt", f"'{prompt}'"])
     with pytest.raises(UserError, match="needs pairs"):
         plan(good, args, [{"text": "alone"}])
 

@@ -148,6 +148,18 @@ def test_a_finished_run_needs_overwrite_and_only_the_run_is_removed(run: RunDire
     assert run.metrics.read_text() == ""
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "environment.json"])
+def test_what_cannot_be_read_is_the_users_problem(run: RunDirectory, name: str) -> None:
+    run.open(RECIPE)
+    run.close()
+    (run.path / name).write_text("a: [1")
+    with pytest.raises(UserError, match="cannot be read.*--overwrite"):
+        run.open(RECIPE)
+    (run.path / name).unlink()
+    if name == "environment.json":  # only a record
+        assert run.open(RECIPE).action == "resume"
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_directory_that_is_no_run_is_never_touched(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "recipe.yaml").write_text("method: grpo")

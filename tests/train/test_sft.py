@@ -107,6 +107,12 @@ def test_the_trainer_learns(folder: Path, tmp_path: Path):
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.parametrize("rationale", [5, ["fine", 3], {"a": "b"}])
+def test_a_rationale_that_is_no_text_is_a_mistake(rationale):
+    with pytest.raises(UserError, match="rationale: must be a text or a list of texts, not"):
+        sft_examples([{"text": "A cat.", "rationale": rationale}])
+
+
 def test_rows_without_any_rationale_are_a_mistake(folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match="none of the 3 rows has a rationale"):
         trainer_for(folder, tmp_path, [{"text": "a"}] * 3)
