@@ -110,7 +110,7 @@ def table(
             value = record.get(name)
             is_text = isinstance(value, str)
             shown = cells[name](value, record) if name in cells else number(value)
-            kind = "words" if is_text or name in cells else "number"
+            kind = "words" if is_text else "number"
             if is_text and len(value) <= SHORT:
                 kind = "short"
             made.append(f'<td class="{kind}" data-label="{plain(heading)}">{shown}</td>')

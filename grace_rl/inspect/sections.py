@@ -19,12 +19,12 @@ from grace_rl.rollout.store import REWARD
 def summary(run: Run) -> str:
     """State of a run and its scores before and after, as HTML."""
     status, recipe, metrics = run.status(), run.recipe(), run.metrics()
-    step = int(metrics["step"].max()) if len(metrics) else 0
+    step = number(int(metrics["step"].max()) if len(metrics) else None)
     about = {
         "state": text(status.get("status", "unknown")),
         "step": f"{step} of {number(recipe.get('max_steps'))}"
         if recipe.get("max_steps", -1) > 0
-        else str(step),
+        else step,
         "method": text(recipe.get("method", "–")),
         "model": text(recipe.get("model_name_or_path", "–")),
         "minutes": number(float(metrics["seconds"].max()) / 60) if "seconds" in metrics else "–",
@@ -126,6 +126,8 @@ def advantage_chart(runs: list[Run]) -> str:
     lines = []
     for order, run in enumerate(runs):
         spread = run.advantages()
+        if spread.empty:
+            continue
         for colour, name in enumerate(("lowest", "p10", "p90", "highest")):
             label = name if len(runs) == 1 else f"{name} ({run.name})"
             values = spread[name].astype(float)

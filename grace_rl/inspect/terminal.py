@@ -82,7 +82,7 @@ def sparkline(values: Iterable[float], width: int = 40) -> str:
 
 def _overview(run: Run, console: Console) -> None:
     metrics, status = run.metrics(), run.status()
-    step = int(metrics["step"].max()) if len(metrics) else 0
+    step = number(int(metrics["step"].max()) if len(metrics) else None)
     console.print(Text(f"{status.get('status', 'unknown')}, step {step}"))
     curves, width = Table(box=box.SIMPLE_HEAD), 40 if console.width >= 120 else 14
     for name in ("metric", "first", "last", "", "healthy"):

@@ -136,6 +136,17 @@ def test_a_broken_file_is_told_everywhere(run_folder: Path, tmp_path: Path) -> N
     assert "the rollouts of step 2 are left out" in printed(run_folder, "--step", "1")
 
 
+def test_a_run_that_has_logged_and_stored_nothing(written: Path, tmp_path: Path) -> None:
+    bare, file = tmp_path / "bare", tmp_path / "report.html"
+    bare.mkdir()
+    (bare / "status.json").write_text('{"status": "finished"}')
+    (bare / "recipe.yaml").write_text("method: sft\nmax_steps: 9\n")
+    write_html([Run(written), Run(bare)], Filter(), file)
+    text = parsed(file.read_text(encoding="utf-8")).text
+    assert "– of 9" in text and "lowest (written)" in text and "lowest (bare)" not in text
+    assert "finished, step –" in printed(bare)
+
+
 def test_the_file_holds_the_chosen_groups(written: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     write_html([Run(written)], Filter(step=1, text="fox"), file)

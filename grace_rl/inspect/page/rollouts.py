@@ -86,7 +86,7 @@ class _List:
         self.inputs["show"] = self._select("Show", shown, "groups" if self.groups else "")
         sorts = self.sorts()
         self.sort = self.sort if self.sort in sorts else "step"
-        self.inputs["sort"] = self._select("Sort by", sorts, self.sort).classes("sort")
+        self.inputs["sort"] = self._select("Sort by", sorts, self.sort).classes("broad")
         orders = {"": "rising", "down": "falling"}
         self.inputs["order"] = self._select("Order", orders, "down" if self.descending else "")
 

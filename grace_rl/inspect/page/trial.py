@@ -157,9 +157,10 @@ class _Answer:
         if self.other is not None:
             cosine = float(self.other[1] @ own)
             said = text(self.other[0] or "(empty)")
+            said = f'<br><span class="small quiet">Its rationale: {said}</span>'
             frame.html(
                 f'<p data-part="similarity">Similarity to the other text: <b>{number(cosine)}</b>'
-                f'<br><span class="small quiet">Its rationale: {said}</span></p>'
+                f"{said if self.checkpoint.writes else ''}</p>"
             )
         found = ranked(self.pool.drop(columns="rationale"), self.vectors @ own, self.typed)
         was = dict(zip(self.before["text"], self.before["rank"], strict=True))
