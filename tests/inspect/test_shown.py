@@ -139,7 +139,7 @@ def test_a_broken_file_is_told_everywhere(run_folder: Path, tmp_path: Path) -> N
 def test_a_run_that_has_logged_and_stored_nothing(written: Path, tmp_path: Path) -> None:
     bare, file = tmp_path / "bare", tmp_path / "report.html"
     bare.mkdir()
-    (bare / "status.json").write_text('{"status": "finished"}')
+    (bare / "status.json").write_text('{"grace_rl": "0", "status": "finished"}')
     (bare / "recipe.yaml").write_text("method: sft\nmax_steps: 9\n")
     write_html([Run(written), Run(bare)], Filter(), file)
     text = parsed(file.read_text(encoding="utf-8")).text
