@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ COMMANDS = (
     "compare",
     "inspect",
 )
+DISK = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)  # not ours to mend
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -69,6 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        print(f"{error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -82,6 +84,16 @@ def test_interrupting_is_130(recipe, monkeypatch):
 
     monkeypatch.setattr("grace_rl.stages.load", interrupt)
     assert main(["check", recipe]) == 130
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_full_or_forbidden_folder_is_a_line_on_stderr(number, tmp_path, monkeypatch, capsys):
+    def write(path, text):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("grace_rl.files.write_text", write)
+    assert main(["rewards", "new", str(tmp_path / "mine.py")]) == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'mine.py'}: {os.strerror(number)}\n"
 
 
 def test_wrong_usage_is_the_users_mistake():
