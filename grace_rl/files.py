@@ -46,15 +46,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, wait: bool = False) -> Iterator[None]:
     """Only one process at a time works in the folder; the lock goes with the process.
 
     Raises:
-        UserError: Another process works there.
+        UserError: Another process works there, and we do not `wait` for its end.
     """
     with (folder / ".lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UserError(f"{folder}: another process is working on this output") from error
         yield

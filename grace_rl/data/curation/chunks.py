@@ -35,11 +35,12 @@ class Chunks:
         note = folder / "settings.json"
         now = json.loads(json.dumps(settings))
         before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else now
-        changed = sorted(key for key in now | before if now.get(key) != before.get(key))
+        now_flat, flat = _flat(now), _flat(before)
+        changed = sorted(k for k in now_flat | flat if now_flat.get(k) != flat.get(k))
         if changed and not overwrite:
             raise UserError(
                 f"{folder}: its rows were made with other settings: "
-                + ", ".join(f"{key} was {before.get(key)!r}" for key in changed)
+                + ", ".join(f"{key} was {flat.get(key)!r}" for key in changed)
                 + "; choose another output_dir, or --overwrite"
             )
         if changed:
@@ -59,6 +60,15 @@ class Chunks:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.jsonl"
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """`{"rate": {"judge": "digits"}}` -> `{"rate.judge": "digits"}`."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = value if isinstance(value, dict) else {}
+        flat |= {f"{name}.{key}": one for key, one in inner.items()} or {name: value}
+    return flat
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -36,7 +36,7 @@ from rich.text import Text
 from grace_rl.data.curation.chunks import Chunks, rows_of, write_rows
 from grace_rl.data.curation.cleaning import reason_to_drop, stripped, words
 from grace_rl.data.curation.config import CurationRecipe, GenerateStep, settings
-from grace_rl.data.curation.filtering import choose
+from grace_rl.data.curation.filtering import Choice, choose
 from grace_rl.data.curation.judges import Judge, checked, load_judge
 from grace_rl.data.curation.models import LanguageModel, Models, Sampling
 from grace_rl.data.curation.prompts import SIDES, SidePrompts
@@ -44,7 +44,7 @@ from grace_rl.data.curation.report import Report
 from grace_rl.data.guide import build_guide, text_key
 from grace_rl.data.rows import stream_rows
 from grace_rl.errors import UserError
-from grace_rl.files import write_text
+from grace_rl.files import held, write_text
 
 Row = dict[str, Any]
 ROWS_FILE = "rows.jsonl"
@@ -98,16 +98,18 @@ def curate(
     if recipe.rate is not None:
         curation.rate()
     report = None
-    if recipe.filter is not None:
-        if missing := curation.missing():
-            curation.say(
-                f"{missing} of {curation.chunks} chunks are not rated yet: when the other shards "
-                "are done, run the same command without --shard to filter"
-            )
-            return None
-        report = curation.filter()
-    if recipe.guide is not None:
-        curation.guide()
+    if recipe.filter is not None and (missing := curation.missing()):
+        curation.say(
+            f"{missing} of {curation.chunks} chunks are not rated yet: when the other shards "
+            "are done, run the same command without --shard to filter"
+        )
+        return None
+    # Two shards may end together, and both find all chunks rated.
+    with held(recipe.output_dir, wait=True):
+        if recipe.filter is not None:
+            report = curation.filter()
+        if recipe.guide is not None:
+            curation.guide()
     return report
 
 
@@ -130,12 +132,13 @@ class _Curation:
             "rows": self.rows,
             "chunk_rows": recipe.chunk_rows,
         }
-        if recipe.generate is not None:
-            made |= {"seed": recipe.seed, "generate": settings(recipe.generate)}
-            self.generated = Chunks(self.folder / "generated", made, overwrite)
-        if recipe.rate is not None:
-            made |= {"rate": settings(recipe.rate)}
-            self.rated = Chunks(self.folder / "rated", made, overwrite)
+        with held(self.folder, wait=True):  # another shard may be about to throw away, too
+            if recipe.generate is not None:
+                made |= {"seed": recipe.seed, "generate": settings(recipe.generate)}
+                self.generated = Chunks(self.folder / "generated", made, overwrite)
+            if recipe.rate is not None:
+                made |= {"rate": settings(recipe.rate)}
+                self.rated = Chunks(self.folder / "rated", made, overwrite)
 
     def _check_rows(self, kinds: set[str]) -> None:
         generate = self.recipe.generate
@@ -215,7 +218,7 @@ class _Curation:
             for number in range(self.chunks):
                 for row in self.rated.read(number):
                     choice = choose(row, step)
-                    key = text_key(" ".join(words(row["query"])))
+                    key = self._same(row, choice)
                     if choice.reason is None and key in seen:
                         choice = type(choice)(
                             choice.positive, choice.negative, choice.swapped, "duplicate"
@@ -244,6 +247,13 @@ class _Curation:
         write_text(self.folder / "histogram.svg", report.picture())
         self._show(report)
         return report
+
+    def _same(self, row: Row, choice: Choice) -> int:
+        """A key of what makes a row a duplicate: its text, or all three of a given triplet."""
+        texts = [row["query"]]
+        if self.recipe.generate is None:
+            texts += [side["text"] for side in (choice.positive, choice.negative) if side]
+        return text_key("\n".join(" ".join(words(text)) or text for text in texts))
 
     def _show(self, report: Report) -> None:
         self.say(

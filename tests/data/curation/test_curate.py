@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -96,13 +99,40 @@ def test_shards_share_the_work_and_the_last_filters(tmp_path, whole):
     assert lines(tmp_path) == (whole[0] / "rows.jsonl").read_text().splitlines()
 
 
+def test_shards_that_end_together_filter_one_after_the_other(tmp_path, monkeypatch, whole):
+    shutil.copytree(whole[0], tmp_path / "out")
+    inside, most = [], []
+    filtering = run_module._Curation.filter
+
+    def watched(self):
+        inside.append(self)
+        time.sleep(0.3)
+        most.append(len(inside))
+        report = filtering(self)
+        inside.remove(self)
+        return report
+
+    monkeypatch.setattr(run_module._Curation, "filter", watched)
+    model = ["--guide.model_name_or_path", f"{whole[0].parent}/mine.py:encode"]
+    shards = [
+        threading.Thread(target=curate, args=(recipe(tmp_path, *model), Shard(number, 2)))
+        for number in (1, 2)
+    ]
+    for shard in shards:
+        shard.start()
+    for shard in shards:
+        shard.join()
+    assert most == [1, 1]
+    assert lines(tmp_path) == (whole[0] / "rows.jsonl").read_text().splitlines()
+
+
 def test_other_settings_are_refused_or_start_over(tmp_path):
     file = tmp_path / "generate.yaml"
     file.write_text(SCENES.read_text().split("\nrate:")[0] + "\n")
     small = ["--dataset_rows", "8", "--generate.candidates", "0"]
     small += ["--output_dir", str(tmp_path / "out")]
     curate(load_curation(file, small))
-    with pytest.raises(UserError, match="made with other settings: generate was"):
+    with pytest.raises(UserError, match="settings: generate.max_tokens was 32;"):
         curate(load_curation(file, [*small, "--generate.max_tokens", "16"]))
     curate(load_curation(file, [*small, "--generate.max_tokens", "16"]), overwrite=True)
 
@@ -112,6 +142,7 @@ def test_triplets_are_rated_and_filtered_without_generation(tmp_path):
         {"query": "a dog runs", "positive": "a dog moves", "negative": "a dog sleeps"},
         {"query": "a cat eats", "positive": "a cat sleeps", "negative": ["a cat feeds"]},
         {"query": "A cat eats!", "positive": "a cat feeds", "negative": ["a cat sleeps"]},
+        {"query": "a dog runs", "positive": "the dog moves", "negative": "a dog sleeps"},
         {"query": "it rains", "positive": "it is wet", "negative": []},
     ]
     data = tmp_path / "rows.jsonl"
@@ -134,6 +165,7 @@ def test_triplets_are_rated_and_filtered_without_generation(tmp_path):
     assert [(row["positive"], row["swapped"]) for row in kept] == [
         ("a dog moves", False),
         ("a cat feeds", True),
+        ("the dog moves", False),  # a text may have two positives
     ]
     reasons = json.loads((tmp_path / "out/report.json").read_text())["reasons"]
     assert reasons == {"duplicate": 1, "no negative": 1}
