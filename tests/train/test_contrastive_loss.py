@@ -21,32 +21,17 @@ from grace_rl.train.ppo_config import GracePPOConfig
 ROWS = scenes.rows("train", "quad", 12)
 
 
-def build(policy: str, folder: Path, method: str = "grpo", **settings: Any) -> Any:
-    trainer, config = {
-        "grpo": (GraceGRPOTrainer, GraceGRPOConfig),
-        "ppo": (GracePPOTrainer, GracePPOConfig),
-    }[method]
-    extra = {k: settings.pop(k) for k in ("peft_config", "rewards") if k in settings}
-    given = {
-        "output_dir": str(folder),
-        "num_generations": 2,
-        "per_device_train_batch_size": 8,
-        "max_completion_length": 8,
-        "max_steps": 1,
-        "learning_rate": 1e-2,
-        "instruction": None,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "print_rollouts_steps": 0,
-        "disable_tqdm": True,
-        "contrastive_loss": {"weight": 1.0},
-    }
-    rewards = extra.pop("rewards", ["contrastive"])
-    return trainer(policy, config(**given | settings), ROWS, rewards, **extra)
+@pytest.fixture
+def build(tiny_trainer: Any) -> Any:
+    def build(folder: Path, method: str = "grpo", **settings: Any) -> Any:
+        classes = {
+            "grpo": (GraceGRPOTrainer, GraceGRPOConfig),
+            "ppo": (GracePPOTrainer, GracePPOConfig),
+        }[method]
+        usual = {"max_steps": 1, "learning_rate": 1e-2, "contrastive_loss": {"weight": 1.0}}
+        return tiny_trainer(*classes, folder, **usual | settings)
+
+    return build
 
 
 def constant(completions: list[str], **_: Any) -> list[float]:
@@ -71,11 +56,11 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("span", ["bottleneck", "context", "rationale"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_it_is_the_reward_with_a_gradient(
-    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: str, checkpointing: bool
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: str, checkpointing: bool
 ) -> None:
     """Nobody has moved the policy yet, so loss and reward see the same vectors."""
     seen = watch(monkeypatch)
-    trainer = build(policy, tmp_path, reader={"span": span}, gradient_checkpointing=checkpointing)
+    trainer = build(tmp_path, reader={"span": span}, gradient_checkpointing=checkpointing)
     trainer.train()
     (call,) = seen
     known = call["self"]._batch.embeddings
@@ -88,10 +73,9 @@ def test_it_is_the_reward_with_a_gradient(
 
 
 @pytest.mark.parametrize("span", ["bottleneck", "context"])
-def test_alone_it_teaches_to_read(policy: str, tmp_path: Path, span: str) -> None:
+def test_alone_it_teaches_to_read(build: Any, tmp_path: Path, span: str) -> None:
     """With a reward that has nothing to say, the same rollouts end nearer to their counterparts."""
     trainer = build(
-        policy,
         tmp_path,
         rewards=[constant],
         reader={"span": span},
@@ -106,10 +90,10 @@ def test_alone_it_teaches_to_read(policy: str, tmp_path: Path, span: str) -> Non
 
 
 def test_without_it_nothing_is_read_again(
-    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = watch(monkeypatch)
-    trainer = build(policy, tmp_path, contrastive_loss=None, rewards=[constant])
+    trainer = build(tmp_path, contrastive_loss=None, rewards=[constant])
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     assert not seen
@@ -118,13 +102,12 @@ def test_without_it_nothing_is_read_again(
 
 
 @pytest.mark.parametrize("span", ["bottleneck", "context"])
-def test_mini_batches_sum_to_the_whole(policy: str, tmp_path: Path, span: str) -> None:
+def test_mini_batches_sum_to_the_whole(build: Any, tmp_path: Path, span: str) -> None:
     """Two halves, accumulated, move the weights as one whole does."""
     ends = []
     for parts in (1, 2):
         torch.manual_seed(0)
         trainer = build(
-            policy,
             tmp_path / str(parts),
             rewards=[constant],
             reader={"span": span},
@@ -153,11 +136,11 @@ def as_if_written(trainer: Any) -> Any:
 
 
 def test_rollouts_that_are_cut_off_and_masked_do_not_count(
-    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = watch(monkeypatch)
     trainer = build(
-        policy, tmp_path, reader={"span": "context"}, mask_truncated_completions=True,
+        tmp_path, reader={"span": "context"}, mask_truncated_completions=True,
         max_completion_length=2,
     )  # fmt: skip
     trainer.train()
@@ -166,9 +149,8 @@ def test_rollouts_that_are_cut_off_and_masked_do_not_count(
     assert cut.any() and torch.equal(call["usable"], ~cut)
 
 
-def test_ppo_and_an_adapter(policy: str, tmp_path: Path) -> None:
+def test_ppo_and_an_adapter(build: Any, tmp_path: Path) -> None:
     trainer = build(
-        policy,
         tmp_path,
         "ppo",
         rewards=[constant],
@@ -195,10 +177,10 @@ def test_ppo_and_an_adapter(policy: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_said(
-    policy: str, tmp_path: Path, settings: dict[str, Any], message: str
+    build: Any, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
-        build(policy, tmp_path, **settings)
+        build(tmp_path, **settings)
 
 
 def test_a_recipe_says_where(tmp_path: Path) -> None:

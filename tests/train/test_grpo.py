@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from pathlib import Path
 from typing import Any
@@ -29,42 +30,17 @@ ROLES = {
 }
 
 
-def build(
-    policy: str, folder: Path, rewards: list[Any] | None = None, rows: Any = None, **settings: Any
-) -> Any:
-    extra = {
-        k: settings.pop(k) for k in ("peft_config", "eval_dataset", "run_folder") if k in settings
-    }
-    args = GraceGRPOConfig(
-        **{
-            "output_dir": str(folder),
-            "num_generations": 2,
-            "per_device_train_batch_size": 8,
-            "max_completion_length": 8,
-            "max_steps": 2,
-            "learning_rate": 1e-3,
-            "roles": ROLES,
-            "instruction": None,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "print_rollouts_steps": 0,
-            "disable_tqdm": True,
-        }
-        | settings
-    )
-    return GraceGRPOTrainer(policy, args, rows or ROWS, rewards or ["contrastive"], **extra)
+@pytest.fixture
+def build(tiny_trainer: Any) -> Any:
+    return functools.partial(tiny_trainer, GraceGRPOTrainer, GraceGRPOConfig, roles=ROLES)
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-def test_training_moves_the_policy_and_logs(policy: str, tmp_path: Path) -> None:
-    trainer = build(policy, tmp_path)
+def test_training_moves_the_policy_and_logs(build: Any, tmp_path: Path) -> None:
+    trainer = build(tmp_path)
     before = weights(trainer)
     trainer.train()
     assert any(not torch.equal(before[name], p) for name, p in weights(trainer).items())
@@ -81,10 +57,10 @@ def test_training_moves_the_policy_and_logs(policy: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("span", ["context", "rationale"])
 def test_embeddings_come_from_the_forward_that_trl_makes(
-    policy: str, tmp_path: Path, span: str
+    build: Any, tmp_path: Path, span: str
 ) -> None:
     trainer = build(
-        policy, tmp_path, reader={"span": span}, num_iterations=2, gradient_accumulation_steps=1
+        tmp_path, reader={"span": span}, num_iterations=2, gradient_accumulation_steps=1
     )
     reads: list[int] = []
     compared: list[float] = []
@@ -113,14 +89,14 @@ def test_embeddings_come_from_the_forward_that_trl_makes(
     )
 
 
-def test_pool_holds_every_counterpart_and_each_anchor_once(policy: str, tmp_path: Path) -> None:
+def test_pool_holds_every_counterpart_and_each_anchor_once(build: Any, tmp_path: Path) -> None:
     seen: list[RewardBatch] = []
 
     def spy(batch: RewardBatch) -> list[float]:
         seen.append(batch)
         return [float(len(ids)) for ids in batch.token_ids]
 
-    build(policy, tmp_path, [spy]).train()
+    build(tmp_path, [spy]).train()
     for batch in seen:
         pool = batch.pool
         assert len(batch) == 8 and len(pool) == 8 + 2 * 2
@@ -146,8 +122,8 @@ def test_pool_holds_every_counterpart_and_each_anchor_once(policy: str, tmp_path
         torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-4, rtol=1e-4)
 
 
-def test_anchor_temperature_reaches_only_anchors(policy: str, tmp_path: Path) -> None:
-    trainer = build(policy, tmp_path, anchor_temperature=0.5)
+def test_anchor_temperature_reaches_only_anchors(build: Any, tmp_path: Path) -> None:
+    trainer = build(tmp_path, anchor_temperature=0.5)
     used: list[tuple[int, float]] = []
     generate = trainer.model.generate
 
@@ -161,15 +137,15 @@ def test_anchor_temperature_reaches_only_anchors(policy: str, tmp_path: Path) ->
     assert trainer.generation_config.temperature == 1.0
 
 
-def test_one_large_batch_equals_accumulated_small_ones(policy: str, tmp_path: Path) -> None:
+def test_one_large_batch_equals_accumulated_small_ones(build: Any, tmp_path: Path) -> None:
     # Plain gradient descent: Adam would blow rounding errors of near-zero gradients up to whole
     # steps.
     settings = {"optim": "sgd", "learning_rate": 0.1}
-    large = build(policy, tmp_path, per_device_train_batch_size=8, **settings)
+    large = build(tmp_path, per_device_train_batch_size=8, **settings)
     before = weights(large)
     large.train()
     small = build(
-        policy, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings
+        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings
     )
     small.train()
     after = weights(small)
@@ -193,21 +169,19 @@ def test_one_large_batch_equals_accumulated_small_ones(policy: str, tmp_path: Pa
     ],
 )
 def test_settings_train(
-    policy: str, tmp_path: Path, rewards: list[Any], settings: dict[str, Any]
+    build: Any, tmp_path: Path, rewards: list[Any], settings: dict[str, Any]
 ) -> None:
-    trainer = build(policy, tmp_path, rewards, **settings)
+    trainer = build(tmp_path, rewards, **settings)
     trainer.train()
     assert trainer.state.global_step == 2
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("reward", ["contrastive", "grace_published"])
-def test_unsupervised_rows_train(policy: str, tmp_path: Path, reward: str) -> None:
+def test_unsupervised_rows_train(build: Any, tmp_path: Path, reward: str) -> None:
     rows = scenes.rows("train", "unsupervised", 12)
     roles = {"text": {}, "anchor": {"train": False}}
-    trainer = build(
-        policy, tmp_path, [reward], rows, roles=roles, max_completion_length=32, max_steps=3
-    )
+    trainer = build(tmp_path, [reward], rows, roles=roles, max_completion_length=32, max_steps=3)
     trainer.train()
     assert any(
         logged.get(f"rewards/{reward}/within_group_std", 0) > 0
@@ -215,19 +189,19 @@ def test_unsupervised_rows_train(policy: str, tmp_path: Path, reward: str) -> No
     )
 
 
-def test_plain_trl_reward_works_unchanged(policy: str, tmp_path: Path) -> None:
+def test_plain_trl_reward_works_unchanged(build: Any, tmp_path: Path) -> None:
     def shorter(completions: list[str], query: list[str], **_: Any) -> list[float | None]:
         return [
             None if not c else -len(c) / len(q) for c, q in zip(completions, query, strict=True)
         ]
 
-    trainer = build(policy, tmp_path, [shorter])
+    trainer = build(tmp_path, [shorter])
     trainer.train()
     assert trainer.state.log_history[0]["rewards/shorter/mean"] < 0
 
 
-def test_rollouts_are_stored_with_rewards_and_advantages(policy: str, tmp_path: Path) -> None:
-    build(policy, tmp_path, run_folder=tmp_path).train()
+def test_rollouts_are_stored_with_rewards_and_advantages(build: Any, tmp_path: Path) -> None:
+    build(tmp_path, run_folder=tmp_path).train()
     table = read_rollouts(tmp_path).to_pylist()
     assert {row["step"] for row in table} == {1, 2}
     trained = [row for row in table if row["advantage"] is not None]
@@ -244,14 +218,14 @@ def test_rollouts_are_stored_with_rewards_and_advantages(policy: str, tmp_path: 
             assert abs(sum(advantages)) < 1e-3
 
 
-def test_evaluation_loop_scores_whole_bundles(policy: str, tmp_path: Path) -> None:
-    trainer = build(policy, tmp_path, eval_dataset=ROWS[:4], per_device_eval_batch_size=8)
+def test_evaluation_loop_scores_whole_bundles(build: Any, tmp_path: Path) -> None:
+    trainer = build(tmp_path, eval_dataset=ROWS[:4], per_device_eval_batch_size=8)
     metrics = trainer.evaluate()
     assert "eval_rewards/contrastive/mean" in metrics
 
 
-def test_saved_model_encodes_as_the_trainer_does(policy: str, tmp_path: Path) -> None:
-    trainer = build(policy, tmp_path)
+def test_saved_model_encodes_as_the_trainer_does(build: Any, tmp_path: Path) -> None:
+    trainer = build(tmp_path)
     trainer.train()
     trainer.save_model(str(tmp_path / "model"))
     encoder = RationaleEncoder.from_pretrained(tmp_path / "model")
@@ -277,16 +251,15 @@ def test_saved_model_encodes_as_the_trainer_does(policy: str, tmp_path: Path) ->
     ],
 )
 def test_impossible_settings_are_refused(
-    policy: str, tmp_path: Path, settings: Any, message: str
+    build: Any, tmp_path: Path, settings: Any, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        build("no/such/model", tmp_path, **settings)
+        build(tmp_path, model="no/such/model", **settings)
 
 
-def test_gates_need_totals(policy: str, tmp_path: Path) -> None:
+def test_gates_need_totals(build: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="normalize_then_sum"):
         build(
-            policy,
             tmp_path,
             ["contrastive", "length"],
             multi_objective_aggregation="normalize_then_sum",

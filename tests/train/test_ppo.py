@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +25,11 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
 EPOCHS = {"num_iterations": 2, "steps_per_generation": 2, "per_device_train_batch_size": 4}
 
 
-def build(policy: str, folder: Path, rewards: list[Any] | None = None, **settings: Any) -> Any:
-    extra = {
-        k: settings.pop(k) for k in ("peft_config", "run_folder", "eval_dataset") if k in settings
-    }
-    args = GracePPOConfig(
-        **{
-            "output_dir": str(folder / "checkpoints"),
-            "num_generations": 2,
-            "per_device_train_batch_size": 8,
-            "max_completion_length": 8,
-            "max_steps": 2,
-            "learning_rate": 1e-3,
-            "value_learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "roles": {"query": {}, "positive": {}, "negative": {"train": False}},
-            "instruction": None,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "print_rollouts_steps": 0,
-            "disable_tqdm": True,
-        }
-        | settings
-    )
-    return GracePPOTrainer(policy, args, ROWS, rewards or ["contrastive"], **extra)
+@pytest.fixture
+def build(tiny_trainer: Any) -> Any:
+    roles = {"query": {}, "positive": {}, "negative": {"train": False}}
+    settings = {"roles": roles, "value_learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    return functools.partial(tiny_trainer, GracePPOTrainer, GracePPOConfig, **settings)
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -66,8 +44,8 @@ def one_batch(trainer: Any) -> dict[str, Any]:
     return batch
 
 
-def test_training_moves_policy_and_critic_and_logs(policy: str, tmp_path: Path) -> None:
-    trainer = build(policy, tmp_path, beta=0.05, kl_target=3.0, run_folder=tmp_path)
+def test_training_moves_policy_and_critic_and_logs(build: Any, tmp_path: Path) -> None:
+    trainer = build(tmp_path, beta=0.05, kl_target=3.0, run_folder=tmp_path)
     before = weights(trainer)
     trainer.train()
     moved = [name for name, p in weights(trainer).items() if not torch.equal(before[name], p)]
@@ -97,16 +75,16 @@ def test_training_moves_policy_and_critic_and_logs(policy: str, tmp_path: Path) 
         {"mask_truncated_completions": True},
     ],
 )
-def test_settings_train(policy: str, tmp_path: Path, settings: dict[str, Any]) -> None:
-    trainer = build(policy, tmp_path, **settings)
+def test_settings_train(build: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
+    trainer = build(tmp_path, **settings)
     trainer.train()
     assert trainer.state.global_step == 2
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
-def test_loss_is_that_of_the_definition(policy: str, tmp_path: Path) -> None:
+def test_loss_is_that_of_the_definition(build: Any, tmp_path: Path) -> None:
     """Policy and value loss against a loop over tokens, from logits of a plain forward."""
-    trainer = build(policy, tmp_path, **EPOCHS, value_clip=0.1, vf_coef=0.3, entropy_coef=0.0)
+    trainer = build(tmp_path, **EPOCHS, value_clip=0.1, vf_coef=0.3, entropy_coef=0.0)
     generator = torch.Generator().manual_seed(0)
     batch = one_batch(trainer)
     with torch.no_grad():
@@ -141,8 +119,8 @@ def test_loss_is_that_of_the_definition(policy: str, tmp_path: Path) -> None:
     assert loss == pytest.approx((policy_sum + 0.3 * value_sum) / tokens, abs=2e-6)
 
 
-def test_values_are_those_of_the_state_before_each_token(policy: str, tmp_path: Path) -> None:
-    trainer = build(policy, tmp_path)
+def test_values_are_those_of_the_state_before_each_token(build: Any, tmp_path: Path) -> None:
+    trainer = build(tmp_path)
     with torch.no_grad():
         trainer.value_model.head.weight.normal_()
     batch = one_batch(trainer)
@@ -166,9 +144,9 @@ def test_values_are_those_of_the_state_before_each_token(policy: str, tmp_path: 
     ("critic", "reaches"), [("shared", True), ("detached", False), ("separate", False)]
 )
 def test_the_value_loss_reaches_the_policy_only_if_shared(
-    policy: str, tmp_path: Path, critic: str, reaches: bool
+    build: Any, tmp_path: Path, critic: str, reaches: bool
 ) -> None:
-    trainer = build(policy, tmp_path, critic=critic)
+    trainer = build(tmp_path, critic=critic)
     batch = one_batch(trainer)
     with torch.no_grad():
         trainer.value_model.head.weight.fill_(0.1)
@@ -185,8 +163,8 @@ def test_the_value_loss_reaches_the_policy_only_if_shared(
         assert gradients["value_model.backbone.layers.0.mlp.up_proj.weight"] > 0
 
 
-def test_critic_has_a_learning_rate_of_its_own(policy: str, tmp_path: Path) -> None:
-    trainer = build(policy, tmp_path, learning_rate=0.0)
+def test_critic_has_a_learning_rate_of_its_own(build: Any, tmp_path: Path) -> None:
+    trainer = build(tmp_path, learning_rate=0.0)
     before = weights(trainer)
     trainer.train()
     moved = {name for name, p in weights(trainer).items() if not torch.equal(before[name], p)}
@@ -195,12 +173,12 @@ def test_critic_has_a_learning_rate_of_its_own(policy: str, tmp_path: Path) -> N
     assert len(trained) == len({id(p) for p in trained}) == len(before)
 
 
-def test_one_large_batch_equals_accumulated_small_ones(policy: str, tmp_path: Path) -> None:
+def test_one_large_batch_equals_accumulated_small_ones(build: Any, tmp_path: Path) -> None:
     settings = {"optim": "sgd", "learning_rate": 0.1}
-    large = build(policy, tmp_path, **settings)
+    large = build(tmp_path, **settings)
     large.train()
     small = build(
-        policy, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings
+        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings
     )
     small.train()
     after = weights(small)
@@ -208,12 +186,12 @@ def test_one_large_batch_equals_accumulated_small_ones(policy: str, tmp_path: Pa
         torch.testing.assert_close(after[name], p, atol=1e-6, rtol=1e-5)
 
 
-def test_the_kl_is_paid_by_token_or_in_the_loss(policy: str, tmp_path: Path) -> None:
+def test_the_kl_is_paid_by_token_or_in_the_loss(build: Any, tmp_path: Path) -> None:
     """A reference that finds every token one nat less likely costs beta a token, once."""
     returns = {}
     for place in ("reward", "loss"):
         trainer = build(
-            policy, tmp_path, [lambda completions, **_: [0.0] * len(completions)],
+            tmp_path, [lambda completions, **_: [0.0] * len(completions)],
             beta=0.5, kl_in=place, lam=1.0, whiten_advantages=False,
         )  # fmt: skip
         assign = trainer._assign_credit
@@ -234,10 +212,10 @@ def test_the_kl_is_paid_by_token_or_in_the_loss(policy: str, tmp_path: Path) -> 
     assert not returns["loss"][0].any()
 
 
-def test_segments_are_paid_where_they_end(policy: str, tmp_path: Path) -> None:
+def test_segments_are_paid_where_they_end(build: Any, tmp_path: Path) -> None:
     """With `refinement` each segment earns its step; what other rewards say comes at the end."""
     settings = {"segments": 2, "segment_min_tokens": 2, "lam": 1.0, "whiten_advantages": False}
-    trainer = build(policy, tmp_path, ["refinement", "length"], **settings)
+    trainer = build(tmp_path, ["refinement", "length"], **settings)
     seen: list[Any] = []
     assign = trainer._assign_credit
 
@@ -256,19 +234,18 @@ def test_segments_are_paid_where_they_end(policy: str, tmp_path: Path) -> None:
         torch.testing.assert_close(returns, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_rollouts_that_nobody_scored_move_nothing(policy: str, tmp_path: Path) -> None:
+def test_rollouts_that_nobody_scored_move_nothing(build: Any, tmp_path: Path) -> None:
     def abstains(completions: list[str], **_: Any) -> list[float | None]:
         return [None] * len(completions)
 
-    trainer = build(policy, tmp_path, [abstains], optim="sgd")
+    trainer = build(tmp_path, [abstains], optim="sgd")
     before = weights(trainer)
     trainer.train()
     assert all(torch.equal(before[name], p) for name, p in weights(trainer).items())
 
 
-def test_evaluation_leaves_no_trace_in_training(policy: str, tmp_path: Path) -> None:
+def test_evaluation_leaves_no_trace_in_training(build: Any, tmp_path: Path) -> None:
     trainer = build(
-        policy,
         tmp_path,
         eval_dataset=ROWS[:4],
         per_device_eval_batch_size=8,
@@ -291,8 +268,8 @@ def test_evaluation_leaves_no_trace_in_training(policy: str, tmp_path: Path) -> 
         {"critic": "separate", "peft_config": LORA},
     ],
 )
-def test_model_loads_without_the_critic(policy: str, tmp_path: Path, settings: Any) -> None:
-    trainer = build(policy, tmp_path, **settings)
+def test_model_loads_without_the_critic(build: Any, tmp_path: Path, settings: Any) -> None:
+    trainer = build(tmp_path, **settings)
     trainer.train()
     folder = tmp_path / "model"
     save_policy(trainer, folder)
@@ -320,16 +297,16 @@ class StopAt(TrainerCallback):
         {"critic": "separate", "peft_config": LORA},
     ],
 )
-def test_resumed_equals_uninterrupted(policy: str, tmp_path: Path, settings: Any) -> None:
+def test_resumed_equals_uninterrupted(build: Any, tmp_path: Path, settings: Any) -> None:
     settings = {"max_steps": 8} | settings
-    whole = build(policy, tmp_path / "whole", run_folder=tmp_path / "whole", **settings)
+    whole = build(tmp_path / "whole", run_folder=tmp_path / "whole", **settings)
     whole.train()
 
     cut = tmp_path / "cut"
-    first = build(policy, cut, run_folder=cut, **settings)
+    first = build(cut, run_folder=cut, **settings)
     first.add_callback(StopAt(4))
     first.train()
-    second = build(policy, cut, run_folder=cut, **settings)
+    second = build(cut, run_folder=cut, **settings)
     second.train(resume_from_checkpoint=True)
     expected = weights(whole)
     for name, parameter in second.model.named_parameters():

@@ -29,32 +29,19 @@ ROWS = scenes.rows("train", "quad", 12)
 K = 3
 
 
-def build(policy: str, folder: Path, rewards: list[Any] | None = None, **settings: Any) -> Any:
-    extra = {k: settings.pop(k) for k in ("peft_config", "console") if k in settings}
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder / "checkpoints"),
-        "num_generations": 2,
-        "per_device_train_batch_size": 8,
-        "max_completion_length": 8,
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "roles": {"query": {}, "positive": {}, "negative": {"train": False}},
-        "segments": K,
-        "segment_min_tokens": 2,
-        "instruction": None,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "print_rollouts_steps": 0,
-        "disable_tqdm": True,
-    }
-    args = GraceGRPOConfig(**arguments | settings)
-    return GraceGRPOTrainer(
-        policy, args, ROWS, rewards or [Refinement(), Length()], run_folder=folder, **extra
-    )
+@pytest.fixture
+def build(tiny_trainer: Any) -> Any:
+    def build(folder: Path, rewards: list[Any] | None = None, **settings: Any) -> Any:
+        usual = {
+            "roles": {"query": {}, "positive": {}, "negative": {"train": False}},
+            "segments": K,
+            "segment_min_tokens": 2,
+            "run_folder": folder,
+        }
+        rewards = rewards or [Refinement(), Length()]
+        return tiny_trainer(GraceGRPOTrainer, GraceGRPOConfig, folder, rewards, **usual | settings)
+
+    return build
 
 
 def given_advantages(trainer: Any) -> list[dict[str, torch.Tensor]]:
@@ -71,11 +58,10 @@ def given_advantages(trainer: Any) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("span", ["context", "rationale", "bottleneck"])
-def test_prefixes_need_no_forward_of_their_own(policy: str, tmp_path: Path, span: str) -> None:
+def test_prefixes_need_no_forward_of_their_own(build: Any, tmp_path: Path, span: str) -> None:
     counts = []
     for reward in (Contrastive(), Refinement()):
         trainer = build(
-            policy,
             tmp_path / type(reward).__name__,
             [reward],
             reader={"span": span},
@@ -102,12 +88,12 @@ def test_prefixes_need_no_forward_of_their_own(policy: str, tmp_path: Path, span
 
 
 @pytest.mark.parametrize("span", ["context", "bottleneck"])
-def test_one_segment_trains_as_the_potential_does(policy: str, tmp_path: Path, span: str) -> None:
+def test_one_segment_trains_as_the_potential_does(build: Any, tmp_path: Path, span: str) -> None:
     settings = {"optim": "sgd", "learning_rate": 0.1, "reader": {"span": span}, "num_iterations": 2}
-    plain = build(policy, tmp_path / "plain", [Contrastive(), Length()], **settings)
+    plain = build(tmp_path / "plain", [Contrastive(), Length()], **settings)
     before = {name: p.detach().clone() for name, p in plain.model.named_parameters()}
     plain.train()
-    shaped = build(policy, tmp_path / "shaped", segments=1, **settings)
+    shaped = build(tmp_path / "shaped", segments=1, **settings)
     shaped.train()
     after = dict(shaped.model.named_parameters())
     assert any(not torch.equal(before[name], p) for name, p in after.items())
@@ -115,8 +101,8 @@ def test_one_segment_trains_as_the_potential_does(policy: str, tmp_path: Path, s
         torch.testing.assert_close(after[name], p, atol=1e-6, rtol=1e-5)
 
 
-def test_every_segment_has_one_advantage_and_it_is_stored(policy: str, tmp_path: Path) -> None:
-    trainer = build(policy, tmp_path, num_generations=4, per_device_train_batch_size=16)
+def test_every_segment_has_one_advantage_and_it_is_stored(build: Any, tmp_path: Path) -> None:
+    trainer = build(tmp_path, num_generations=4, per_device_train_batch_size=16)
     seen = given_advantages(trainer)
     trainer.train()
     differ = 0
@@ -146,7 +132,7 @@ def test_every_segment_has_one_advantage_and_it_is_stored(policy: str, tmp_path:
         assert f"shaping/{name}" in logged, name
 
 
-def test_a_gate_counts_at_the_end(policy: str, tmp_path: Path) -> None:
+def test_a_gate_counts_at_the_end(build: Any, tmp_path: Path) -> None:
     """With lambda 0 only the last segment pays for a gate."""
 
     def every_other(batch: RewardBatch) -> RewardOutput:
@@ -157,7 +143,6 @@ def test_a_gate_counts_at_the_end(policy: str, tmp_path: Path) -> None:
 
     def gate_off(weight: float) -> list[dict[str, torch.Tensor]]:
         trainer = build(
-            policy,
             tmp_path / str(weight),
             [Refinement(), every_other],
             shaping={"gae_lambda": 0.0},
@@ -191,16 +176,16 @@ def test_a_gate_counts_at_the_end(policy: str, tmp_path: Path) -> None:
         {"mask_truncated_completions": True, "reader": {"span": "context"}},
     ],
 )
-def test_settings_train(policy: str, tmp_path: Path, settings: dict[str, Any]) -> None:
-    trainer = build(policy, tmp_path, **settings)
+def test_settings_train(build: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
+    trainer = build(tmp_path, **settings)
     trainer.train()
     assert trainer.state.global_step == 2
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
-def test_with_weight_0_steps_are_only_logged(policy: str, tmp_path: Path) -> None:
+def test_with_weight_0_steps_are_only_logged(build: Any, tmp_path: Path) -> None:
     rewards = [Contrastive(), Refinement()]
-    trainer = build(policy, tmp_path, rewards, reward_weights=[1.0, 0.0])
+    trainer = build(tmp_path, rewards, reward_weights=[1.0, 0.0])
     seen = given_advantages(trainer)
     trainer.train()
     assert all(inputs["advantages"].dim() == 1 for inputs in seen)
@@ -219,15 +204,15 @@ def test_with_weight_0_steps_are_only_logged(policy: str, tmp_path: Path) -> Non
     ],
 )
 def test_impossible_settings_are_refused_before_a_model_loads(
-    tmp_path: Path, settings: dict[str, Any], message: str
+    build: Any, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        build("no/such/model", tmp_path, **settings)
+        build(tmp_path, model="no/such/model", **settings)
 
 
-def test_advice_about_beta_comes_once(policy: str, tmp_path: Path) -> None:
+def test_advice_about_beta_comes_once(build: Any, tmp_path: Path) -> None:
     output = io.StringIO()
-    trainer = build(policy, tmp_path, console=Console(file=output, width=500))
+    trainer = build(tmp_path, console=Console(file=output, width=500))
 
     def step(slope: float) -> None:
         moments = [[value] * (K - 1) for value in (0.0, 0.0, slope, 1.0)]
@@ -295,14 +280,14 @@ class StopAt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def test_resumed_equals_uninterrupted(policy: str, tmp_path: Path) -> None:
+def test_resumed_equals_uninterrupted(build: Any, tmp_path: Path) -> None:
     settings = {"max_steps": 6, "shaping": {"gae_lambda": 0.5, "penalty": 0.3}}
-    whole = build(policy, tmp_path / "whole", **settings)
+    whole = build(tmp_path / "whole", **settings)
     whole.train()
-    first = build(policy, tmp_path / "cut", **settings)
+    first = build(tmp_path / "cut", **settings)
     first.add_callback(StopAt(3))
     first.train()
-    second = build(policy, tmp_path / "cut", **settings)
+    second = build(tmp_path / "cut", **settings)
     second.train(resume_from_checkpoint=True)
     weights = dict(whole.model.named_parameters())
     for name, p in second.model.named_parameters():
