@@ -257,7 +257,7 @@ class RationaleEncoder:
         Raises:
             UserError: A setting is wrong.
         """
-        _check_list(texts)
+        check_list(texts)
         how = self._how(rationale, changes)
         template = self._template(how.instruction)
         prompts = [template.render(text) if text.strip() else _NOTHING for text in texts]
@@ -329,7 +329,7 @@ class RationaleEncoder:
         Raises:
             UserError: A setting is wrong.
         """
-        _check_list(texts)
+        check_list(texts)
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         distinct = sorted(place, key=len)
         rationales = [""] * len(place)
@@ -366,7 +366,7 @@ class RationaleEncoder:
         Raises:
             UserError: The reader needs the texts and they are not given.
         """
-        _check_list(rationales)
+        check_list(rationales)
         if texts is not None and len(texts) != len(rationales):
             raise UserError(f"{len(rationales)} rationales, but {len(texts)} texts")
         vectors = []
@@ -480,7 +480,8 @@ class RationaleEncoder:
 _NOTHING = Prompt("", "", [], (0, 0))  # of a blank text
 
 
-def _check_list(texts: Sequence[str]) -> None:
+def check_list(texts: Sequence[str]) -> None:
+    """Raises UserError for a single text where a list is asked for."""
     if isinstance(texts, str):  # its characters would be taken for texts
         raise UserError(f"give a list of texts, not one text: [{texts[:40]!r}]")
 

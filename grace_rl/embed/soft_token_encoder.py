@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grace_rl.embed.encoder import Encoded
+from grace_rl.embed.encoder import Encoded, check_list
 from grace_rl.embed.soft_tokens import SoftTokens, running_mean, soft_tokens
 from grace_rl.errors import UserError
 from grace_rl.files import write_text
@@ -142,7 +142,11 @@ class SoftTokenEncoder:
             refinement_steps: Instead of the settings'.
             stop_above: A text is done once cos(z_k, z_(k-1)) has been above this for two steps in a
                 row, -1 to 1; a batch runs until all of its texts are.
+
+        Raises:
+            UserError: A setting is wrong.
         """
+        check_list(texts)
         if role == "query" and instruction is None:
             instruction = self.settings.query_instruction
         vectors = torch.zeros(len(texts), self.model.config.get_text_config().hidden_size)
@@ -207,7 +211,11 @@ class SoftTokenEncoder:
         stop_above: float | None = None,
     ) -> Iterator[tuple[list[int], SoftTokens]]:
         """Batches of texts of similar length, by their places."""
+        check_list(texts)
         before = self.settings.instruction if instruction is None else instruction
+        steps = self.settings.refinement_steps if steps is None else steps
+        if steps < 0:
+            raise UserError(f"refinement_steps: must be at least 0, not {steps}")
 
         def calm(states: Tensor) -> bool:
             assert stop_above is not None
@@ -224,7 +232,7 @@ class SoftTokenEncoder:
                 self.model,
                 tokens["input_ids"].to(self.model.device),
                 tokens["attention_mask"].to(self.model.device),
-                self.settings.refinement_steps if steps is None else steps,
+                steps,
                 temperature=self.settings.soft_temperature,
                 words=words,
                 until=None if stop_above is None else calm,

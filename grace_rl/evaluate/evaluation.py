@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from grace_rl.embed.diagnostics import describe_encoder
+from grace_rl.errors import UserError
 from grace_rl.evaluate.bootstrap import task_interval
 from grace_rl.evaluate.local_tasks import mteb_task
 from grace_rl.evaluate.mteb_encoder import MtebEncoder, Usage
@@ -55,6 +56,9 @@ def evaluate_tasks(
         For each task `name`, `main_metric`, `score`, `interval` (95%, or None), `metrics` (all of
         mteb's numbers), `seconds`, `encode_seconds`, `texts`, `texts_per_second` and
         `rationale_tokens`, the mean length of what was written.
+
+    Raises:
+        UserError: The data of one of mteb's tasks cannot be loaded.
     """
     results: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
@@ -81,6 +85,11 @@ def _evaluate_one(encoder: MtebEncoder, task: Task, seed: int) -> dict[str, Any]
     logging.getLogger("mteb").setLevel(logging.WARNING)
     local = isinstance(task, LocalTask)
     made = mteb_task(task, seed) if isinstance(task, LocalTask) else mteb.get_task(task)
+    if not made.data_loaded:
+        try:
+            made.load_data()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{task}: its data cannot be loaded from the hub: {error}") from error
     encoder.usage = Usage()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

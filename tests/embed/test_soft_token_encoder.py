@@ -109,3 +109,11 @@ def test_calm_texts_need_two_calm_steps():
 def test_a_folder_that_is_no_such_model_says_so(tmp_path):
     with pytest.raises(UserError, match=r"refinement\.json"):
         SoftTokenEncoder.from_pretrained(tmp_path)
+
+
+def test_wrong_calls_are_named(encoder):
+    with pytest.raises(UserError, match="refinement_steps: must be at least 0"):
+        encoder.encode(TEXTS, refinement_steps=-1)
+    for call in (encoder.encode, encoder.step_words):
+        with pytest.raises(UserError, match="give a list of texts"):
+            call("A dog ran.")

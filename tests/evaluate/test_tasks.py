@@ -260,6 +260,15 @@ def test_mteb_keeps_the_results_of_two_ways_of_writing_apart(tmp_path: Path, dat
     assert wrapped.mteb_model_meta.revision != MtebEncoder(encoder).mteb_model_meta.revision
 
 
+def test_a_task_of_the_hub_that_cannot_be_loaded_is_named(monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr("mteb.abstasks.abstask.load_dataset", offline)
+    with pytest.raises(UserError, match="STSBenchmark: its data cannot be loaded"):
+        evaluate_tasks(MtebEncoder(WordEncoder()), ["STSBenchmark"])
+
+
 def test_qrels_that_name_unknown_documents_are_a_mistake(data: Path):
     with (data / "docs.corpus.jsonl").open("w", encoding="utf-8") as file:
         file.write('{"_id": "cat", "text": "a cat"}\n')
