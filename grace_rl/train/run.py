@@ -17,6 +17,7 @@ from rich.console import Console
 from grace_rl.data.rows import read_rows
 from grace_rl.errors import UserError
 from grace_rl.methods import METHODS, named
+from grace_rl.reward import RewardError
 from grace_rl.rollout.policy import resolve_model
 from grace_rl.rollout.server import ServerLost, require_server
 from grace_rl.train.callbacks import Budget, follow
@@ -85,6 +86,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
     except ServerLost as lost:
         save_without_server(trainer, lost, console)
         return SERVER_LOST
+    except RewardError as error:
+        raise UserError([*error.problems, save_last_step(trainer)]) from error
     finally:
         run.close()
     return DONE
@@ -92,11 +95,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
 
 def save_without_server(trainer: Any, lost: ServerLost, console: Console) -> None:
     """Save a checkpoint of the last finished step and say how to go on; all processes call it."""
-    step = trainer.state.global_step
-    if step:
-        trainer._save_checkpoint(trainer.model_wrapped, None)
+    saved = save_last_step(trainer)
     if trainer.accelerator.is_main_process:
-        saved = f"a checkpoint of step {step} is saved" if step else "no step was finished"
         lines = (
             f"The vLLM server did not come back ({lost}); {saved}. Start the server again with",
             f"  grace-rl serve {trainer.model.name_or_path}",
@@ -104,6 +104,15 @@ def save_without_server(trainer: Any, lost: ServerLost, console: Console) -> Non
             f"  {command_line(without=('--overwrite',))}",
         )
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def save_last_step(trainer: Any) -> str:
+    """Save a checkpoint of the last finished step and say so; all processes call it."""
+    step = trainer.state.global_step
+    if not step:
+        return "no step was finished"
+    trainer._save_checkpoint(trainer.model_wrapped, None)
+    return f"a checkpoint of step {step} is saved"
 
 
 def save_policy(trainer: Any, folder: Path) -> None:
