@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(command.run(options, rest))
     except UserError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
+        # One write: several processes may end with the same mistake at the same time.
+        sys.stderr.write("".join(f"{problem}\n" for problem in error.problems))
         return USER_ERROR
     except OSError as error:
         if error.errno not in DISK:
