@@ -198,7 +198,9 @@ def _held(
     """Sequences with gradients on one process at once, their longest, and positions with logits."""
     batch = max(1, args.per_device_train_batch_size // processes)
     if METHODS[method].rollouts:
-        return batch, text + PROMPT + args.max_completion_length, 0
+        alone = ReaderConfig(**args.reader).span == "bottleneck"
+        again = args.max_completion_length if args.contrastive_loss and alone else 0
+        return batch, text + PROMPT + args.max_completion_length + again, 0
     if method == "sft":  # a rationale is no longer than the longest text of the rows
         tokens = min(2 * text + PROMPT, args.max_length or math.inf)
         return batch, int(tokens), batch * int(tokens)

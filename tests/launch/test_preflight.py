@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
@@ -211,6 +212,17 @@ def test_smaller_parts_are_the_advice_where_a_batch_is_cut_into_them():
     shape = ModelShape(10**9, 10**9, 10**9, 2048, 8192, 24, 2048, 2048, 32000)
     plan = MemoryPlan(rows=512, tokens=512, in_parts=True)
     assert any(line.startswith("mini_batch_size: 256") for line in remedies(shape, plan, GIB))
+
+
+def test_reading_again_with_a_gradient_is_counted(check):
+    def tokens(*overrides):
+        return int(re.search(r"rows of (\d+) tokens", " ".join(check(*overrides)[1].split()))[1])
+
+    loss = ("--contrastive_loss.weight", "0.1")
+    longest = 8  # max_completion_length of the recipe
+    assert tokens(*loss) == tokens() + longest
+    in_context = ("--reader", "{span: context}")  # from the policy's own forward
+    assert tokens(*loss, *in_context) == tokens(*in_context)
 
 
 def test_an_adapter_that_fits_nowhere_is_named(check):
