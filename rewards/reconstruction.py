@@ -51,8 +51,9 @@ class Reconstruction:
 
     Recommendations: beside `contrastive` with a weight of 0.2 to 0.3 and
     `multi_objective_aggregation: normalize_then_sum`, since nats and cosines have no common scale.
-    Watch `rewards/reconstruction/gain`, and the length of the rationales: rewards of this kind
-    shorten them.
+    Watch `rewards/reconstruction/gain`, and whether the rationales stay true: on scenes a decoder
+    that had only read texts was pleased by false facts, and beside `contrastive` it did harm
+    (docs/results.md). Compare with the recipe without it.
 
     Relations: `contrastive` compares vectors and asks nothing about what can be read from them. It
     looks at words and not at `batch.embeddings`, so it is no potential for `refinement`.
