@@ -83,6 +83,7 @@ from grace_rl.train.generation_batch import (
     token_advantages,
 )
 from grace_rl.train.grpo_config import GraceGRPOConfig, check_batches
+from grace_rl.train.rollout_reader import RolloutReader
 from grace_rl.train.start import Build, Start
 
 if TYPE_CHECKING:
@@ -216,6 +217,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         self.reader = Reader(
             reader_config, self._tokenizer, self.eos_token_ids, policy, self.accelerator.device
         )
+        self._rollout_reader = RolloutReader(self.reader, policy)
         self.runtime = RewardRuntime(
             self.rewards,
             gather=gather,
@@ -404,44 +406,23 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             batch is not None
             and batch.raw is None
             and model is self.model
-            and self.reader.config.in_context
-            and self.reader.config.weights == "policy"
+            and self._rollout_reader.shares_forwards
             and not torch.is_grad_enabled()
             and not self.mask_truncated_completions  # hides the rationale from attention
         )
         if not usable:
             return forward(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         assert batch is not None
-        seam = input_ids.size(1) - logits_to_keep
         written = [
             Written(prompt, ids, "")
             for prompt, ids in zip(batch.prompts, batch.token_ids, strict=True)
         ]
-        mask = self._tokens_read(written, seam, input_ids)
-        places = None if batch.ends is None else seam + batch.ends.to(input_ids.device)
-        size = kwargs.get("batch_size") or input_ids.size(0)
-
-        def span(number: int) -> tuple[Tensor, Tensor | None]:
-            rows = slice(number * size, (number + 1) * size)
-            return mask[rows], None if places is None else places[rows]
-
-        vectors: list[Tensor] = []
-        policy = self.accelerator.unwrap_model(self.model)
-        with self.reader.tap(policy, span, vectors):
+        with self._rollout_reader.during_forward(
+            written, input_ids, logits_to_keep, batch.ends, kwargs.get("batch_size")
+        ) as vectors:
             output = forward(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         batch.raw = torch.cat(vectors)
         return output
-
-    def _tokens_read(self, written: Sequence[Written], seam: int, input_ids: Tensor) -> Tensor:
-        """(B, T) which tokens of TRL's forward an in-context reader pools.
-
-        Prompts, padded left, end at the seam; completions, padded right, start there.
-        """
-        mask = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
-        for i, item in enumerate(written):
-            _, first = self.reader.tokens_to_read(item)
-            mask[i, seam - len(item.prompt.token_ids) + first : seam + len(item.token_ids)] = True
-        return mask
 
     # -- scoring them ---------------------------------
 
@@ -468,7 +449,11 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
                 batch.anchors, batch.anchor_token_ids, rationales, strict=True
             )
         ]
-        read, raw_anchors = self._read(batch, written, anchors)
+        if batch.raw is None:
+            read, raw_anchors = self._rollout_reader.apart(written, anchors, batch.ends)
+        else:
+            read = batch.raw
+            raw_anchors = self.reader.read(anchors) if anchors else read.new_empty(0, read.size(-1))
         raw = read if batch.ends is None else read[:, -1]
         world_raw = torch.cat([gather(raw), gather(raw_anchors)[: batch.anchor_count]])
         self.reader.update_centre(world_raw.mean(0))
@@ -518,22 +503,6 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             self._metrics[mode][name].append(value)
         return batch.scored.rewards
 
-    def _read(
-        self, batch: GenerationBatch, written: list[Written], anchors: list[Written]
-    ) -> tuple[Tensor, Tensor]:
-        """Raw vectors of rollouts, (B, H) or with their prefixes (B, K+1, H), and of anchors, (A,
-        H), in as few forwards as can be."""
-        if batch.raw is not None:
-            none = batch.raw.new_empty(0, batch.raw.size(-1))
-            return batch.raw, self.reader.read(anchors) if anchors else none
-        if batch.ends is None:
-            both = self.reader.read(written + anchors)
-            return both[: len(written)], both[len(written) :]
-        whole = torch.tensor([len(item.token_ids) for item in anchors], dtype=torch.long)
-        ends = torch.cat([batch.ends, whole[:, None].expand(-1, batch.ends.size(1))])
-        both = self.reader.read(written + anchors, ends)
-        return both[: len(written)], both[len(written) :, -1]
-
     def _segment(self, token_ids: list[list[int]]) -> Tensor:
         """(B, K+1) ends of segments, by the typical length of all processes' rollouts."""
         if self.model.training or self.segmenter.typical_length is None:
@@ -554,12 +523,11 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         rows, hidden = inputs["rollout"], inputs["completion_mask"]
         written = [contrast.written[row] for row in rows.tolist()]
-        if self.reader.config.in_context:
+        if self._rollout_reader.shares_forwards:
             tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-            mask = self._tokens_read(written, inputs["prompt_ids"].size(1), tokens)
-            vectors: list[Tensor] = []
-            policy = self.accelerator.unwrap_model(self.model)
-            with self.reader.tap(policy, lambda _: (mask, None), vectors):
+            with self._rollout_reader.during_forward(
+                written, tokens, inputs["completion_ids"].size(1)
+            ) as vectors:
                 loss = super().compute_loss(model, inputs, *args, **kwargs)
             raw = torch.cat(vectors)
         else:
