@@ -174,7 +174,12 @@ def draw(comparison: Comparison, lines: Sequence[Mapping[str, Any]], path: Path)
     panels = [name for name in scores if name.endswith("triplet_accuracy")] or scores[:4]
     counts = sorted({line["labels"] for line in lines if line["labels"] is not None})
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.6), sharey=True, squeeze=False
+        1,
+        len(panels),
+        figsize=(3.4 * len(panels) + 2.4, 3.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",  # makes room for the legend
     )
     for axis, score in zip(axes[0], panels, strict=True):
         for i, row in enumerate(comparison.rows):
@@ -191,7 +196,6 @@ def draw(comparison: Comparison, lines: Sequence[Mapping[str, Any]], path: Path)
         axis.grid(alpha=0.3)
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, fontsize=8, loc="outside right center", frameon=False)
-    figure.tight_layout(rect=(0, 0, 1 - 1.7 / figure.get_figwidth(), 1))
     with whole_file(path) as unfinished:
         figure.savefig(unfinished, dpi=110, format="png")
     pyplot.close(figure)
