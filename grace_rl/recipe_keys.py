@@ -7,6 +7,7 @@ import difflib
 import enum
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from grace_rl.methods import METHODS
@@ -123,6 +124,21 @@ def _too_small(key: str, value: Any) -> str | None:
 def _other_method(key: str, method: str) -> str:
     others = [other for other in METHODS if other != method and key in trainer_hints(other)]
     return f" (it belongs to method: {' or '.join(others)})" if others else ""
+
+
+def unknown_keys(where: str, values: Mapping[str, Any], config: Any) -> list[str]:
+    """A problem for each key of a recipe's mapping that is no field of its dataclass.
+
+    >>> from grace_rl.train.contrastive_loss import ContrastiveLossConfig
+    >>> unknown_keys("contrastive_loss", {"wieght": 1.0}, ContrastiveLossConfig)[0]
+    'contrastive_loss.wieght: unknown key; did you mean weight?; there are weight, temperature'
+    """
+    known = [field.name for field in dataclasses.fields(config)]
+    return [
+        f"{where}.{key}: unknown key{nearest(key, known)}; there are {', '.join(known)}"
+        for key in values
+        if key not in known
+    ]
 
 
 def nearest(key: str, names: Any) -> str:

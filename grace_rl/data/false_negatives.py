@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from grace_rl.data.guide import Guide, build_guide, is_guide
 from grace_rl.errors import UserError
+from grace_rl.recipe_keys import unknown_keys
 
 Mode = Literal["absolute", "margin", "ratio", "soft"]
 WATCHED_BATCHES = 10  # the share of masked candidates is judged once it has seen so many
@@ -99,12 +100,7 @@ def false_negative_config(values: Mapping[str, Any] | None) -> FalseNegativeConf
     """
     if values is None:
         return None
-    known = [field.name for field in fields(FalseNegativeConfig)]
-    unknown = [
-        f"false_negatives.{key}: unknown key; there are {', '.join(known)}"
-        for key in values
-        if key not in known
-    ]
+    unknown = unknown_keys("false_negatives", values, FalseNegativeConfig)
     if "guide" not in values:
         unknown.append("false_negatives.guide: is missing; name a sentence encoder or a folder")
     if unknown:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from grace_rl.errors import UserError
+from grace_rl.recipe_keys import unknown_keys
 from grace_rl.reward.batch import group_means
 from grace_rl.reward.loading import LoadedReward
 
@@ -92,11 +93,9 @@ def check_shaping(settings: Mapping[str, Any], rewards: Sequence[LoadedReward]) 
         UserError: every mistake, each beginning with its key.
     """
     problems = _segment_problems(settings, [reward.label for reward in rewards if reward.steps])
-    known = [f.name for f in dataclasses.fields(ShapingConfig)]
-    given = dict(settings["shaping"])
-    for key in [key for key in given if key not in known]:
-        problems.append(f"shaping.{key}: unknown key; shaping has {', '.join(known)}")
-        del given[key]
+    problems += unknown_keys("shaping", settings["shaping"], ShapingConfig)
+    known = {f.name for f in dataclasses.fields(ShapingConfig)}
+    given = {key: value for key, value in settings["shaping"].items() if key in known}
     config = ShapingConfig()
     try:
         config = ShapingConfig(**given)

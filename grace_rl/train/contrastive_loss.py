@@ -20,6 +20,7 @@ from torch import Tensor
 
 from grace_rl.embed.reader import Reader, Written
 from grace_rl.errors import UserError
+from grace_rl.recipe_keys import unknown_keys
 from grace_rl.reward import RewardBatch
 from rewards.contrastive import Contrastive
 
@@ -65,12 +66,8 @@ def contrastive_loss_config(settings: Mapping[str, Any]) -> ContrastiveLossConfi
     values = settings[KEY]
     if values is None:
         return None
-    known = [field.name for field in fields(ContrastiveLossConfig)]
-    problems = [
-        f"{KEY}.{key}: unknown key; there are {', '.join(known)}"
-        for key in values
-        if key not in known
-    ]
+    problems = unknown_keys(KEY, values, ContrastiveLossConfig)
+    known = {field.name for field in fields(ContrastiveLossConfig)}
     weights = settings["reader"].get("weights", "policy")
     if weights != "policy":
         problems.append(
