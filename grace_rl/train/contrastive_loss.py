@@ -92,6 +92,9 @@ class ContrastiveLoss:
         reader: The policy's.
         written: The B rollouts of this process.
         batch: What their rewards saw: B rollouts and the pool of all processes.
+
+    Attributes:
+        weight: Factor of the loss beside the policy's.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class ContrastiveLoss:
         self._reader = reader
         self._score = Contrastive(temperature=config.temperature)
         self._batch = batch
+        self.weight = config.weight
         self.written = written
 
     def __call__(self, rows: Tensor, raw: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:

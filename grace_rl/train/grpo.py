@@ -518,10 +518,10 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         An in-context reader takes the hidden states from the forward that TRL makes for the loss;
         the bottleneck needs one more, over the rationales alone.
         """
-        contrast, config = self._contrastive_loss, self._contrastive_loss_config
-        if contrast is None or config is None or not self.model.training:
+        contrast = self._contrastive_loss
+        if contrast is None or not self.model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        rows, hidden = inputs["rollout"], inputs["completion_mask"]
+        rows = inputs["rollout"]
         written = [contrast.written[row] for row in rows.tolist()]
         if self._rollout_reader.shares_forwards:
             tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -534,11 +534,12 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             with self.accelerator.autocast():
                 raw = self.reader.read(written, gradient=True)
-        distance, accuracy = contrast(rows, raw, hidden.any(dim=1))
+        visible = inputs["completion_mask"].any(dim=1)
+        distance, accuracy = contrast(rows, raw, visible)
         found = gather(torch.stack([distance.detach(), accuracy]).unsqueeze(0)).nanmean(0).tolist()
         for name, value in zip(("loss", "accuracy"), found, strict=True):
             self._metrics["train"][f"contrastive_loss/{name}"].append(value)
-        return loss + config.weight * distance / self.current_gradient_accumulation_steps
+        return loss + contrast.weight * distance / self.current_gradient_accumulation_steps
 
     # -- keeping and reporting them ---------------------------------
 
