@@ -37,20 +37,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from grace_rl.credit.segments import Calibration, shape_advantages, to_tokens
 from grace_rl.data.rows import read_rows
 from grace_rl.errors import UserError
 from grace_rl.evaluate.scenes import score_policy
 from grace_rl.recipe import load_recipe
 from grace_rl.reward.loading import load_rewards
-from grace_rl.reward.shaping import Calibration, shape_advantages, to_tokens
 from grace_rl.rollout.policy import load_policy, resolve_model
 from grace_rl.train.grpo import GraceGRPOTrainer
 from grace_rl.train.ppo import GracePPOTrainer
 
 PLAIN = "recipes/quickstart.yaml"
-STEPS = "recipes/quickstart-refinement.yaml"
+STEPS = "recipes/quickstart-stepwise.yaml"
 PPO = "recipes/quickstart-ppo.yaml"
-POTENTIAL = "{name: refinement, potential: {name: contrastive, temperature: 0.1}"
+POTENTIAL = "{name: stepwise, potential: {name: contrastive, temperature: 0.1}"
 LENGTH = "{name: length, weight: 1.0}"
 CONTRASTIVE = "{name: contrastive, temperature: 0.1}"
 CUTS = ["--segments", "4", "--segment_min_tokens", "2"]

@@ -24,14 +24,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grace_rl.data.curation.config import GenerateStep
-from grace_rl.data.curation.judges import DigitJudge
-from grace_rl.data.curation.models import LanguageModel, Sampling, TransformersModel, VLLMModel
-from grace_rl.data.curation.prompts import SIDES, RatingPrompts, SidePrompts
-from grace_rl.data.curation.run import rate_candidates, write_candidates
+from grace_rl.curate.config import GenerateStep
+from grace_rl.curate.judges import DigitJudge
+from grace_rl.curate.models import LanguageModel, Sampling, TransformersModel, VLLMModel
+from grace_rl.curate.prompts import SIDES, RatingPrompts, SidePrompts
+from grace_rl.curate.run import rate_candidates, write_candidates
 from grace_rl.data.rows import read_rows
-from grace_rl.files import write_text
-from grace_rl.recipe_rows import DataConfig
+from grace_rl.recipe.rows import DataConfig
+from grace_rl.run.files import write_text
 
 TEXT_TOKENS = 96
 

@@ -1,10 +1,10 @@
 """Do planted duplicates hurt RL on scenes, and does the false-negative mask help?
 
     python benchmarks/false_negatives.py --seeds 0 1 2
-    python benchmarks/false_negatives.py --seeds 0 1 2 --method contrastive --copies 24
+    python benchmarks/false_negatives.py --seeds 0 1 2 --method infonce --copies 24
 
 The quickstart, but every scene comes --copies times, in other words each time, and the copies lie
-in the same batch: each is a false negative of the others. With --method contrastive it is InfoNCE
+in the same batch: each is a false negative of the others. With --method infonce it is InfoNCE
 without rationales instead, on the same rows in random order: with 24 copies of 64 scenes, most
 batches of 64 hold each scene. Arms:
 
@@ -34,14 +34,14 @@ from grace_rl.data import scenes
 from grace_rl.data.guide import build_guide
 from grace_rl.data.scenes.texts import paraphrase, render, with_facts
 from grace_rl.data.scenes.world import VALUES, change_facts, random_scene
-from grace_rl.files import write_text
+from grace_rl.run.files import write_text
 
 ARMS = ("unmasked", "masked", "truth")
 BATCH_ROWS = 12  # of the quickstart
 RECIPES = {
     "grpo": ["recipes/quickstart.yaml", "--shuffle_dataset", "false"],
-    "contrastive": [
-        *("recipes/scenes/contrastive.yaml", "--validation", "null"),
+    "infonce": [
+        *("recipes/scenes/infonce.yaml", "--validation", "null"),
         *("--early_stopping_patience", "0", "--eval_strategy", "no"),
     ],
 }
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--copies", type=int, default=3)
-    parser.add_argument("--method", choices=("grpo", "contrastive"), default="grpo")
+    parser.add_argument("--method", choices=("grpo", "infonce"), default="grpo")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--guide", default="", help="default: the packaged MiniLM")
     parser.add_argument("--output", type=Path, default=Path("runs/false-negatives"))

@@ -32,11 +32,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grace_rl.embed.encoder import RationaleEncoder, end_token_ids
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
 from grace_rl.embed.rebuild import right_padded
-from grace_rl.evaluate.similarity import rank_correlation
+from grace_rl.embed.similarity import rank_correlation
 from grace_rl.recipe import load_recipe
 from grace_rl.rollout.prompts import PromptTemplate
+from grace_rl.run.records import read_metrics, read_status
 from grace_rl.train.run import train
-from grace_rl.train.run_records import read_metrics, read_status
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "reconstruction.json"
@@ -65,10 +65,10 @@ HELD_OUT = slice(90_000, 90_400)  # of text/general; the stage writes from the f
 ARMS = {  # name: (recipe, what it starts from, settings)
     "stage": ("reconstruction", None, STAGE),
     "stage, nothing written": ("reconstruction", None, STAGE | {"writing_share": 0.0}),
-    "InfoNCE, half the rows": ("contrastive", None, INFONCE | {"max_steps": STEPS}),
-    "InfoNCE, equal rows": ("contrastive", None, INFONCE | {"max_steps": 2 * STEPS}),
-    "InfoNCE, equal seconds": ("contrastive", None, INFONCE | {"max_steps": 540}),
-    "stage + InfoNCE": ("contrastive", "stage", INFONCE | {"max_steps": STEPS}),
+    "InfoNCE, half the rows": ("infonce", None, INFONCE | {"max_steps": STEPS}),
+    "InfoNCE, equal rows": ("infonce", None, INFONCE | {"max_steps": 2 * STEPS}),
+    "InfoNCE, equal seconds": ("infonce", None, INFONCE | {"max_steps": 540}),
+    "stage + InfoNCE": ("infonce", "stage", INFONCE | {"max_steps": STEPS}),
     "cold start": ("sft", None, SFT),
     "stage + cold start": ("sft", "stage", SFT),
     "cold start + RL": ("grpo", "cold start", GRPO),

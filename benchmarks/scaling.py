@@ -196,7 +196,7 @@ def hold(strategy: str, millions: int) -> None:
     from accelerate import Accelerator, DeepSpeedPlugin, PartialState
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from grace_rl.train.processes import part_processes
+    from grace_rl.run.processes import part_processes
 
     torch.manual_seed(0)
     stage = STRATEGIES[strategy]

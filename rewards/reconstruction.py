@@ -56,7 +56,7 @@ class Reconstruction:
     (docs/results.md). Compare with the recipe without it.
 
     Relations: `contrastive` compares vectors and asks nothing about what can be read from them. It
-    looks at words and not at `batch.embeddings`, so it is no potential for `refinement`.
+    looks at words and not at `batch.embeddings`, so it is no potential for `stepwise`.
 
     Source: the decoder is that of bidirectional reconstruction (EMNLP 2025 main 216);
     log-likelihood of a reference as a reward is compared in arXiv 2602.03979. Its use on an

@@ -82,7 +82,7 @@ def test_interrupting_is_130(recipe, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grace_rl.stages.load", interrupt)
+    monkeypatch.setattr("grace_rl.recipe.stages.load", interrupt)
     assert main(["check", recipe]) == 130
 
 
@@ -91,7 +91,7 @@ def test_a_full_or_forbidden_folder_is_a_line_on_stderr(number, tmp_path, monkey
     def write(path, text):
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr("grace_rl.files.write_text", write)
+    monkeypatch.setattr("grace_rl.run.files.write_text", write)
     assert main(["rewards", "new", str(tmp_path / "mine.py")]) == 2
     assert capsys.readouterr().err == f"{tmp_path / 'mine.py'}: {os.strerror(number)}\n"
 

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.errors import UserError
     from grace_rl.launch.lines import counted, read_launch
     from grace_rl.recipe import describe
-    from grace_rl.stages import Chain, load
+    from grace_rl.recipe.stages import Chain, load
 
     if options.num_processes is not None and options.num_processes < 1:
         raise UserError(f"--num_processes: must be at least 1, not {options.num_processes}")

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from rich.progress import track
 
     from grace_rl.recipe import load_recipe, read_rewards
-    from grace_rl.recipe_keys import trainer_value
+    from grace_rl.recipe.keys import trainer_value
     from grace_rl.reward import load_rewards
     from grace_rl.reward.replay import replay, write_replay
     from grace_rl.reward.stored import run_rows, stored_steps

@@ -78,7 +78,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _new(options: argparse.Namespace) -> int:
-    from grace_rl.files import write_text
+    from grace_rl.run.files import write_text
 
     path = Path(options.file)
     test = path.with_name(f"test_{path.name}")

@@ -11,7 +11,7 @@ import yaml
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
-    from grace_rl.stages import Chain
+    from grace_rl.recipe.stages import Chain
 
 HELP = "train a policy as a recipe says; an unfinished run resumes"
 RECIPE_OVERRIDES = True
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.launch or options.num_processes is not None:
         return _launch(options, overrides)
     with launched() as tell:
-        from grace_rl.stages import Chain, load
+        from grace_rl.recipe.stages import Chain, load
 
         recipe = load(options.recipe, overrides)
         if options.dry_run:
@@ -65,7 +65,7 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     """Start `grace-rl train` on many processes; what is wrong with the recipe is said once."""
     from grace_rl.errors import UserError
     from grace_rl.launch.lines import counted, read_launch, run_launch
-    from grace_rl.stages import load, recipes_of
+    from grace_rl.recipe.stages import load, recipes_of
 
     if options.launch is None:
         raise UserError("--num_processes: needs --launch, such as --launch zero2")
@@ -91,8 +91,8 @@ def _dry_run(recipe: Recipe | Chain, processes: int) -> int:
     from grace_rl.launch.alone import arguments_alone
     from grace_rl.launch.lines import counted
     from grace_rl.recipe import describe
-    from grace_rl.recipe_rows import SCENES, is_local_file
-    from grace_rl.stages import Chain
+    from grace_rl.recipe.rows import SCENES, is_local_file
+    from grace_rl.recipe.stages import Chain
 
     if isinstance(recipe, Chain):
         print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=100))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from grace_rl.data.guide import Guide, build_guide, is_guide
 from grace_rl.errors import UserError
-from grace_rl.recipe_keys import unknown_keys
+from grace_rl.recipe.keys import unknown_keys
 
 Mode = Literal["absolute", "margin", "ratio", "soft"]
 WATCHED_BATCHES = 10  # the share of masked candidates is judged once it has seen so many

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from grace_rl.errors import UserError
-from grace_rl.files import whole_file, write_text
+from grace_rl.run.files import whole_file, write_text
 
 VECTORS, KEYS, INFO, BLOCKS = "vectors.npy", "keys.npy", "guide.json", "blocks"
 BLOCK_TEXTS = 4096
@@ -214,7 +214,7 @@ def load_encoder(name: str, batch_size: int = 128) -> Encode:
         return found
     from sentence_transformers import SentenceTransformer
 
-    from grace_rl.zero import outside_zero3
+    from grace_rl.run.zero import outside_zero3
 
     try:
         with outside_zero3():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from grace_rl.errors import UserError
 
 if TYPE_CHECKING:
-    from grace_rl.recipe_rows import DataConfig
+    from grace_rl.recipe.rows import DataConfig
 
 Row = dict[str, Any]
 

@@ -29,7 +29,7 @@ MODEL_FILES = (
     "merges.txt", "special_tokens_map.json", "chat_template*", "reader/frozen/*",
 )  # fmt: skip
 ENCODER_FILES = (
-    *MODEL_FILES, "grace.json", "refinement.json", "reader/centre.safetensors",
+    *MODEL_FILES, "grace.json", "gircse.json", "reader/centre.safetensors",
     "modules.json", "*sentence*.json", "[0-9]*_*/*",
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from grace_rl.data.texts import TextSource, in_chunks
 from grace_rl.embed.cache import ENCODER_FILES, model_fingerprint
 from grace_rl.errors import UserError
-from grace_rl.files import UNFINISHED, held, whole_file, write_text
+from grace_rl.run.files import UNFINISHED, held, whole_file, write_text
 
 CHUNK = 4096
 

@@ -173,7 +173,7 @@ def prefix_scores(
     None for a reader that cannot read prefixes (a sentence encoder). A bottleneck that has read
     nothing tells nothing apart, so its s_0 is 0.
     """
-    from grace_rl.evaluate.similarity import rank_correlation
+    from grace_rl.embed.similarity import rank_correlation
 
     if not encoder.reader.config.reads_with_language_model:
         return None

@@ -10,7 +10,7 @@ import torch
 
 from grace_rl.embed.sentence_encoder import SentenceEncoder
 from grace_rl.errors import UserError
-from grace_rl.methods import named
+from grace_rl.recipe.methods import named
 
 
 def load_encoder(

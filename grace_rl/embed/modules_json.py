@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from grace_rl.files import write_text
+from grace_rl.run.files import write_text
 
 
 def write_modules(folder: Path, module: str, prompts: Mapping[str, str] | None = None) -> None:

@@ -29,9 +29,9 @@ from transformers import PreTrainedTokenizerBase
 
 from grace_rl.embed.hidden_states import decoder_stack, pool_prefixes, pool_states, tap_layers
 from grace_rl.errors import UserError
-from grace_rl.files import whole_file
 from grace_rl.rollout.prompts import Prompt
-from grace_rl.zero import outside_zero3, plain_copy
+from grace_rl.run.files import whole_file
+from grace_rl.run.zero import outside_zero3, plain_copy
 
 Span = Literal["context", "rationale", "bottleneck"]
 Pool = Literal["mean", "last"]

@@ -11,8 +11,8 @@ from typing import Any
 from grace_rl.embed.reader import ReaderConfig
 from grace_rl.embed.writers import RationaleMode
 from grace_rl.errors import UserError
-from grace_rl.files import write_text
 from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION
+from grace_rl.run.files import write_text
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 model = SentenceTransformer("runs/<name>/model", trust_remote_code=True)
 model.encode(texts)                          # as many steps as the model was saved with
-model.encode(texts, refinement_steps=20)     # more, without training again
-model.encode(texts, refinement_steps=20, stop_above=0.999)    # until it stops changing
+model.encode(texts, gircse_steps=20)     # more, without training again
+model.encode(texts, gircse_steps=20, stop_above=0.999)    # until it stops changing
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SoftTokenEmbedding(EncoderModule):
     took, `every_step` gives the vectors after each, `step_words` says what they mean.
     """
 
-    forward_kwargs = {"refinement_steps", "stop_above"}
+    forward_kwargs = {"gircse_steps", "stop_above"}
     encoder: SoftTokenEncoder
 
     @classmethod

@@ -21,18 +21,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grace_rl.embed.encoder import Encoded, check_list
 from grace_rl.embed.soft_tokens import SoftTokens, running_mean, soft_tokens
 from grace_rl.errors import UserError
-from grace_rl.files import write_text
+from grace_rl.run.files import write_text
 
-SETTINGS_FILE = "refinement.json"
+SETTINGS_FILE = "gircse.json"
 CALM_STEPS = 2  # steps in a row that must change little before a text is done
 
 
 @dataclass(frozen=True)
 class SoftTokenSettings:
-    """What the encoder must know besides the weights; `refinement.json` beside them.
+    """What the encoder must know besides the weights; `gircse.json` beside them.
 
     Attributes:
-        refinement_steps: Soft tokens after each text, at least 0; 0 takes the state of the text's
+        gircse_steps: Soft tokens after each text, at least 0; 0 takes the state of the text's
             last token.
         soft_temperature: Of the soft tokens' softmax, above 0.
         max_text_tokens: Texts, what comes before them included, are cut here.
@@ -40,7 +40,7 @@ class SoftTokenSettings:
         query_instruction: The same for queries.
     """
 
-    refinement_steps: int = 5
+    gircse_steps: int = 5
     soft_temperature: float = 1.0
     max_text_tokens: int = 512
     instruction: str = ""
@@ -128,7 +128,7 @@ class SoftTokenEncoder:
         rationale: str = "none",
         *,
         instruction: str | None = None,
-        refinement_steps: int | None = None,
+        gircse_steps: int | None = None,
         stop_above: float | None = None,
         role: str | None = None,
     ) -> Encoded:
@@ -139,7 +139,7 @@ class SoftTokenEncoder:
             rationale: Can only be `none`.
             instruction: What comes before each text; None takes the settings'.
             role: `query` takes the settings' `query_instruction`.
-            refinement_steps: Instead of the settings'.
+            gircse_steps: Instead of the settings'.
             stop_above: A text is done once cos(z_k, z_(k-1)) has been above this for two steps in a
                 row, -1 to 1; a batch runs until all of its texts are.
 
@@ -151,9 +151,7 @@ class SoftTokenEncoder:
             instruction = self.settings.query_instruction
         vectors = torch.zeros(len(texts), self.model.config.get_text_config().hidden_size)
         steps = torch.zeros(len(texts), dtype=torch.long)
-        for places, found in self._runs(
-            texts, refinement_steps, instruction, stop_above=stop_above
-        ):
+        for places, found in self._runs(texts, gircse_steps, instruction, stop_above=stop_above):
             every = found.vectors().cpu()
             taken = torch.full((len(places),), found.states.size(1))
             if stop_above is not None and found.states.size(1):
@@ -213,9 +211,9 @@ class SoftTokenEncoder:
         """Batches of texts of similar length, by their places."""
         check_list(texts)
         before = self.settings.instruction if instruction is None else instruction
-        steps = self.settings.refinement_steps if steps is None else steps
+        steps = self.settings.gircse_steps if steps is None else steps
         if steps < 0:
-            raise UserError(f"refinement_steps: must be at least 0, not {steps}")
+            raise UserError(f"gircse_steps: must be at least 0, not {steps}")
 
         def calm(states: Tensor) -> bool:
             assert stop_above is not None

@@ -16,7 +16,7 @@ from typing import Any
 
 from grace_rl.errors import UserError
 from grace_rl.evaluate.comparison import overriding
-from grace_rl.files import write_text
+from grace_rl.run.files import write_text
 
 
 def run_cell(folder: Path) -> int:
@@ -28,9 +28,9 @@ def run_cell(folder: Path) -> int:
     from grace_rl.data.rows import read_rows
     from grace_rl.embed.loading import load_encoder
     from grace_rl.recipe import load_recipe
+    from grace_rl.run.records import read_metrics, read_status
     from grace_rl.train.callbacks import Budget
     from grace_rl.train.run import train
-    from grace_rl.train.run_records import read_metrics, read_status
 
     spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
     result: dict[str, Any] = {"spec": spec}
@@ -85,7 +85,7 @@ def _untrained_encoder(recipe: Any, scratch: Path) -> Any:
     """The recipe's policy as it is before any training, read as the recipe reads."""
     from grace_rl.embed.encoder import RationaleEncoder, end_token_ids
     from grace_rl.embed.reader import Reader, ReaderConfig
-    from grace_rl.recipe_keys import trainer_value
+    from grace_rl.recipe.keys import trainer_value
     from grace_rl.rollout.policy import load_policy, resolve_model
 
     training = recipe.training
@@ -152,7 +152,7 @@ def _perplexity(
 
     from grace_rl.data import scenes
     from grace_rl.data.rows import read_rows
-    from grace_rl.recipe_rows import DataConfig
+    from grace_rl.recipe.rows import DataConfig
     from grace_rl.rollout.policy import load_policy, resolve_model
     from grace_rl.rollout.prompts import PromptTemplate
 

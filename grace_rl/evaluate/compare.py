@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from grace_rl.evaluate.comparison import Cell, ComparedRow, Comparison, cells_of
 from grace_rl.evaluate.comparison_table import write_tables
-from grace_rl.files import held, write_text
+from grace_rl.run.files import held, write_text
 
 Result = dict[str, Any]
 DONE, FAILED, INTERRUPTED = 0, 1, 130

@@ -10,12 +10,12 @@
       - {name: no rationale, recipe: recipes/quickstart.yaml, train: false, rationale: none}
       - {name: untrained rationale, recipe: recipes/quickstart.yaml, train: false}
       - name: InfoNCE
-        recipe: recipes/scenes/contrastive.yaml
+        recipe: recipes/scenes/infonce.yaml
         grid: [{learning_rate: 1e-3}, {learning_rate: 3e-3}]    # the best on validation rows
       - {name: GRPO, recipe: recipes/quickstart.yaml}
       - {name: MiniLM, model: path/to/a/sentence-transformers/model}
 
-A row of `method: contrastive` must be there: without it nobody knows what rationales are worth.
+A row of `method: infonce` must be there: without it nobody knows what rationales are worth.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from typing import Any
 
 from grace_rl.embed.cache import ENCODER_FILES, model_fingerprint
 from grace_rl.errors import UserError
-from grace_rl.files import digest
 from grace_rl.recipe import Recipe, load_recipe
-from grace_rl.recipe_keys import nearest
-from grace_rl.recipe_source import RecipeSource, read_source
+from grace_rl.recipe.keys import nearest
+from grace_rl.recipe.source import RecipeSource, read_source
+from grace_rl.run.files import digest
 
 CHOOSE = ("eval_recall_at_1", "eval_triplet_accuracy")
 BUDGETS = {"budget_seconds": "seconds", "budget_tokens": "tokens"}
@@ -194,7 +194,7 @@ def _of_tasks(score: Mapping[str, Any]) -> bool:
 
 
 def _of_scenes(score: Mapping[str, Any]) -> bool:
-    from grace_rl.recipe_rows import SCENES_SPLITS
+    from grace_rl.recipe.rows import SCENES_SPLITS
 
     splits = score.get("dataset_splits")
     return (
@@ -277,7 +277,7 @@ def _rows(source: RecipeSource, entries: Any, labels: Sequence[int]) -> list[Com
         ]
         baseline |= not all(recipes)  # nobody knows what the row will be
         if all(recipes) and (recipe := recipes[0]) is not None:
-            baseline |= trains and recipe.method == "contrastive"
+            baseline |= trains and recipe.method == "infonce"
             known["content"] = digest(recipe.resolved())
             if not trains and "reader" not in recipe.training:
                 problem(f"method {recipe.method} has no policy to score untrained", "train")
@@ -287,7 +287,7 @@ def _rows(source: RecipeSource, entries: Any, labels: Sequence[int]) -> list[Com
     if not baseline:
         message = (
             "no row is plain InfoNCE, and without it nobody knows what rationales are worth; add "
-            "a row with a recipe of method: contrastive, such as recipes/scenes/contrastive.yaml"
+            "a row with a recipe of method: infonce, such as recipes/scenes/infonce.yaml"
         )
         source.problems.append(source.problem(("rows",), message))
     return found

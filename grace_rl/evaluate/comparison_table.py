@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_rl.evaluate.comparison import Cell, ComparedRow, Comparison
-from grace_rl.files import whole_file, write_text
+from grace_rl.run.files import whole_file, write_text
 
 Results = Sequence[tuple[Cell, Mapping[str, Any]]]
 SHORT = {"recall_at_1": "recall@1", "triplet_accuracy": "triplet", "spearman": "Spearman"}

@@ -22,8 +22,8 @@ from grace_rl.data.rows import read_rows
 from grace_rl.data.scenes.rationales import RationaleForm
 from grace_rl.embed.encoder import end_token_ids
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
+from grace_rl.embed.similarity import retrieval_scores
 from grace_rl.errors import UserError
-from grace_rl.evaluate.similarity import retrieval_scores
 from grace_rl.rollout.policy import load_policy, resolve_model
 from grace_rl.rollout.prompts import PromptTemplate
 

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder, RationaleMode
 from grace_rl.embed.reader import Written
-from grace_rl.evaluate.similarity import rank_correlation, retrieval_scores
+from grace_rl.embed.similarity import rank_correlation, retrieval_scores
 
 SIMILARITY_SCORES = ("recall_at_1", "triplet_accuracy", "spearman")
 ROW_SEED = 1  # the cold start and the recipes were chosen while looking at the rows of seed 0

@@ -16,7 +16,7 @@ import pandas as pd
 
 from grace_rl.errors import UserError
 from grace_rl.inspect.run import Run
-from grace_rl.train.checkpoints import is_complete, list_checkpoints
+from grace_rl.run.checkpoints import is_complete, list_checkpoints
 
 START, MODEL = "start", "model"
 KEPT = 3  # models in memory

@@ -74,7 +74,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             high=0.0,
             advice="grace-rl rewards check says more",
         ),
-        Panel("Learning to read", ("contrastive_loss/loss", "contrastive_loss/accuracy")),
+        Panel("Learning to read", ("reader_loss/loss", "reader_loss/accuracy")),
         Panel("Loss of supervised or contrastive training", ("eval_loss", "mean_token_accuracy")),
     ),
     "Advantages": (

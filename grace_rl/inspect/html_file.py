@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grace_rl.errors import UserError
-from grace_rl.files import write_text
 from grace_rl.inspect import sections
 from grace_rl.inspect.filters import Filter
 from grace_rl.inspect.markup import LOOK, differences, mistakes, number, plain, table, text
 from grace_rl.inspect.run import Run
+from grace_rl.run.files import write_text
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 

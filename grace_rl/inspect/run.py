@@ -21,7 +21,7 @@ import yaml
 from grace_rl.errors import UserError
 from grace_rl.inspect.filters import Filter
 from grace_rl.rollout.store import REWARD, read_rollouts, rollout_files
-from grace_rl.train.run_records import read_metrics, read_status
+from grace_rl.run.records import read_metrics, read_status
 
 HEAVY = ("token_ids", "step_scores", "step_ends", "token_advantages", "embedding")
 """Columns that are read from the files only where they are asked for."""

@@ -19,7 +19,7 @@ def arguments_alone(recipe: Recipe, processes: int, **settled: Any) -> Any:
     Raises:
         UserError: The config refuses the values on this machine.
     """
-    from grace_rl.recipe_keys import trainer_value
+    from grace_rl.recipe.keys import trainer_value
 
     batch = trainer_value(recipe.training, "per_device_train_batch_size") * processes
     alone = {"deepspeed": None, "per_device_train_batch_size": batch}

@@ -38,7 +38,7 @@ from grace_rl.launch.memory import (
 )
 from grace_rl.launch.versions import installed_versions, untested
 from grace_rl.launch.zero_config import deepspeed_config
-from grace_rl.methods import METHODS, named
+from grace_rl.recipe.methods import METHODS, named
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -183,7 +183,7 @@ def memory_plan(
         tokens=tokens,
         checkpointing=bool(args.gradient_checkpointing),
         logits=logits,
-        in_parts=recipe.method in ("contrastive", "refinement"),
+        in_parts=recipe.method in ("infonce", "gircse"),
         rollouts=rollouts,
         reference=bool(getattr(args, "beta", 0.0)) and not lora,
         critic=getattr(args, "critic", "") == "separate",
@@ -199,7 +199,7 @@ def _held(
     batch = max(1, args.per_device_train_batch_size // processes)
     if METHODS[method].rollouts:
         alone = ReaderConfig(**args.reader).span == "bottleneck"
-        again = args.max_completion_length if args.contrastive_loss and alone else 0
+        again = args.max_completion_length if args.reader_loss and alone else 0
         return batch, text + PROMPT + args.max_completion_length + again, 0
     if method == "sft":  # a rationale is no longer than the longest text of the rows
         tokens = min(2 * text + PROMPT, args.max_length or math.inf)
@@ -211,11 +211,11 @@ def _held(
         return 4 * batch + written, tokens, (2 * batch + written) * (text + 1)
     # A query, its positive and hard negatives; or a part of all texts (gradient cache).
     given = [len(row.get("negative") or []) for row in rows]
-    if method == "contrastive":
+    if method == "infonce":
         texts = batch * (2 + min(given))
         return min(texts, args.mini_batch_size or texts), text, 0
     texts = batch * (2 + min(max(given), args.hard_negatives))
-    texts, steps = min(texts, args.mini_batch_size or texts), args.refinement_steps
+    texts, steps = min(texts, args.mini_batch_size or texts), args.gircse_steps
     prompt = PROMPT if args.query_prompt or args.passage_prompt else 0
     return texts, min(text + prompt, args.max_text_tokens) + steps, texts * steps
 

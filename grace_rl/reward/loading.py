@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from grace_rl.errors import UserError
 from grace_rl.reward.batch import RewardBatch
-from grace_rl.zero import outside_zero3
+from grace_rl.run.zero import outside_zero3
 
 ENTRY_POINT_GROUP = "grace_rl.rewards"
 TRL_PARAMETERS = frozenset({"prompts", "completions", "completion_ids"})

@@ -30,7 +30,7 @@ from grace_rl.reward.outputs import (
     read_output,
     unscored_output,
 )
-from grace_rl.zero import outside_zero3
+from grace_rl.run.zero import outside_zero3
 
 FAILURES = (Exception, SystemExit, asyncio.CancelledError)  # of a reward; Ctrl-C is none
 FLAT_BATCHES = 10  # a weighted reward that is flat for so many batches in a row is named once

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grace_rl.evaluate.similarity import rank_correlation
+from grace_rl.embed.similarity import rank_correlation
 from grace_rl.reward.batch import RewardBatch, group_means, group_stds
 from grace_rl.reward.example import (
     batch_of_pool,

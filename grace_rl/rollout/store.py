@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grace_rl.errors import UserError
-from grace_rl.files import whole_file
+from grace_rl.run.files import whole_file
 
 REWARD = "reward/"
 SCHEMA = pa.schema(

@@ -37,12 +37,12 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
 )
 
-from grace_rl.files import plain_numbers
 from grace_rl.launch.lines import OUTCOME
-from grace_rl.train.environment import command_line
+from grace_rl.run.directory import RunDirectory
+from grace_rl.run.environment import command_line
+from grace_rl.run.files import plain_numbers
+from grace_rl.run.records import read_metrics
 from grace_rl.train.rollout_tables import RolloutTables
-from grace_rl.train.run_directory import RunDirectory
-from grace_rl.train.run_records import read_metrics
 
 SHOWN = {
     "loss": "loss",

@@ -9,10 +9,10 @@ What differs from TRL's `GRPOTrainer`:
   a pool. In-context readers take the hidden states from the forward that TRL makes for the old
   log-probabilities; where TRL skips that forward, or the reader is the bottleneck, one pass over
   the decoder stack is added.
-- A reward that scores every prefix of a rationale (`refinement`) gives each segment an advantage
-  of its own, (B, T) instead of (B,); `grace_rl.reward.shaping` has the mathematics. The embeddings
+- A reward that scores every prefix of a rationale (`stepwise`) gives each segment an advantage
+  of its own, (B, T) instead of (B,); `grace_rl.credit.segments` has the mathematics. The embeddings
   of prefixes come from the forwards that are made anyway.
-- `contrastive_loss` adds a loss with a gradient through the reader (train/contrastive_loss.py).
+- `reader_loss` adds a loss with a gradient through the reader (train/reader_loss.py).
 - Rollouts, rewards and advantages are kept in the run directory.
 
 What differs from GRACE (arXiv 2510.04506): any role can be rolled out, so that negatives move the
@@ -44,6 +44,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 
+from grace_rl.credit.segments import (
+    Calibration,
+    beta_advice,
+    check_shaping,
+    faded_penalty,
+    shape_advantages,
+    shaping_metrics,
+    step_labels,
+    to_tokens,
+)
 from grace_rl.data.bundles import Bundles, BundleSampler, parse_roles
 from grace_rl.data.false_negatives import false_negative_config, load_false_negatives
 from grace_rl.embed.diagnostics import collapse_metrics, distinct_n
@@ -54,24 +64,13 @@ from grace_rl.reward import Pool, RewardBatch
 from grace_rl.reward.batch import row_columns
 from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
 from grace_rl.reward.runtime import RewardRuntime, weighted_totals
-from grace_rl.reward.shaping import (
-    Calibration,
-    beta_advice,
-    check_shaping,
-    faded_penalty,
-    shape_advantages,
-    shaping_metrics,
-    step_labels,
-    to_tokens,
-)
 from grace_rl.rollout.engines import repair_weight_push, vllm_start
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.rollout.server import keep_server
 from grace_rl.rollout.store import write_rollouts
+from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.callbacks import print_group
-from grace_rl.train.checkpoints import CheckpointMixin
-from grace_rl.train.contrastive_loss import ContrastiveLoss, contrastive_loss_config
 from grace_rl.train.generation_batch import (
     GenerationBatch,
     StepTable,
@@ -83,6 +82,7 @@ from grace_rl.train.generation_batch import (
     token_advantages,
 )
 from grace_rl.train.grpo_config import GraceGRPOConfig, check_batches
+from grace_rl.train.reader_loss import ReaderLoss, reader_loss_config
 from grace_rl.train.rollout_reader import RolloutReader
 from grace_rl.train.start import Build, Start
 
@@ -96,7 +96,7 @@ ADVICE_BATCHES = 10  # the calibration is judged once it has seen so many
 def plan(
     recipe: Recipe, args: GraceGRPOConfig, rows: list[dict[str, Any]], trainer: Any = None
 ) -> Build:
-    """See `grace_rl.methods.Method`. `trainer` is the class to build, by default GRPO's."""
+    """See `grace_rl.recipe.methods.Method`. `trainer` is the class to build, by default GRPO's."""
     rewards = load_rewards(recipe.rewards, recipe.path.parent)
     assert args.num_generations is not None  # TRL's config compares it with 2
     check_batches(args, Bundles(rows, parse_roles(args.roles, args.num_generations)), rewards)
@@ -172,8 +172,8 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             self._bundles["eval"] = Bundles(list(eval_dataset), roles)
         check_batches(args, self._bundles["train"], self.rewards)
         self.shaping = check_shaping(vars(args), self.rewards)
-        self._contrastive_loss_config = contrastive_loss_config(vars(args))
-        self._contrastive_loss: ContrastiveLoss | None = None  # of the batch of rollouts
+        self._contrastive_loss_config = reader_loss_config(vars(args))
+        self._contrastive_loss: ReaderLoss | None = None  # of the batch of rollouts
         self.false_negatives = load_false_negatives(
             false_negative_config(args.false_negatives),
             [row for bundles in self._bundles.values() for row in bundles.rows],
@@ -488,7 +488,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         )
         self._phases["reward"] += time.perf_counter() - start
         if self._contrastive_loss_config is not None and mode == "train":
-            self._contrastive_loss = ContrastiveLoss(
+            self._contrastive_loss = ReaderLoss(
                 self._contrastive_loss_config, self.reader, written, seen
             )
         metrics = batch.scored.metrics | distinct_n(batch.pool.token_ids)
@@ -513,7 +513,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
     # -- learning to read them ---------------------------------
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss, and `contrastive_loss` where the recipe asks for it.
+        """TRL's loss, and `reader_loss` where the recipe asks for it.
 
         An in-context reader takes the hidden states from the forward that TRL makes for the loss;
         the bottleneck needs one more, over the rationales alone.
@@ -538,7 +538,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         distance, accuracy = contrast(rows, raw, visible)
         found = gather(torch.stack([distance.detach(), accuracy]).unsqueeze(0)).nanmean(0).tolist()
         for name, value in zip(("loss", "accuracy"), found, strict=True):
-            self._metrics["train"][f"contrastive_loss/{name}"].append(value)
+            self._metrics["train"][f"reader_loss/{name}"].append(value)
         return loss + contrast.weight * distance / self.current_gradient_accumulation_steps
 
     # -- keeping and reporting them ---------------------------------

@@ -32,16 +32,16 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
         anchor_temperature: Sampling temperature of anchors, above 0; `None` is the rollouts' own.
             GRACE uses 0.5.
         segments: How many segments a rationale is cut into for rewards that return steps
-            (`refinement`), at least 1; 3 to 5 is usual. They are near-equal in tokens, and cut at a
+            (`stepwise`), at least 1; 3 to 5 is usual. They are near-equal in tokens, and cut at a
             sentence end where one is near.
         segment_min_tokens: Shortest segment in tokens, at least 1; a rationale too short for
             `segments` of them is one segment.
-        shaping: Keywords of `grace_rl.reward.shaping.ShapingConfig`: how the scores after each
+        shaping: Keywords of `grace_rl.credit.segments.ShapingConfig`: how the scores after each
             segment become advantages.
         false_negatives: Keywords of `grace_rl.data.false_negatives.FalseNegativeConfig`: a guide
             that says which texts of other rows mean the same and must not count as negatives.
             `None` compares words only.
-        contrastive_loss: Keywords of `grace_rl.train.contrastive_loss.ContrastiveLossConfig`: a
+        reader_loss: Keywords of `grace_rl.train.reader_loss.ReaderLossConfig`: a
             loss beside the rewards, by which the policy learns to read what it writes. `None` has
             none.
         print_rollouts_steps: Print one group of rationales every so many steps; 0 never prints.
@@ -57,7 +57,7 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
     segment_min_tokens: int = 16
     shaping: dict[str, Any] = field(default_factory=dict)
     false_negatives: dict[str, Any] | None = None
-    contrastive_loss: dict[str, Any] | None = None
+    reader_loss: dict[str, Any] | None = None
     print_rollouts_steps: int = 10
     stale_engine_threshold: float = 0.1
     vllm_server_retry_timeout: float = 600.0

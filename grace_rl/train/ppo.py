@@ -5,7 +5,7 @@ What differs from TRL's GRPO:
 - A value model (train/value_model.py) predicts the reward from the text so far. Advantages are
   those of GAE over tokens, (B, T), whitened over the whole batch of rollouts.
 - Rewards are paid per token: the weighted total on the last token, or, where a reward scores steps
-  (`refinement`), what each segment adds on its last token; and the KL to the reference on every
+  (`stepwise`), what each segment adds on its last token; and the KL to the reference on every
   token (`kl_in: reward`), or in the loss as in TRL. Its coefficient can adapt.
 - The clipped policy loss is TRL's, with its averaging, entropy bonus and vLLM correction; the
   clipped value loss is added to it.
@@ -29,21 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
-from grace_rl.errors import UserError
-from grace_rl.reward.runtime import weighted_totals
-from grace_rl.reward.shaping import (
-    faded_penalty,
-    one_segment,
-    prefix_values,
-    regressions,
-    segment_rewards,
-    step_labels,
-)
-from grace_rl.train.generation_batch import GenerationBatch
-from grace_rl.train.grpo import GraceGRPOTrainer
-from grace_rl.train.grpo import plan as plan_rollouts
-from grace_rl.train.ppo_config import GracePPOConfig
-from grace_rl.train.ppo_terms import (
+from grace_rl.credit.critic import (
     adapted_kl_coefficient,
     clipped_value_losses,
     explained_variance,
@@ -52,13 +38,27 @@ from grace_rl.train.ppo_terms import (
     place_rewards,
     whiten,
 )
-from grace_rl.train.start import Build
-from grace_rl.train.value_model import (
+from grace_rl.credit.segments import (
+    faded_penalty,
+    one_segment,
+    prefix_values,
+    regressions,
+    segment_rewards,
+    step_labels,
+)
+from grace_rl.credit.value_model import (
     attach_value_model,
     is_value_parameter,
     split_state,
     without_value_model,
 )
+from grace_rl.errors import UserError
+from grace_rl.reward.runtime import weighted_totals
+from grace_rl.train.generation_batch import GenerationBatch
+from grace_rl.train.grpo import GraceGRPOTrainer
+from grace_rl.train.grpo import plan as plan_rollouts
+from grace_rl.train.ppo_config import GracePPOConfig
+from grace_rl.train.start import Build
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -67,7 +67,7 @@ VALUE_MODEL_FILE = "value_model.safetensors"
 
 
 def plan(recipe: Recipe, args: GracePPOConfig, rows: list[dict[str, Any]]) -> Build:
-    """See `grace_rl.methods.Method`."""
+    """See `grace_rl.recipe.methods.Method`."""
     return plan_rollouts(recipe, args, rows, GracePPOTrainer)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from grace_rl.credit.segments import loss_problems
 from grace_rl.errors import UserError
-from grace_rl.reward.shaping import loss_problems
 from grace_rl.train.grpo_config import GraceGRPOConfig
 
 CRITICS = ("shared", "detached", "separate")

@@ -35,7 +35,7 @@ from grace_rl.embed.encoder import RationaleEncoder, RationaleMode, end_token_id
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
 from grace_rl.errors import UserError
 from grace_rl.rollout.prompts import PromptTemplate
-from grace_rl.train.checkpoints import CheckpointMixin
+from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.reconstruction_config import ReconstructionConfig
 from grace_rl.train.reconstruction_loss import Objective, PairCollator, add_reconstruction
 from grace_rl.train.sft import sft_examples
@@ -54,7 +54,7 @@ LONGEST_RATIONALE = 128  # tokens the saved model may write until another stage 
 
 
 def plan(recipe: Recipe, args: ReconstructionConfig, rows: Sequence[Mapping[str, Any]]) -> Build:
-    """See `grace_rl.methods.Method`."""
+    """See `grace_rl.recipe.methods.Method`."""
     examples = paired_with_writing(rows, args)
 
     def build(start: Start) -> ReconstructionTrainer:
@@ -80,7 +80,7 @@ def writing_examples(
         UserError: The file that `writing_dataset_name` names is bad.
     """
     if args.writing_dataset_name is not None:
-        from grace_rl.recipe_rows import DataConfig
+        from grace_rl.recipe.rows import DataConfig
 
         data = DataConfig(args.writing_dataset_name, rows=args.writing_dataset_rows)
         rows = read_rows(data)

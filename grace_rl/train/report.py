@@ -9,9 +9,9 @@ from rich.console import Console
 
 from grace_rl.evaluate.scenes import example_rationales, score_policy
 from grace_rl.evaluate.tables import rationale_table, score_table
-from grace_rl.methods import METHODS
-from grace_rl.train.run_directory import RunDirectory
-from grace_rl.zero import whole_policy
+from grace_rl.recipe.methods import METHODS
+from grace_rl.run.directory import RunDirectory
+from grace_rl.run.zero import whole_policy
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe

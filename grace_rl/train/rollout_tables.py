@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from grace_rl.files import plain_numbers
 from grace_rl.rollout.store import REWARD, read_rollouts, rollout_files
-from grace_rl.train.run_directory import RunDirectory
+from grace_rl.run.directory import RunDirectory
+from grace_rl.run.files import plain_numbers
 
 ROWS = 64  # of a table: whole groups, as many as fit
 LONGEST = 500  # characters of a text in a Markdown table

@@ -14,20 +14,20 @@ from accelerate import PartialState
 from peft.utils.error import NoMatchingPeftModuleError
 from rich.console import Console
 
+from grace_rl.credit.value_model import without_value_model
 from grace_rl.data.rows import read_rows
 from grace_rl.errors import UserError
-from grace_rl.methods import METHODS, named
+from grace_rl.recipe.methods import METHODS, named
 from grace_rl.reward import RewardError
 from grace_rl.rollout.policy import resolve_model
 from grace_rl.rollout.server import ServerLost, require_server
+from grace_rl.run.directory import RunDirectory
+from grace_rl.run.environment import command_line
+from grace_rl.run.processes import join_processes
+from grace_rl.run.zero import whole_policy
 from grace_rl.train.callbacks import Budget, follow
-from grace_rl.train.environment import command_line
-from grace_rl.train.processes import join_processes
 from grace_rl.train.report import Report
-from grace_rl.train.run_directory import RunDirectory
 from grace_rl.train.start import Start
-from grace_rl.train.value_model import without_value_model
-from grace_rl.zero import whole_policy
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe

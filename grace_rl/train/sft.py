@@ -25,7 +25,7 @@ from grace_rl.embed.encoder import RationaleEncoder, end_token_ids
 from grace_rl.embed.reader import Reader, ReaderConfig
 from grace_rl.errors import UserError
 from grace_rl.rollout.prompts import PromptTemplate
-from grace_rl.train.checkpoints import CheckpointMixin
+from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.sft_config import GraceSFTConfig
 from grace_rl.train.start import Build, Start
 from grace_rl.train.token_count import TokenCount
@@ -110,7 +110,7 @@ def _check_examples(examples: Sequence[Example], rows: Sequence[Mapping[str, Any
 
 
 def plan(recipe: Recipe, args: GraceSFTConfig, rows: Sequence[Mapping[str, Any]]) -> Build:
-    """See `grace_rl.methods.Method`."""
+    """See `grace_rl.recipe.methods.Method`."""
     _check_examples(sft_examples(rows)[0], rows)
 
     def build(start: Start) -> GraceSFTTrainer:

@@ -22,13 +22,13 @@ from rich.console import Console
 from grace_rl.data.rows import read_rows
 from grace_rl.errors import UserError
 from grace_rl.launch.alone import arguments_alone
-from grace_rl.methods import METHODS, named
 from grace_rl.recipe import Recipe
-from grace_rl.stages import Chain, Stage
-from grace_rl.train.processes import join_processes
+from grace_rl.recipe.methods import METHODS, named
+from grace_rl.recipe.stages import Chain, Stage
+from grace_rl.run.directory import RunDirectory
+from grace_rl.run.processes import join_processes
+from grace_rl.run.records import read_status
 from grace_rl.train.run import DONE, train
-from grace_rl.train.run_directory import RunDirectory
-from grace_rl.train.run_records import read_status
 
 
 def _alone(recipe: Recipe) -> Any:
@@ -145,7 +145,7 @@ def run_stage(stage: Stage, run: RunDirectory) -> int:
     """Start or resume one stage; returns its exit code."""
     if stage.recipe is not None:
         return train(stage.recipe)
-    from grace_rl.data.curation.run import curate
+    from grace_rl.curate.run import curate
 
     def make_rows() -> None:
         assert stage.curation is not None

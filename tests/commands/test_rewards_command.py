@@ -31,7 +31,7 @@ def test_list_names_every_reward_with_its_needs_and_source(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     assert main(["rewards", "list"]) == 0
     shown = capsys.readouterr().out
-    assert "InfoNCE as a reward" in shown and "rewards.length:Length" in shown
+    assert "InfoNCE as a reward" in shown and "grace_rl_rewards.length:Length" in shown
     assert "grace-rl[judge]" in shown  # not taken for markup
     assert "not stated" not in shown  # every shipped reward says what it needs
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from grace_rl_rewards.contrastive import Contrastive
+from grace_rl_rewards.hard_negative import HardNegative
 
 from grace_rl.data import guide as guides
 from grace_rl.data.false_negatives import (
@@ -20,8 +22,6 @@ from grace_rl.data.guide import Guide, build_guide, calibrate, row_texts
 from grace_rl.errors import UserError
 from grace_rl.reward import load_rewards
 from grace_rl.reward.example import batch_of_pool, random_batch, split_batch
-from rewards.contrastive import Contrastive
-from rewards.hard_negative import HardNegative
 
 ROWS = [
     {"query": f"query {i}", "positive": f"positive {i}", "negative": [f"negative {i}"]}

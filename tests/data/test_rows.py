@@ -11,7 +11,7 @@ import pytest
 
 from grace_rl.data.rows import SHOWN_PROBLEMS, read_rows
 from grace_rl.errors import UserError
-from grace_rl.recipe_rows import DataConfig
+from grace_rl.recipe.rows import DataConfig
 
 ROWS = [
     {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grace_rl.cli import main
-from grace_rl.train.run_records import read_metrics
+from grace_rl.run.records import read_metrics
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 RECIPE = """
@@ -54,9 +54,9 @@ def pattern(name: str) -> str:
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory) -> set[str]:
     names: set[str] = set()
-    for method, more in (("grpo", ", {name: refinement}"), ("ppo", "")):
+    for method, more in (("grpo", ", {name: stepwise}"), ("ppo", "")):
         folder = tmp_path_factory.mktemp(method)
-        recipe = RECIPE.format(method=method, more=more) + "contrastive_loss: {weight: 0.1}\n"
+        recipe = RECIPE.format(method=method, more=more) + "reader_loss: {weight: 0.1}\n"
         (folder / "recipe.yaml").write_text(recipe)
         run = folder / "run"
         assert main(["train", str(folder / "recipe.yaml"), "--output_dir", str(run)]) == 0

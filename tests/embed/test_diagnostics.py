@@ -17,7 +17,7 @@ from grace_rl.embed.diagnostics import (
 )
 from grace_rl.embed.encoder import Encoded
 from grace_rl.embed.loading import load_encoder
-from grace_rl.evaluate.similarity import rank_correlation
+from grace_rl.embed.similarity import rank_correlation
 
 
 def test_uniformity_and_alignment_of_known_vectors():

@@ -23,17 +23,17 @@ TEXTS = [row["text"] for row in scenes.rows(form="sft", count=12)] + ["A dog ran
 def encoder() -> SoftTokenEncoder:
     model = AutoModelForCausalLM.from_pretrained(scenes.COLD_START)
     tokenizer = AutoTokenizer.from_pretrained(scenes.COLD_START)
-    return SoftTokenEncoder(model, tokenizer, SoftTokenSettings(refinement_steps=3), batch_size=5)
+    return SoftTokenEncoder(model, tokenizer, SoftTokenSettings(gircse_steps=3), batch_size=5)
 
 
 def test_steps_of_a_call_are_those_of_one_long_run(encoder):
     every = encoder.every_step(TEXTS, 6)
     for steps in (1, 3, 6):
-        found = encoder.encode(TEXTS, refinement_steps=steps)
+        found = encoder.encode(TEXTS, gircse_steps=steps)
         assert torch.allclose(found.vectors, every[:, steps - 1], atol=1e-5)
         assert found.lengths == [steps] * len(TEXTS)
     assert torch.allclose(encoder.encode(TEXTS).vectors, every[:, 2], atol=1e-5)
-    none = encoder.encode(TEXTS, refinement_steps=0)
+    none = encoder.encode(TEXTS, gircse_steps=0)
     assert none.lengths == [0] * len(TEXTS)
     assert (none.vectors.norm(dim=1) - 1).abs().max() < 1e-5
 
@@ -42,15 +42,15 @@ def test_it_stops_where_the_vector_stays(encoder):
     every = encoder.every_step(TEXTS, 12)
     near = cosine_similarity(every[:, 1:], every[:, :-1], dim=-1)
     threshold = float(near.median())
-    found = encoder.encode(TEXTS, refinement_steps=12, stop_above=threshold)
+    found = encoder.encode(TEXTS, gircse_steps=12, stop_above=threshold)
     assert len(set(found.lengths)) > 1  # not all texts alike
     for row, steps in enumerate(found.lengths):
         calm = near[row] > threshold
         expected = [k for k in range(3, 13) if calm[k - 2] and calm[k - 3]]
         assert steps == (expected[0] if expected else 12)
         assert torch.allclose(found.vectors[row], every[row, steps - 1], atol=1e-5)
-    assert encoder.encode(TEXTS, refinement_steps=12, stop_above=2.0).lengths == [12] * len(TEXTS)
-    assert encoder.encode(TEXTS, refinement_steps=12, stop_above=-2.0).lengths == [3] * len(TEXTS)
+    assert encoder.encode(TEXTS, gircse_steps=12, stop_above=2.0).lengths == [12] * len(TEXTS)
+    assert encoder.encode(TEXTS, gircse_steps=12, stop_above=-2.0).lengths == [3] * len(TEXTS)
 
 
 def test_a_calm_batch_is_not_run_to_its_end(encoder):
@@ -61,7 +61,7 @@ def test_a_calm_batch_is_not_run_to_its_end(encoder):
         forwards += 1
 
     hook = encoder.model.model.register_forward_hook(count)
-    encoder.encode(TEXTS[:4], refinement_steps=30, stop_above=-2.0)
+    encoder.encode(TEXTS[:4], gircse_steps=30, stop_above=-2.0)
     hook.remove()
     assert forwards == 4  # the text and three steps
 
@@ -83,7 +83,7 @@ def test_words_are_the_likeliest_items_of_each_step(encoder):
 def test_an_instruction_goes_before_the_text(encoder):
     told = encoder.encode(["a fox"], instruction="Say: ").vectors
     assert torch.allclose(told, encoder.encode(["Say: a fox"]).vectors, atol=1e-6)
-    settings = SoftTokenSettings(refinement_steps=3, query_instruction="Say: ")
+    settings = SoftTokenSettings(gircse_steps=3, query_instruction="Say: ")
     asking = SoftTokenEncoder(encoder.model, encoder.tokenizer, settings)
     assert torch.allclose(asking.encode(["a fox"], role="query").vectors, told, atol=1e-6)
     assert torch.equal(asking.encode(["a fox"]).vectors, encoder.encode(["a fox"]).vectors)
@@ -107,13 +107,13 @@ def test_calm_texts_need_two_calm_steps():
 
 
 def test_a_folder_that_is_no_such_model_says_so(tmp_path):
-    with pytest.raises(UserError, match=r"refinement\.json"):
+    with pytest.raises(UserError, match=r"gircse\.json"):
         SoftTokenEncoder.from_pretrained(tmp_path)
 
 
 def test_wrong_calls_are_named(encoder):
-    with pytest.raises(UserError, match="refinement_steps: must be at least 0"):
-        encoder.encode(TEXTS, refinement_steps=-1)
+    with pytest.raises(UserError, match="gircse_steps: must be at least 0"):
+        encoder.encode(TEXTS, gircse_steps=-1)
     for call in (encoder.encode, encoder.step_words):
         with pytest.raises(UserError, match="give a list of texts"):
             call("A dog ran.")

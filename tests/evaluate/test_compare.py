@@ -19,9 +19,9 @@ from grace_rl.evaluate.cell import perplexity
 from grace_rl.evaluate.compare import compare
 from grace_rl.evaluate.comparison import Cell, cells_of, load_comparison
 from grace_rl.evaluate.comparison_table import table_lines, write_tables
-from grace_rl.files import held
+from grace_rl.run.files import held
 
-INFONCE = "{name: InfoNCE, recipe: recipes/scenes/contrastive.yaml%s}"
+INFONCE = "{name: InfoNCE, recipe: recipes/scenes/infonce.yaml%s}"
 HEAD = """\
 output_dir: %s
 seeds: [0, 1]
@@ -126,7 +126,7 @@ def test_a_row_that_is_not_trained_is_no_baseline(write):
 
 def test_a_changed_recipe_is_another_cell(write, tmp_path, root):
     recipe = tmp_path / "mine.yaml"
-    text = (root / "recipes/scenes/contrastive.yaml").read_text(encoding="utf-8")
+    text = (root / "recipes/scenes/infonce.yaml").read_text(encoding="utf-8")
     specs = []
     for more in ("", "# a remark\n", "label_smoothing_factor: 0.1\n"):
         recipe.write_text(text + more, encoding="utf-8")

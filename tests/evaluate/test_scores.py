@@ -7,8 +7,8 @@ from torch.nn.functional import normalize
 
 from grace_rl.data import scenes
 from grace_rl.embed.diagnostics import collapse_metrics, effective_rank
+from grace_rl.embed.similarity import retrieval_scores
 from grace_rl.evaluate.scenes import score_facts, task_name
-from grace_rl.evaluate.similarity import retrieval_scores
 from grace_rl.evaluate.tables import rationale_table, score_table
 
 

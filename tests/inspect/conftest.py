@@ -103,7 +103,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, root: Path) -> list[Path]:
         "evaluation": "{dataset_splits: [test], rows: 20}",
     }
     started = []
-    for name, recipe, seed in (("first", "quickstart", 0), ("second", "quickstart-refinement", 1)):
+    for name, recipe, seed in (("first", "quickstart", 0), ("second", "quickstart-stepwise", 1)):
         settings = {**changes, "seed": seed, "output_dir": folder / name}
         overrides = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         command = ["train", str(root / "recipes" / f"{recipe}.yaml"), *overrides]

@@ -20,7 +20,7 @@ from grace_rl.inspect import Run
 from grace_rl.reward import load_rewards
 from grace_rl.reward.replay import replay, write_replay
 from grace_rl.reward.stored import stored_steps
-from grace_rl.train.checkpoints import mark_complete
+from grace_rl.run.checkpoints import mark_complete
 
 pytestmark = pytest.mark.slow
 WAIT = 60_000  # milliseconds; a model is loaded in some views

@@ -18,7 +18,7 @@ from grace_rl.inspect.checkpoints import Checkpoint, checkpoints
 from grace_rl.inspect.neighbours import nearest_by_rationale, pool_of_step
 from grace_rl.inspect.run import distinct_names
 from grace_rl.rollout.store import cut_rollouts
-from grace_rl.train.checkpoints import mark_complete
+from grace_rl.run.checkpoints import mark_complete
 
 AddStep = Callable[..., None]
 

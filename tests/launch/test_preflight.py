@@ -26,7 +26,7 @@ dataset_rows: 64
 dataset_options: {form: triplet}
 instruction: null
 roles: {query: {samples: 2}, positive: {samples: 2}, negative: {train: false}}
-rewards: [{name: contrastive}, {name: refinement}]
+rewards: [{name: contrastive}, {name: stepwise}]
 num_generations: 2
 per_device_train_batch_size: 4
 max_completion_length: 8
@@ -191,10 +191,10 @@ HELD = {"max_text_tokens": 24, "per_device_train_batch_size": 4}
 @pytest.mark.parametrize(
     ("method", "changes", "held"),
     [
-        ("refinement", {"refinement_steps": 5}, "12 rows of 29 tokens"),  # 4 x (q, d, negative)
-        ("refinement", {"refinement_steps": 5, "mini_batch_size": 2}, "2 rows of 29 tokens"),
-        ("contrastive", {}, "12 rows of 24 tokens"),
-        ("contrastive", {"mini_batch_size": 3}, "3 rows of 24 tokens"),
+        ("gircse", {"gircse_steps": 5}, "12 rows of 29 tokens"),  # 4 x (q, d, negative)
+        ("gircse", {"gircse_steps": 5, "mini_batch_size": 2}, "2 rows of 29 tokens"),
+        ("infonce", {}, "12 rows of 24 tokens"),
+        ("infonce", {"mini_batch_size": 3}, "3 rows of 24 tokens"),
         # 8 texts read, 8 rebuilt, 1 written
         ("reconstruction", {"instruction": None}, "17 rows of 25 tokens"),
     ],
@@ -218,7 +218,7 @@ def test_reading_again_with_a_gradient_is_counted(check):
     def tokens(*overrides):
         return int(re.search(r"rows of (\d+) tokens", " ".join(check(*overrides)[1].split()))[1])
 
-    loss = ("--contrastive_loss.weight", "0.1")
+    loss = ("--reader_loss.weight", "0.1")
     longest = 8  # max_completion_length of the recipe
     assert tokens(*loss) == tokens() + longest
     in_context = ("--reader", "{span: context}")  # from the policy's own forward

@@ -125,10 +125,10 @@ def test_columns_of_the_row_come_back_where_the_data_set_is_known(run):
 
 def test_a_step_wise_reward_is_replayed_on_whole_rationales(run):
     folder, _ = run
-    refinement = load_rewards([RewardSpec("refinement")], ".")
+    stepwise = load_rewards([RewardSpec("stepwise")], ".")
     contrastive = load_rewards([RewardSpec("contrastive")], ".")
     for (one, _), (other, _) in zip(
-        replay(stored_steps(folder), refinement),
+        replay(stored_steps(folder), stepwise),
         replay(stored_steps(folder), contrastive),
         strict=True,
     ):

@@ -81,10 +81,14 @@ def test_a_class_and_a_function_from_a_file(folder):
 
 
 def test_a_dotted_path_and_an_object():
-    from rewards.contrastive import Contrastive
+    from grace_rl_rewards.contrastive import Contrastive
 
     loaded = load_rewards(
-        ["rewards.contrastive:Contrastive", Contrastive(temperature=0.2), "rewards.length:Length"],
+        [
+            "grace_rl_rewards.contrastive:Contrastive",
+            Contrastive(temperature=0.2),
+            "grace_rl_rewards.length:Length",
+        ],
         ".",
     )
     assert [r.label for r in loaded] == ["Contrastive", "Contrastive_2", "Length"]
@@ -190,9 +194,12 @@ class Points:
 
 
 def test_entry_points(monkeypatch):
-    points = Points(contrastive="rewards.contrastive:Contrastive", length="rewards.length:Length")
+    points = Points(
+        contrastive="grace_rl_rewards.contrastive:Contrastive",
+        length="grace_rl_rewards.length:Length",
+    )
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
-    assert available_rewards()["length"] == "rewards.length:Length"
+    assert available_rewards()["length"] == "grace_rl_rewards.length:Length"
     spec = RewardSpec("contrastive", keywords={"temperature": 0.05})
     (loaded,) = load_rewards([spec], ".")
     assert loaded.label == "contrastive"
@@ -203,13 +210,13 @@ def test_entry_points(monkeypatch):
 
 
 def test_entry_points_that_lead_nowhere_or_to_two_places(monkeypatch):
-    points = Points(gone="rewards.length:Lenght")
-    points.points += Points(twice="rewards.length:Length").points
-    points.points += Points(twice="rewards.format:Format").points
+    points = Points(gone="grace_rl_rewards.length:Lenght")
+    points.points += Points(twice="grace_rl_rewards.length:Length").points
+    points.points += Points(twice="grace_rl_rewards.format:Format").points
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
     found = problems(["gone", "twice"])
     assert "rewards.length has no 'Lenght'; did you mean 'Length'?" in found[0]
-    assert "2 packages use this name; write one of rewards.format:Format, " in found[1]
+    assert "2 packages use this name; write one of grace_rl_rewards.format:Format, " in found[1]
 
 
 def test_the_shipped_rewards_are_installed_under_their_names():
@@ -287,5 +294,5 @@ def test_annotations_that_do_not_resolve_are_not_judged(folder):
 
 
 def test_torch_stays_in_float32_of_the_batch():
-    (loaded,) = load_rewards(["rewards.consistency:Consistency"], ".")
+    (loaded,) = load_rewards(["grace_rl_rewards.consistency:Consistency"], ".")
     assert loaded(random_batch(), {}).dtype == torch.float32

@@ -342,7 +342,7 @@ def test_two_processes_give_what_one_gives(world):
     batch = with_prefixes(
         random_batch("quad", rows=3, samples=2)
     )  # 24 rollouts; 8 processes cut through groups
-    loaded = load_rewards([ragged, truncated_gate, "rewards.contrastive:Contrastive"], ".")
+    loaded = load_rewards([ragged, truncated_gate, "grace_rl_rewards.contrastive:Contrastive"], ".")
     whole = RewardRuntime(loaded).score(batch)
     for processes in (2, 3, 8):
         simulated = world(loaded, processes).score(split_batch(batch, processes))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from grace_rl_rewards.reconstruction import Reconstruction
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,6 @@ from grace_rl.reward import RewardRuntime, RewardSpec, load_rewards
 from grace_rl.reward.example import batch_of_pool, example_batch
 from grace_rl.train.grpo import GraceGRPOTrainer
 from grace_rl.train.grpo_config import GraceGRPOConfig
-from rewards.reconstruction import Reconstruction
 
 WORDS = ["the cook walks a dog", "an old ship", "the nurse sings at dawn", "a red car near the sea"]
 
@@ -128,7 +128,9 @@ def test_a_hard_negative_that_is_as_likely_costs_the_contrastive_form(decoder: s
 
 def test_arguments_are_checked_before_anything_loads(tmp_path: Path) -> None:
     specs = [
-        RewardSpec("rewards.reconstruction:Reconstruction", keywords=keywords, label=f"r{i}")
+        RewardSpec(
+            "grace_rl_rewards.reconstruction:Reconstruction", keywords=keywords, label=f"r{i}"
+        )
         for i, keywords in enumerate(
             [{"clip": 0}, {"model": str(tmp_path)}, {"max_target_tokens": 0}]
         )

@@ -6,17 +6,17 @@ import dataclasses
 
 import pytest
 import torch
+from grace_rl_rewards.consistency import Consistency
+from grace_rl_rewards.contrastive import Contrastive
+from grace_rl_rewards.format import Format
+from grace_rl_rewards.grace_published import GracePublished
+from grace_rl_rewards.hard_negative import HardNegative
+from grace_rl_rewards.length import Length
 
 from grace_rl.reward import RewardOutput, RewardRuntime, group_means, load_rewards
 from grace_rl.reward.batch import Rollouts
 from grace_rl.reward.example import batch_of_pool, example_batch, random_batch, split_batch
 from grace_rl.reward.runtime import weighted_totals
-from rewards.consistency import Consistency
-from rewards.contrastive import Contrastive
-from rewards.format import Format
-from rewards.grace_published import GracePublished
-from rewards.hard_negative import HardNegative
-from rewards.length import Length
 
 SHIPPED = {
     "contrastive": Contrastive(),
@@ -360,8 +360,6 @@ def test_wrong_arguments_fail_when_it_is_built(build, says):
 def test_plugins_import_the_contract_only():
     """And what reads with a model of its own may use what readers are made of."""
     from pathlib import Path
-
-    import rewards
 
     for path in Path(rewards.__path__[0]).glob("*.py"):
         lines = path.read_text().splitlines()

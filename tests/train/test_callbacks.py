@@ -14,6 +14,8 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
+from grace_rl.run.directory import RunDirectory
+from grace_rl.run.records import read_metrics, read_status
 from grace_rl.train.callbacks import (
     ENGINE_DIFFERENCE,
     MetricsWriter,
@@ -22,8 +24,6 @@ from grace_rl.train.callbacks import (
     StopOnSignal,
     print_group,
 )
-from grace_rl.train.run_directory import RunDirectory
-from grace_rl.train.run_records import read_metrics, read_status
 
 ARGS: Any = SimpleNamespace(world_size=1, device="cpu")
 

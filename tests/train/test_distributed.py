@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from grace_rl.data import scenes
 from grace_rl.rollout.store import read_rollouts
+from grace_rl.run.records import read_metrics
 from grace_rl.train.ppo import VALUE_MODEL_FILE
-from grace_rl.train.run_records import read_metrics
 
 ROLLOUTS: dict[str, Any] = {
     "method": "grpo",
@@ -37,10 +37,10 @@ PPO = ROLLOUTS | {"method": "ppo", "num_iterations": 2, "beta": 0.05, "kl_target
 SFT = {"method": "sft", "instruction": None, "dataset_options": {"form": "sft"}}
 RECONSTRUCTION: dict[str, Any] = {"method": "reconstruction", "writing_share": 0.25}
 RECONSTRUCTION |= {"instruction": None}
-REFINEMENT: dict[str, Any] = {"method": "refinement", "refinement_steps": 2}
+GIRCSE: dict[str, Any] = {"method": "gircse", "gircse_steps": 2}
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
 CHECKPOINTING = {"gradient_checkpointing": True}
-READING = {"contrastive_loss": {"weight": 0.5}}
+READING = {"reader_loss": {"weight": 0.5}}
 JUDGED = {"rewards": [{"name": "contrastive"}, {"name": "judge.py:Judge", "weight": 0.5}]}
 EVALUATION = {"evaluation": {"dataset_splits": ["test"], "rows": 4}}
 
@@ -87,7 +87,7 @@ RUNS = {
         "ppo": PPO | {"critic": "separate"},
         "sft-lora": SFT | LORA | CHECKPOINTING,
         "reconstruction": RECONSTRUCTION | CHECKPOINTING,
-        "refinement": REFINEMENT,
+        "gircse": GIRCSE,
     },
 }
 """Per mode, what each run adds to `EVERY`: a new method is one line."""
@@ -209,7 +209,7 @@ def test_runs_resume_and_leave_a_model(tmp_path: Path, mode: str) -> None:
 EVERY_REWARD = {
     "roles": {"positive": {}, "query": {"train": False}, "negative": {"train": False}},
     "rewards": [
-        {"name": "refinement", "potential": {"name": "contrastive"}},
+        {"name": "stepwise", "potential": {"name": "contrastive"}},
         {"name": "contrastive", "weight": 0.5},
         {"name": "hard_negative", "weight": 0.3},
         {"name": "consistency", "weight": 0.2},
@@ -229,7 +229,7 @@ SAME = {
     "grpo-lora": ROLLOUTS | CHECKPOINTING | LORA | {"lora_alpha": 64, "lora_dropout": 0.0},
     "ppo": PPO | EVERY_REWARD,
     "sft": SFT,
-    "refinement": REFINEMENT,
+    "gircse": GIRCSE,
     "reconstruction": RECONSTRUCTION,
 }
 """What must not depend on the number of processes: a new method is one line."""

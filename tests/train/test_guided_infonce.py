@@ -11,9 +11,9 @@ from grace_rl.data import scenes
 from grace_rl.data.false_negatives import FalseNegativeConfig, FalseNegatives
 from grace_rl.data.guide import build_guide
 from grace_rl.rollout.policy import load_policy
-from grace_rl.train.contrastive import GraceContrastiveTrainer, contrastive_examples
-from grace_rl.train.contrastive_config import GraceContrastiveConfig
 from grace_rl.train.guided_infonce import CachedGuidedInfoNCE, GuidedInfoNCE, Marks, row_numbers
+from grace_rl.train.infonce import InfoNCETrainer, contrastive_examples
+from grace_rl.train.infonce_config import InfoNCEConfig
 
 SCALE = 10.0
 ROWS = [
@@ -122,7 +122,7 @@ def test_a_masked_candidate_gets_no_gradient_and_has_no_influence(false_negative
 def test_a_run_with_the_mask(tmp_path, mini_batch_size):
     guide = tmp_path / "mine.py"
     guide.write_text("def encode(texts):\n    return [[1.0, float(t[1] in '01')] for t in texts]\n")
-    args = GraceContrastiveConfig(
+    args = InfoNCEConfig(
         output_dir=str(tmp_path / "run"),
         false_negatives={"guide": f"{guide}:encode", "sigma": 0.95},
         mini_batch_size=mini_batch_size,
@@ -135,7 +135,7 @@ def test_a_run_with_the_mask(tmp_path, mini_batch_size):
         save_strategy="no",
     )
     policy = load_policy(str(scenes.COLD_START), dtype="float32")
-    trainer = GraceContrastiveTrainer(policy, args, ROWS, ROWS, run_folder=Path(tmp_path))
+    trainer = InfoNCETrainer(policy, args, ROWS, ROWS, run_folder=Path(tmp_path))
     trainer.train()
     assert (tmp_path / "guide/vectors.npy").exists()
     assert trainer.state.log_history[-1]["train_loss"] > 0

@@ -12,13 +12,13 @@ from peft import LoraConfig
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from grace_rl.credit.value_model import is_value_parameter
 from grace_rl.data import scenes
 from grace_rl.errors import UserError
 from grace_rl.rollout.store import read_rollouts
 from grace_rl.train.ppo import VALUE_MODEL_FILE, GracePPOTrainer
 from grace_rl.train.ppo_config import GracePPOConfig
 from grace_rl.train.run import save_policy
-from grace_rl.train.value_model import is_value_parameter
 
 ROWS = scenes.rows("train", "quad", 12)
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
@@ -213,15 +213,15 @@ def test_the_kl_is_paid_by_token_or_in_the_loss(build: Any, tmp_path: Path) -> N
 
 
 def test_segments_are_paid_where_they_end(build: Any, tmp_path: Path) -> None:
-    """With `refinement` each segment earns its step; what other rewards say comes at the end."""
+    """With `stepwise` each segment earns its step; what other rewards say comes at the end."""
     settings = {"segments": 2, "segment_min_tokens": 2, "lam": 1.0, "whiten_advantages": False}
-    trainer = build(tmp_path, ["refinement", "length"], **settings)
+    trainer = build(tmp_path, ["stepwise", "length"], **settings)
     seen: list[Any] = []
     assign = trainer._assign_credit
 
     def spy(batch: Any, output: Any) -> None:
         assign(batch, output)
-        scores = batch.scored.steps["refinement"]
+        scores = batch.scored.steps["stepwise"]
         seen.append((scores, batch.ends, batch.scored.rewards.sum(1), output))
 
     trainer._assign_credit = spy

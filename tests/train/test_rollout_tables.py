@@ -10,8 +10,8 @@ import pytest
 from transformers.trainer_callback import CallbackHandler
 
 from grace_rl.rollout.store import write_rollouts
+from grace_rl.run.directory import RunDirectory
 from grace_rl.train.rollout_tables import NAME, RolloutTables, chosen_rows, markdown
-from grace_rl.train.run_directory import RunDirectory
 
 HOSTILE = "a|b <script>x</script> [l](http://evil.example)\n![i](http://evil.example)"
 

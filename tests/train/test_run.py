@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from grace_rl.cli import main
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.train.checkpoints import is_complete
+from grace_rl.run.checkpoints import is_complete
 from grace_rl.train.grpo import GraceGRPOTrainer
 from grace_rl.train.grpo_config import GraceGRPOConfig
 from grace_rl.train.run import save_policy

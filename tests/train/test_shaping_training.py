@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from grace_rl_rewards.contrastive import Contrastive
+from grace_rl_rewards.length import Length
+from grace_rl_rewards.stepwise import Stepwise
 from peft import LoraConfig
 from rich.console import Console
 from transformers import TrainerCallback
@@ -21,9 +24,6 @@ from grace_rl.reward import RewardBatch, RewardOutput
 from grace_rl.rollout.store import read_rollouts
 from grace_rl.train.grpo import ADVICE_BATCHES, GraceGRPOTrainer
 from grace_rl.train.grpo_config import GraceGRPOConfig
-from rewards.contrastive import Contrastive
-from rewards.length import Length
-from rewards.refinement import Refinement
 
 ROWS = scenes.rows("train", "quad", 12)
 K = 3
@@ -38,7 +38,7 @@ def build(tiny_trainer: Any) -> Any:
             "segment_min_tokens": 2,
             "run_folder": folder,
         }
-        rewards = rewards or [Refinement(), Length()]
+        rewards = rewards or [Stepwise(), Length()]
         return tiny_trainer(GraceGRPOTrainer, GraceGRPOConfig, folder, rewards, **usual | settings)
 
     return build
@@ -60,7 +60,7 @@ def given_advantages(trainer: Any) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("span", ["context", "rationale", "bottleneck"])
 def test_prefixes_need_no_forward_of_their_own(build: Any, tmp_path: Path, span: str) -> None:
     counts = []
-    for reward in (Contrastive(), Refinement()):
+    for reward in (Contrastive(), Stepwise()):
         trainer = build(
             tmp_path / type(reward).__name__,
             [reward],
@@ -83,7 +83,7 @@ def test_prefixes_need_no_forward_of_their_own(build: Any, tmp_path: Path, span:
         trainer.train()
         counts.append(len(forwards))
         assert [tuple(shape[:2]) for shape in shapes] == [(8, K + 1)] * len(shapes)
-        assert bool(shapes) == isinstance(reward, Refinement)
+        assert bool(shapes) == isinstance(reward, Stepwise)
     assert counts[0] == counts[1]
 
 
@@ -119,7 +119,7 @@ def test_every_segment_has_one_advantage_and_it_is_stored(build: Any, tmp_path: 
     first = [row for row in stored if row["step"] == 1]
     for row in stored:
         assert len(row["step_scores"]) == K + 1
-        assert row["step_scores"][-1] == pytest.approx(row["reward/Refinement"], abs=1e-5)
+        assert row["step_scores"][-1] == pytest.approx(row["reward/Stepwise"], abs=1e-5)
         assert len({round(r["step_scores"][0], 4) for r in stored if r["group"] == row["group"]
                     and r["step"] == row["step"]}) == 1  # fmt: skip
     inputs = seen[0]
@@ -144,7 +144,7 @@ def test_a_gate_counts_at_the_end(build: Any, tmp_path: Path) -> None:
     def gate_off(weight: float) -> list[dict[str, torch.Tensor]]:
         trainer = build(
             tmp_path / str(weight),
-            [Refinement(), every_other],
+            [Stepwise(), every_other],
             shaping={"gae_lambda": 0.0},
             reward_weights=[1.0, weight],
             scale_rewards="none",
@@ -184,13 +184,13 @@ def test_settings_train(build: Any, tmp_path: Path, settings: dict[str, Any]) ->
 
 
 def test_with_weight_0_steps_are_only_logged(build: Any, tmp_path: Path) -> None:
-    rewards = [Contrastive(), Refinement()]
+    rewards = [Contrastive(), Stepwise()]
     trainer = build(tmp_path, rewards, reward_weights=[1.0, 0.0])
     seen = given_advantages(trainer)
     trainer.train()
     assert all(inputs["advantages"].dim() == 1 for inputs in seen)
     logged = trainer.state.log_history[0]
-    assert "rewards/Refinement/mean" in logged and "shaping/gain" in logged
+    assert "rewards/Stepwise/mean" in logged and "shaping/gain" in logged
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ from accelerate.utils import gather_object
 from grace_rl.data import scenes
 from grace_rl.train.grpo import GraceGRPOTrainer
 from grace_rl.train.grpo_config import GraceGRPOConfig
-from rewards.length import Length
-from rewards.refinement import Refinement
+from grace_rl_rewards.length import Length
+from grace_rl_rewards.stepwise import Stepwise
 
 folder = Path(sys.argv[1])
 args = GraceGRPOConfig(
@@ -245,7 +245,7 @@ args = GraceGRPOConfig(
 )
 rows = scenes.rows("train", "quad", 12)
 trainer = GraceGRPOTrainer(
-    str(scenes.COLD_START), args, rows, [Refinement(), Length()], run_folder=folder
+    str(scenes.COLD_START), args, rows, [Stepwise(), Length()], run_folder=folder
 )
 trainer.train()
 weights = sum(float(p.detach().double().sum()) for p in trainer.model.parameters())

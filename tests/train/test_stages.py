@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.errors import UserError
-from grace_rl.stages import Chain, load
-from grace_rl.train.run_records import read_metrics, read_status
+from grace_rl.recipe.stages import Chain, load
+from grace_rl.run.records import read_metrics, read_status
 from grace_rl.train.stages import check_stages, train_chain
 
 SHARED: dict[str, Any] = {

@@ -10,9 +10,9 @@ import yaml
 from grace_rl.data import scenes
 from grace_rl.recipe import load_recipe
 from grace_rl.rollout.policy import load_policy
+from grace_rl.run.records import read_metrics, read_status
 from grace_rl.train.callbacks import Budget
 from grace_rl.train.run import train
-from grace_rl.train.run_records import read_metrics, read_status
 
 EVERY = {
     "model_name_or_path": "scenes",
@@ -29,8 +29,8 @@ EVERY = {
     "report_to": "none",
 }
 METHODS = {
-    "contrastive": {"dataset_options": {"form": "triplet"}},
-    "refinement": {"dataset_options": {"form": "triplet"}, "refinement_steps": 2},
+    "infonce": {"dataset_options": {"form": "triplet"}},
+    "gircse": {"dataset_options": {"form": "triplet"}, "gircse_steps": 2},
     "reconstruction": {
         "dataset_options": {"form": "triplet"},
         "instruction": None,
@@ -70,16 +70,16 @@ def test_tokens_are_counted_and_end_a_run(tmp_path: Path, method: str) -> None:
 
 def test_what_is_counted_is_what_is_read(tmp_path: Path) -> None:
     """InfoNCE on one batch of all rows: three texts of each, with the end token of each."""
-    from grace_rl.train.contrastive import GraceContrastiveTrainer
-    from grace_rl.train.contrastive_config import GraceContrastiveConfig
+    from grace_rl.train.infonce import InfoNCETrainer
+    from grace_rl.train.infonce_config import InfoNCEConfig
 
     rows = scenes.rows("train", "triplet", 8)
     model, tokenizer = load_policy(str(scenes.COLD_START))
-    args = GraceContrastiveConfig(
+    args = InfoNCEConfig(
         str(tmp_path), max_steps=1, per_device_train_batch_size=8, use_cpu=True, bf16=False,
         save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    trainer = GraceContrastiveTrainer((model, tokenizer), args, rows)
+    trainer = InfoNCETrainer((model, tokenizer), args, rows)
     trainer.train()
     texts = [text for row in rows for text in (row["query"], row["positive"], *row["negative"])]
     own = trainer.encoder().model.tokenize(texts)["attention_mask"].sum()

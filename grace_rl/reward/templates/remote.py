@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewards.judge import Judge
+from grace_rl_rewards.judge import Judge
 
 
 class MyReward(Judge):

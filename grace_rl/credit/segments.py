@@ -1,0 +1,477 @@
+"""From the scores of a rationale's prefixes to an advantage for each of its segments.
+
+With s_0, ..., s_K the scores without a rationale and after each of its K segments, segment k earns
+s_k - s_{k-1}. These sum to s_K - s_0: what is paid for is the same, only its place is known better
+(potential-based shaping, Ng, Harada and Russell 1999). The advantages of a group are made so:
+
+1. V_k = a_k + b_k s_k predicts the final score from the score so far; V_K is the rollout's total
+   reward, so whatever other rewards say counts at the end. `Calibration` keeps a and b.
+2. A_k = sum over j >= k of lambda^(j-k) (V_j - V_{j-1}): lambda 1 is unbiased, a smaller lambda
+   looks at the next segments only.
+3. A_k minus the mean of the group's other rollouts at the same k.
+4. Divided by one standard deviation, the same for all k.
+
+Everything here is a function of tensors with one row per rollout of all processes, W in all, in any
+order. `ends` are the (W, K+1) numbers of tokens before each cut, from
+`grace_rl.rollout.segments.Segmenter`. NaN stands for "not scored".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_rl.errors import UserError
+from grace_rl.recipe.keys import unknown_keys
+from grace_rl.reward.batch import group_means
+from grace_rl.reward.loading import LoadedReward
+
+MOMENTUM = 0.9  # of the calibration: about ten batches, as the reader's centre
+EPSILON = 1e-4  # added to the standard deviation, as in TRL
+
+
+@dataclass(frozen=True)
+class ShapingConfig:
+    """How the scores of prefixes become advantages; `shaping` in a recipe.
+
+    Args:
+        gae_lambda: 0 to 1. 1 is unbiased; 0 pays every segment for its own step only. Below 0.9
+            it was worse than plain GRPO on scenes (docs/results.md).
+        calibrate: Predict the final score from each prefix by a running regression, instead of
+            taking the prefix's score for it. Does not bias lambda 1, and takes bias from the rest.
+        penalty: At least 0. Every fall of the score by more than `margin` costs this share of it
+            more. Changes what is optimal, so it fades to zero over the last third of training; 0.1
+            to 0.3 where wanted.
+        margin: Falls up to this are noise, in units of the score; at least 0. `None` is half the
+            batch's median step.
+
+    Raises:
+        UserError: With every mistake in the values.
+    """
+
+    gae_lambda: float = 1.0
+    calibrate: bool = True
+    penalty: float = 0.0
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not _is_number(self.gae_lambda) or not 0 <= self.gae_lambda <= 1:
+            problems.append(f"shaping.gae_lambda: must be from 0 to 1, not {self.gae_lambda!r}")
+        if not isinstance(self.calibrate, bool):
+            problems.append(f"shaping.calibrate: must be true or false, not {self.calibrate!r}")
+        if not _is_number(self.penalty) or self.penalty < 0:
+            problems.append(f"shaping.penalty: must be at least 0, not {self.penalty!r}")
+        if self.margin is not None and (not _is_number(self.margin) or self.margin < 0):
+            problems.append(f"shaping.margin: must be at least 0 or null, not {self.margin!r}")
+        if self.margin is not None and self.penalty == 0:
+            problems.append("shaping.margin: has no effect without shaping.penalty")
+        if problems:
+            raise UserError(problems)
+
+
+def step_labels(rewards: Sequence[LoadedReward]) -> list[str]:
+    """The rewards that give credit to segments. One with weight 0 is only logged."""
+    return [reward.label for reward in rewards if reward.steps and reward.weight]
+
+
+def check_shaping(settings: Mapping[str, Any], rewards: Sequence[LoadedReward]) -> ShapingConfig:
+    """The recipe's shaping, if its other settings let it have an effect.
+
+    Args:
+        settings: fields of `GraceGRPOConfig` by name: those of `SHAPING_SETTINGS`.
+        rewards: the recipe's. If none of them gives credit to segments, only what is given for
+            such ones is checked.
+
+    Raises:
+        UserError: every mistake, each beginning with its key.
+    """
+    problems = _segment_problems(settings, [reward.label for reward in rewards if reward.steps])
+    problems += unknown_keys("shaping", settings["shaping"], ShapingConfig)
+    known = {f.name for f in dataclasses.fields(ShapingConfig)}
+    given = {key: value for key, value in settings["shaping"].items() if key in known}
+    config = ShapingConfig()
+    try:
+        config = ShapingConfig(**given)
+    except UserError as error:
+        problems += error.problems
+    paying = step_labels(rewards)
+    if settings["shaping"] and not paying:
+        problems.append("shaping: has no effect without a reward that returns steps: stepwise")
+    if paying:
+        problems += loss_problems(settings, f"{', '.join(paying)} gives credit to segments")
+    if problems:
+        raise UserError(problems)
+    return config
+
+
+SHAPING_SETTINGS = (
+    "segments",
+    "segment_min_tokens",
+    "shaping",
+    "reader",
+    "importance_sampling_level",
+    "use_liger_kernel",
+    "loss_type",
+    "off_policy_mask_threshold",
+    "multi_objective_aggregation",
+)
+
+
+def _segment_problems(settings: Mapping[str, Any], step_rewards: Sequence[str]) -> list[str]:
+    """What keeps prefixes from being embedded."""
+    problems = [
+        f"{key}: must be at least 1, not {settings[key]!r}"
+        for key in ("segments", "segment_min_tokens")
+        if settings[key] < 1
+    ]
+    weights = settings["reader"].get("weights", "policy")
+    if step_rewards and weights not in ("policy", "frozen"):
+        problems.append(
+            f"reader.weights: {', '.join(step_rewards)} needs the embeddings of prefixes, which a "
+            f"sentence encoder ({weights}) does not give; use policy or frozen"
+        )
+    return problems
+
+
+def loss_problems(settings: Mapping[str, Any], why: str) -> list[str]:
+    """TRL's settings that would silently average the credit of segments away."""
+    problems = []
+    if settings["importance_sampling_level"] != "token":
+        problems.append(
+            f"importance_sampling_level: {why}, and a ratio per sequence averages it; use token"
+        )
+    if settings["use_liger_kernel"]:
+        problems.append(f"use_liger_kernel: {why}, and its loss takes one advantage a rationale")
+    if settings["loss_type"] in ("luspo", "vespo"):
+        problems.append(
+            f"loss_type: {why}, and {settings['loss_type']} weighs whole sequences; use dapo, "
+            "grpo, dr_grpo, bnpo, cispo or sapo"
+        )
+    if settings["off_policy_mask_threshold"] is not None:
+        problems.append(
+            f"off_policy_mask_threshold: {why}, and the mask keeps or drops whole rationales by "
+            "the sign of one advantage"
+        )
+    if settings["multi_objective_aggregation"] != "sum_then_normalize":
+        problems.append(
+            f"multi_objective_aggregation: {why} of the total, which normalize_then_sum does not "
+            "form; use sum_then_normalize"
+        )
+    return problems
+
+
+# -- from scores to advantages ---------------------------------
+
+
+def segment_rewards(scores: Tensor) -> Tensor:
+    """What each segment adds to the score: (W, K+1) -> (W, K). They sum to s_K - s_0.
+
+    >>> segment_rewards(torch.tensor([[0.0, 0.25, 0.25, 1.0]]))
+    tensor([[0.2500, 0.0000, 0.7500]])
+    """
+    return scores[:, 1:] - scores[:, :-1]
+
+
+def has_tokens(ends: Tensor) -> Tensor:
+    """(W, K) whether a segment has any tokens: of a rationale too short for K, only the first."""
+    return ends[:, 1:] > ends[:, :-1]
+
+
+def shape_advantages(
+    scores: Tensor,
+    ends: Tensor,
+    totals: Tensor,
+    group: Tensor,
+    *,
+    gae_lambda: float,
+    slopes: Tensor | None = None,
+    intercepts: Tensor | None = None,
+    penalty: float = 0.0,
+    margin: float | None = None,
+    scale: str = "group",
+) -> Tensor:
+    """An advantage for each segment.
+
+    With one segment it is TRL's advantage, whatever lambda is (with `scale: batch` up to its scale,
+    which here counts differences inside groups only).
+
+    Args:
+        scores: (W, K+1) s_0 ... s_K, weighted as in the total. A row with a NaN is taken as one
+            segment.
+        ends: (W, K+1).
+        totals: (W,) the whole reward, gates included; NaN gets no advantage.
+        group: (W,).
+        gae_lambda: 0 to 1.
+        slopes, intercepts: (K-1,) b_k and a_k of V_k for k = 1 ... K-1; 1 and 0 if not given.
+        penalty, margin: as in `ShapingConfig`, the penalty as it is at this step.
+        scale: `group`, `batch` or `none`, as TRL's `scale_rewards`.
+
+    Returns:
+        (W, K). Segments without tokens repeat the first one's.
+
+    >>> scores = torch.tensor([[0.0, 0.8, 1.0], [0.0, 0.2, 1.0]])  # the same end, another way
+    >>> ends, group = torch.tensor([[0, 5, 10]] * 2), torch.zeros(2, dtype=torch.long)
+    >>> shape_advantages(scores, ends, scores[:, -1], group, gae_lambda=0.0, scale="none")
+    tensor([[ 0.3000, -0.3000],
+            [-0.3000,  0.3000]])
+    """
+    ends = torch.where(scores.isnan().any(1, keepdim=True), one_segment(ends), ends)
+    present = has_tokens(ends)  # (W, K)
+    values = prefix_values(scores, ends, totals, group, slopes, intercepts)
+    deltas = segment_rewards(values)
+    if penalty > 0:
+        deltas = deltas - penalty * regressions(scores, margin).nan_to_num()
+    credit = discounted_sums(deltas, gae_lambda).where(present, torch.nan)
+    credit = centre(credit, group)
+    if scale != "none":
+        together = group if scale == "group" else torch.zeros_like(group)
+        credit = credit / (pooled_std(credit, group, together)[:, None] + EPSILON)
+    return credit.where(present, credit[:, :1]).nan_to_num()
+
+
+def prefix_values(
+    scores: Tensor,
+    ends: Tensor,
+    totals: Tensor,
+    group: Tensor,
+    slopes: Tensor | None = None,
+    intercepts: Tensor | None = None,
+) -> Tensor:
+    """V_0 ... V_K, (W, K+1): the total as predicted after each segment, and at the end itself.
+
+    V_0 is the group's mean of s_0, as one thing for a whole group drops out of its advantages. A
+    row whose steps are not scored is one segment: all is paid on the first, and at the end.
+    """
+    first = group_means(scores[:, 0], group).nan_to_num()[:, None]
+    inner = scores[:, 1:-1]
+    if slopes is not None and intercepts is not None:
+        inner = intercepts + slopes * inner
+    values = torch.cat([first, inner, scores[:, -1:]], dim=1)
+    whole = (ends == ends[:, -1:]) | scores.isnan().any(1, keepdim=True)
+    whole = whole.index_fill(1, torch.tensor([0], device=ends.device), False)
+    return torch.where(whole, totals[:, None], values)
+
+
+def discounted_sums(deltas: Tensor, decay: float) -> Tensor:
+    """sum over j >= k of decay^(j-k) deltas_j: (W, K) -> (W, K).
+
+    >>> discounted_sums(torch.tensor([[1.0, 1.0, 1.0]]), 0.5)
+    tensor([[1.7500, 1.5000, 1.0000]])
+    """
+    sums = [deltas[:, -1]]
+    for delta in reversed(deltas[:, :-1].unbind(1)):
+        sums.insert(0, delta + decay * sums[0])
+    return torch.stack(sums, dim=1)
+
+
+def regressions(scores: Tensor, margin: float | None = None) -> Tensor:
+    """(W, K) by how much each segment lowers the score beyond the margin, at least 0.
+
+    `margin=None` is half the median step of the batch, steps of zero left out.
+    """
+    steps = segment_rewards(scores)
+    if margin is None:
+        sizes = steps.abs()[steps.nan_to_num() != 0]
+        margin = float(sizes.median()) / 2 if len(sizes) else 0.0
+    return (-steps - margin).clamp(min=0)
+
+
+def faded_penalty(penalty: float, progress: float) -> float:
+    """The penalty at a share of training, 0 to 1: whole for two thirds, then down to zero.
+
+    >>> [round(faded_penalty(0.3, p), 2) for p in (0.0, 0.5, 0.75, 1.0)]
+    [0.3, 0.3, 0.22, 0.0]
+    """
+    return penalty * min(1.0, max(0.0, 3 * (1 - progress)))
+
+
+def centre(credit: Tensor, group: Tensor) -> Tensor:
+    """Minus the mean of the group's other rollouts at the same k: (W, K), NaN = no such segment.
+
+    Multiplied by (n-1)/n for a group of n rollouts, which makes it TRL's "minus the group's mean"
+    where all of them have the segment. A segment that nobody else in the group has gets 0: there is
+    nothing to compare it with.
+    """
+    counts = _counts(credit, group)
+    others = (counts - 1).clamp(min=1)
+    whole = counts[:, :1].clamp(min=1)  # every scored rollout has a first segment
+    factor = counts / others * (whole - 1) / whole
+    centred = (credit - group_means(credit, group)) * factor
+    return torch.where(counts > 1, centred, centred * 0)
+
+
+def pooled_std(credit: Tensor, group: Tensor, together: Tensor) -> Tensor:
+    """(W,) the standard deviation over all rollouts and segments of each row's `together`.
+
+    Of centred credit, (W, K) with NaN. Every mean that was subtracted costs a degree of freedom,
+    one for each segment number of each group. With one segment it is the sample standard deviation.
+    """
+    counts = _counts(credit, group)
+    freedom = ((counts - 1).clamp(min=0) / counts.clamp(min=1)).where(~credit.isnan(), torch.nan)
+    squares = _group_sums((credit**2).nansum(1), together)
+    return (squares / _group_sums(freedom.nansum(1), together).clamp(min=1e-9)).sqrt()
+
+
+def one_segment(ends: Tensor) -> Tensor:
+    """The same rationales uncut: 0, n, ..., n."""
+    return torch.cat([ends[:, :1], ends[:, -1:].expand(-1, ends.shape[1] - 1)], dim=1)
+
+
+def to_tokens(credit: Tensor, ends: Tensor, length: int) -> Tensor:
+    """Segment credit on every token of its segment: (W, K) -> (W, length), 0 after the rationale.
+
+    >>> to_tokens(torch.tensor([[1.0, -2.0]]), torch.tensor([[0, 2, 3]]), length=5)
+    tensor([[ 1.,  1., -2.,  0.,  0.]])
+    """
+    position = torch.arange(length, device=ends.device).expand(len(ends), -1).contiguous()
+    number = torch.searchsorted(ends[:, 1:].contiguous(), position, right=True)  # (W, length)
+    padded = torch.cat([credit, torch.zeros_like(credit[:, :1])], dim=1)
+    return padded.gather(1, number)
+
+
+# -- calibration ---------------------------------
+
+
+class Calibration:
+    """How well each prefix's score predicts the final one: a running regression for k = 1 ... K-1.
+
+    The slope is that inside groups, since credit is compared inside groups: beta_{k+1} =
+    Cov(s_K, s_k) / Var(s_k). Above 1/2, subtracting s_k from the outcome lowers its variance.
+
+    Moments are averaged and not slopes, so a batch with little to see weighs little.
+    """
+
+    def __init__(self) -> None:
+        self._moments: Tensor | None = None  # (4, K-1) float64: E[s_k], E[s_K], Cov, Var
+        self.batches = 0
+
+    @property
+    def slopes(self) -> Tensor | None:
+        """(K-1,) b_k; None before the first batch."""
+        if self._moments is None:
+            return None
+        return _slopes(self._moments, nothing=1.0)
+
+    @property
+    def intercepts(self) -> Tensor | None:
+        """(K-1,) a_k; None before the first batch."""
+        if self._moments is None or self.slopes is None:
+            return None
+        score, final, _, _ = self._moments
+        return (final - self.slopes * score).float()
+
+    def update(self, scores: Tensor, ends: Tensor, group: Tensor) -> None:
+        """Take in a batch: (W, K+1) scores and ends, (W,) groups."""
+        moments = _moments(scores, ends, group)
+        seen = ~moments.isnan().any(0)
+        if self._moments is None:
+            neutral = torch.zeros_like(moments)  # variance 0: slope 1, intercept as the means say
+            self._moments = torch.where(seen, moments, neutral)
+        else:
+            old = self._moments
+            self._moments = torch.where(seen, MOMENTUM * old + (1 - MOMENTUM) * moments, old)
+        self.batches += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as numbers and lists."""
+        moments = None if self._moments is None else self._moments.tolist()
+        return {"moments": moments, "batches": self.batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        moments = state["moments"]
+        self._moments = None if moments is None else torch.tensor(moments, dtype=torch.float64)
+        self.batches = state["batches"]
+
+
+def shaping_metrics(scores: Tensor, ends: Tensor, group: Tensor) -> dict[str, float]:
+    """What to watch, `shaping/...` -> number; numbers that the batch does not have are left out.
+
+    - `beta_k`, k = 2 ... K: Cov(s_K, s_{k-1}) / Var(s_{k-1}) inside groups.
+    - `share_not_worse`: share of segments that do not lower the score.
+    - `gain`: mean of s_K - s_0, what writing a rationale is worth.
+    - `one_segment`: share of rationales too short to be cut.
+
+    Args:
+        scores, ends: (W, K+1).
+        group: (W,).
+    """
+    steps = segment_rewards(scores).where(has_tokens(ends), torch.nan)
+    steps = steps[~steps.isnan()]
+    metrics = {
+        "shaping/share_not_worse": float((steps >= 0).float().mean()),
+        "shaping/gain": float((scores[:, -1] - scores[:, 0]).nanmean()),
+    }
+    if ends.shape[1] > 2:
+        metrics["shaping/one_segment"] = float((ends[:, 1] == ends[:, -1]).float().mean())
+    slopes = _slopes(_moments(scores, ends, group), nothing=math.nan)
+    for number, slope in enumerate(slopes.tolist()):
+        metrics[f"shaping/beta_{number + 2}"] = slope
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def beta_advice(slopes: Tensor, config: ShapingConfig) -> str | None:
+    """A sentence if the scores of prefixes say too little about the final score, else None.
+
+    Args:
+        slopes: (K-1,), of `Calibration`.
+        config: what is done with them.
+    """
+    low = [f"beta_{i + 2} {slope:.2f}" for i, slope in enumerate(slopes.tolist()) if slope < 0.5]
+    if not low:
+        return None
+    if config.calibrate:
+        cure = (
+            "shaping.calibrate shrinks them accordingly, so they do no harm, but they gain little: "
+            "fewer segments, or a potential with a higher temperature, would say more"
+        )
+    else:
+        cure = "the advantages are noisier than without shaping; set shaping.calibrate: true"
+    return (
+        f"shaping: the score after a segment says little about the final score "
+        f"({', '.join(low)}; below 0.5 it is a bad baseline): {cure} (docs/methods.md)"
+    )
+
+
+def _moments(scores: Tensor, ends: Tensor, group: Tensor) -> Tensor:
+    """(4, K-1) float64: means of s_k and s_K, their covariance and the variance of s_k inside
+    groups; NaN for a k with no group of two. Only where segments follow: a whole rationale's score
+    predicts itself."""
+    inner = scores[:, 1:-1].double()
+    usable = (ends[:, 1:-1] < ends[:, -1:]) & ~scores.isnan().any(1, keepdim=True)
+    inner = inner.where(usable, torch.nan)
+    final = scores[:, -1:].double().expand_as(inner).where(usable, torch.nan)
+    left, right = inner - group_means(inner, group), final - group_means(final, group)
+    comparable = (_counts(inner, group) > 1) & usable
+    left, right = left.where(comparable, torch.nan), right.where(comparable, torch.nan)
+    return torch.stack(
+        [inner.nanmean(0), final.nanmean(0), (left * right).nanmean(0), (left**2).nanmean(0)]
+    )
+
+
+def _slopes(moments: Tensor, nothing: float) -> Tensor:
+    """(K-1,) covariance over variance; `nothing` where the scores do not differ."""
+    _, _, covariance, variance = moments
+    return torch.where(variance > 0, covariance / variance.clamp(min=1e-12), nothing).float()
+
+
+def _group_sums(values: Tensor, group: Tensor) -> Tensor:
+    """The sum of each row's group, (W,) or (W, K) like `values`; NaN counts as 0."""
+    _, index = torch.unique(group, return_inverse=True)
+    return torch.zeros_like(values).index_add_(0, index, values.nan_to_num())[index]
+
+
+def _counts(values: Tensor, group: Tensor) -> Tensor:
+    """How many rows of each row's group are not NaN, like `values`."""
+    return _group_sums((~values.isnan()).to(values.dtype), group)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

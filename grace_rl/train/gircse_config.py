@@ -1,0 +1,100 @@
+"""Arguments of `GIRCSETrainer`, and what must fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Any
+
+from transformers import TrainingArguments
+
+from grace_rl.errors import UserError
+from grace_rl.train.gircse_terms import ICRConfig
+
+
+@dataclass
+class GIRCSEConfig(TrainingArguments):
+    """transformers' `TrainingArguments` with the keys of soft-token refinement.
+
+    Args:
+        gircse_steps: Soft tokens after each text, at least 0; 5 is published. 0 trains the last
+            token's state, without any.
+        inference_steps: Steps of the saved encoder, at least 0; `null` takes `gircse_steps`.
+            Published scores use 20. It can be changed with every call.
+        soft_temperature: Temperature of the soft tokens' softmax, above 0.
+        icr: Keywords of `grace_rl.train.gircse_terms.ICRConfig`, and `preset`.
+        hard_negatives: How many of a row's negatives become candidates, at least 0. Rows with fewer
+            go without.
+        false_negatives: Keywords of `grace_rl.data.false_negatives.FalseNegativeConfig`: a guide
+            says which candidates mean the same as a query and leave its softmax. `null`: only those
+            with its own or its positive's text do.
+        mini_batch_size: Texts per forward, at least 1; the loss still sees the whole batch
+            (gradient cache, arXiv 2101.06983). Activations are kept for one part only, at the price
+            of a second forward, so that a batch may be as large as one likes. `null` forwards the
+            batch at once.
+        query_prompt, passage_prompt: What comes before a text. `{column}` is filled from the row:
+            "Instruct: {instruction}\\nQuery:".
+        max_text_tokens: Prompt and text are cut here, at least 1.
+        word_examples: Texts whose soft tokens are kept as words (soft_tokens.jsonl), before and
+            after training; 0 keeps none.
+        learning_rate: Published 1e-5.
+        dataloader_drop_last: A last smaller batch has fewer negatives, and is left out.
+    """
+
+    gircse_steps: int = 5
+    inference_steps: int | None = None
+    soft_temperature: float = 1.0
+    icr: dict[str, Any] = field(default_factory=dict)
+    hard_negatives: int = 1
+    false_negatives: dict[str, Any] | None = None
+    mini_batch_size: int | None = None
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    max_text_tokens: int = 512
+    word_examples: int = 3
+    learning_rate: float = 1e-5
+    dataloader_drop_last: bool = True
+
+
+def gircse_problems(settings: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the settings, each as `key: what to do`."""
+    problems = []
+    for key in ("gircse_steps", "inference_steps", "hard_negatives", "word_examples"):
+        if settings[key] is not None and settings[key] < 0:
+            problems.append(f"{key}: must be at least 0, not {settings[key]}")
+    if settings["soft_temperature"] <= 0:
+        problems.append(f"soft_temperature: must be above 0, not {settings['soft_temperature']}")
+    if settings["per_device_train_batch_size"] == 1 and settings["hard_negatives"] == 0:
+        problems.append(
+            "per_device_train_batch_size: 1 without hard negatives has nothing to contrast with"
+        )
+    for key in ("query_prompt", "passage_prompt"):
+        try:
+            prompt_columns(settings[key])
+        except ValueError as error:
+            problems.append(f"{key}: {error}; braces name a column, as in {{instruction}}")
+    try:
+        ICRConfig.from_settings(settings["icr"])
+    except UserError as error:
+        problems += error.problems
+    return problems
+
+
+def prompt_columns(prompt: str) -> set[str]:
+    """The columns that a prompt names.
+
+    Raises:
+        ValueError: It is no prompt with columns.
+
+    >>> prompt_columns("Instruct: {instruction}\\nQuery:")
+    {'instruction'}
+    """
+    columns = set()
+    for _, name, form, conversion in Formatter().parse(prompt):
+        if name is None:
+            continue
+        if form or conversion or not name or name.isdigit() or set(name) & set(".["):
+            raise ValueError(f"{{{name}}} must be a column's name alone")
+        columns.add(name)
+    return columns

@@ -1,0 +1,80 @@
+"""What each part of a rationale adds: another reward, asked after every segment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grace_rl.reward import RewardBatch, RewardOutput, RewardSpec, load_rewards, score_prefixes
+
+
+class Stepwise:
+    """The value of another reward, and its value after every segment of the rationale.
+
+    In plain words, for each rollout:
+
+    1. Cut the rationale into K segments and embed what stands before each cut (the trainer does).
+    2. Ask the `potential` for its value at each of these K + 1 embeddings: s_0 without any
+       rationale, ..., s_K for the whole. Counterpart, negatives and siblings are the same, whole
+       ones for all of them.
+    3. The reward is s_K; what segment k adds, s_k - s_{k-1}, becomes its credit
+       (docs/methods.md).
+
+    This is the step-wise objective of GIRCSE, "every step better than the last", as credit for
+    words: the sum of what the segments add is s_K - s_0, so it pays for nothing else than the
+    potential alone would.
+
+    Args:
+        potential: the reward to ask: its name, or a mapping with its name and arguments, such as
+            `{name: contrastive, temperature: 0.1, score: probability}`. It must look at
+            `batch.embeddings` and have neither a gate nor steps. From Python also a built object. A
+            `path/to/file.py:Name` starts at the working directory.
+
+    Requirements: those of the potential; a reader that uses a language model. No columns.
+
+    Recommendations: use it in the potential's place, not beside it. `segments`,
+    `segment_min_tokens` and `shaping` of the recipe say how credit is given. Watch
+    `shaping/beta_k`: above 0.5 the prefixes say something about the whole.
+
+    Relations: with `segments: 1` it trains exactly as its potential does.
+
+    Source: the step-wise objective of GIRCSE (arXiv 2509.24291) as a potential (Ng, Harada and
+    Russell 1999).
+
+    Example:
+        >>> import dataclasses, torch
+        >>> from grace_rl.reward.example import example_batch
+        >>> batch = example_batch(
+        ...     [{"query": [[0, 1]], "positive": [[0, 1]], "negative": [[1, 0]]}], trained=["query"]
+        ... )
+        >>> prefixes = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]])
+        >>> batch = dataclasses.replace(
+        ...     batch, prefix_embeddings=prefixes, prefix_ends=torch.tensor([[0, 1, 2]])
+        ... )
+        >>> Stepwise({"name": "contrastive", "score": "margin"})(batch).steps
+        tensor([[-1.0000,  0.2000,  1.0000]])
+    """
+
+    steps = True
+
+    def __init__(
+        self, potential: str | dict[str, Any] | Callable[[RewardBatch], Any] = "contrastive"
+    ) -> None:
+        spec: Any = potential
+        if isinstance(potential, dict):
+            keywords = dict(potential)
+            spec = RewardSpec(name=str(keywords.pop("name", "")), keywords=keywords)
+        try:
+            (self.potential,) = load_rewards([spec], Path.cwd())
+        except ValueError as error:
+            raise ValueError(str(error).replace("rewards[0]", "potential")) from error
+        plain = self.potential.trl_parameters is None
+        if self.potential.gates or self.potential.steps or not plain:
+            raise ValueError(
+                f"potential ({self.potential.name}) must be a plain value of batch.embeddings: no "
+                "gate, no steps, no TRL function"
+            )
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
+        return score_prefixes(self.potential, batch)

@@ -1,0 +1,290 @@
+"""Checkpoints of a real TRL trainer: whole or unseen, resumed exactly, stopped, killed any time."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import pickle
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from grace_rl.errors import UserError
+from grace_rl.rollout.store import read_rollouts
+from grace_rl.run.checkpoints import (
+    is_complete,
+    last_complete_checkpoint,
+    list_checkpoints,
+    mark_complete,
+    remove_incomplete_checkpoints,
+    rotate_checkpoints,
+)
+from grace_rl.run.directory import RunDirectory
+from grace_rl.run.processes import part_processes
+from grace_rl.run.records import read_metrics, read_status
+from grace_rl.train.callbacks import follow
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parent / "tiny_training.py"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, Any]:
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def start(
+    run: RunDirectory, *flags: str, launcher: tuple[str, ...] = ()
+) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, *launcher, str(SCRIPT), str(run.path), *flags]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def make(folder: Path, *steps: int) -> list[Path]:
+    made = [folder / f"checkpoint-{step}" for step in steps]
+    for path in made:
+        path.mkdir(parents=True)
+        (path / "model.safetensors").write_text("weights")
+        mark_complete(path)
+    return made
+
+
+# -- folders ---------------------------------
+
+
+def test_half_written_and_half_deleted_checkpoints_do_not_count(tmp_path: Path) -> None:
+    nine, ten, eleven, twelve = make(tmp_path, 9, 10, 11, 12)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_complete_checkpoint(tmp_path) == twelve
+    (twelve / "COMPLETE").unlink()
+    (eleven / "model.safetensors").unlink()
+    assert last_complete_checkpoint(tmp_path) == ten
+    (ten / "model.safetensors").write_text("cut")
+    assert last_complete_checkpoint(tmp_path) == nine
+    (nine / "COMPLETE").write_text('{"files"')
+    assert last_complete_checkpoint(tmp_path) is None
+    mark_complete(nine)
+    remove_incomplete_checkpoints(tmp_path)
+    assert list_checkpoints(tmp_path) == [nine]
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    one, two, three, four, five = make(tmp_path, 1, 2, 3, 10, 20)
+    rotate_checkpoints(tmp_path, None)
+    rotate_checkpoints(tmp_path, 0)
+    assert len(list_checkpoints(tmp_path)) == 5
+    rotate_checkpoints(tmp_path, 3, best=str(one))
+    assert list_checkpoints(tmp_path) == [one, four, five]
+    rotate_checkpoints(tmp_path, 1, best=str(one))
+    assert list_checkpoints(tmp_path) == [one, five]
+    rotate_checkpoints(tmp_path, 1)
+    assert list_checkpoints(tmp_path) == [five]
+
+
+# -- a real trainer ---------------------------------
+
+
+def test_interrupted_and_resumed_it_ends_with_the_same_weights(
+    tmp_path: Path, tiny: dict[str, Any], quiet: Console
+) -> None:
+    weights = {}
+    cases: dict[str, list[int | None]] = {"whole": [None], "stopped": [3, 7, None]}
+    for name, interruptions in cases.items():
+        run = RunDirectory(tmp_path / name)
+        for interrupt_at in interruptions:
+            opened = run.open({})
+            trainer = tiny["tiny_trainer"](run, lr_scheduler_type="constant")
+            trainer.add_callback(tiny["EachStep"](run, interrupt_at=interrupt_at))
+            handler = signal.getsignal(signal.SIGINT)
+            with follow(trainer, run, console=quiet) as stop:
+                trainer.train(resume_from_checkpoint=opened.checkpoint)
+            assert signal.getsignal(signal.SIGINT) is handler
+            assert stop.interrupted == (interrupt_at is not None)
+            assert trainer.loaded == (f"step {opened.step}" if opened.checkpoint else None)
+            last = last_complete_checkpoint(run.checkpoints)
+            assert last is not None and last.name == f"checkpoint-{interrupt_at or 8}"
+            assert len(list_checkpoints(run.checkpoints)) == 2
+            run.close()
+        assert [line["step"] for line in read_metrics(run.path)] == list(range(1, 9))
+        weights[name] = load_file(run.checkpoints / "checkpoint-8" / "model.safetensors")
+    for name, tensor in weights["whole"].items():
+        assert torch.equal(tensor, weights["stopped"][name]), name
+
+
+def test_resumed_after_its_last_step_it_trains_no_further(
+    tmp_path: Path, tiny: dict[str, Any], quiet: Console
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.open({})
+    tiny["tiny_trainer"](run, max_steps=3, lr_scheduler_type="constant").train()
+    trainer = tiny["tiny_trainer"](run, max_steps=3, lr_scheduler_type="constant")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+    saved = load_file(run.checkpoints / "checkpoint-3" / "model.safetensors")
+    assert torch.equal(saved["model.norm.weight"], trainer.model.model.norm.weight)
+
+
+def test_the_marker_is_last_and_lists_every_file(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    run = RunDirectory(tmp_path / "run")
+    trainer = tiny["tiny_trainer"](run, max_steps=1, save_steps=1)
+    trainer.train()
+    folder = run.checkpoints / "checkpoint-1"
+    listed = set(json.loads((folder / "COMPLETE").read_text())["files"])
+    assert listed == {path.name for path in folder.iterdir()} - {"COMPLETE"}
+    assert {
+        "model.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+        "scheduler.pt",
+        "extra.txt",
+    } <= listed
+    marker = (folder / "COMPLETE").stat().st_mtime_ns
+    assert all(path.stat().st_mtime_ns <= marker for path in folder.iterdir())
+
+
+def test_an_incomplete_checkpoint_is_not_resumed(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    run = RunDirectory(tmp_path / "run")
+    tiny["tiny_trainer"](run, max_steps=2, save_steps=1).train()
+    (run.checkpoints / "checkpoint-2" / "optimizer.pt").unlink()
+    trainer = tiny["tiny_trainer"](run, max_steps=2)
+    with pytest.raises(UserError, match="incomplete"):
+        trainer.train(resume_from_checkpoint=run.checkpoints / "checkpoint-2")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.loaded == "step 1"
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+class Attack:
+    def __reduce__(self) -> Any:
+        return exec, ("raise SystemExit('code from a checkpoint ran')",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, tiny: dict[str, Any], name: str) -> None:
+    run = RunDirectory(tmp_path / "run")
+    tiny["tiny_trainer"](run, max_steps=1, save_steps=1).train()
+    folder = run.checkpoints / "checkpoint-1"
+    torch.save(Attack(), folder / name)
+    mark_complete(folder)
+    with pytest.raises(pickle.UnpicklingError):
+        tiny["tiny_trainer"](run, max_steps=2).train(resume_from_checkpoint=True)
+
+
+# -- other processes ---------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_only_whole_things_are_visible(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    moments = random.Random(0)
+    flags = ("--max_steps", "2000", "--save_steps", "1")
+    reached = 0
+    for _ in range(5):
+        with start(run, *flags) as process:
+            while not (run.metrics.is_file() and len(read_metrics(run.path)) > reached):
+                assert process.poll() is None, process.stdout and process.stdout.read().decode()
+                time.sleep(0.02)
+            time.sleep(moments.uniform(0.0, 1.0))
+            process.kill()
+        last = last_complete_checkpoint(run.checkpoints)
+        assert last is not None
+        load_file(last / "model.safetensors")
+        torch.load(last / "optimizer.pt", weights_only=True)
+        assert json.loads((last / "trainer_state.json").read_text())["global_step"] == int(
+            last.name[11:]
+        )
+        assert read_rollouts(run.path).num_rows > 0
+
+        opened = run.open({"max_steps": 2000, "learning_rate": 1e-2})
+        run.close()
+        assert opened.checkpoint == last and opened.step > reached
+        assert all(is_complete(path) for path in list_checkpoints(run.checkpoints))
+        assert [line["step"] for line in read_metrics(run.path)] == list(range(1, opened.step + 1))
+        steps = read_rollouts(run.path, columns=["step"])["step"].to_pylist()
+        assert (
+            sorted(set(steps)) == list(range(1, opened.step + 1)) and len(steps) == 4 * opened.step
+        )
+        assert not list(run.path.rglob("*.writing"))
+        reached = opened.step
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_resume_and_the_same_command_finishes(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with start(run, "--pause", "0.3") as process:
+        while not (run.metrics.is_file() and read_metrics(run.path)):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate()[0].decode()
+    assert process.returncode == 130, output
+    assert "Stopping after this step" in output and "To resume:\n  python " in output
+    steps = [line["step"] for line in read_metrics(run.path)]
+    last = last_complete_checkpoint(run.checkpoints)
+    assert last is not None and last.name == f"checkpoint-{steps[-1]}"
+    with start(run) as process:
+        output = process.communicate()[0].decode()
+    assert process.returncode == 0, output
+    assert [line["step"] for line in read_metrics(run.path)] == list(range(1, 9))
+    status = read_status(run.path)
+    assert (
+        status is not None
+        and status["status"] == "finished"
+        and (run.model / "model.safetensors").is_file()
+    )
+
+
+def test_a_trainer_without_the_command_line_parts_from_the_others_at_its_end(
+    tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else gloo's threads abort about every sixth process that has done all its work."""
+    at_exit: list[Any] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    tiny["tiny_trainer"](RunDirectory(tmp_path / "run"))
+    assert at_exit.count(part_processes) == 1
+
+
+@pytest.mark.slow
+def test_one_process_is_told_and_all_stop_at_the_same_step(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    with start(run, "--interrupt_at", "3", launcher=launcher) as process:
+        output = process.communicate(timeout=200)[0].decode()
+    assert process.returncode and "exitcode  : 130" in output, output
+    assert [line["step"] for line in read_metrics(run.path)] == [1, 2, 3]
+    last = last_complete_checkpoint(run.checkpoints)
+    assert last is not None and last.name == "checkpoint-3"
+    assert (last / "rng_state_0.pth").is_file() and (last / "rng_state_1.pth").is_file()
+    with start(run, launcher=launcher) as process:
+        output = process.communicate(timeout=200)[0].decode()
+    assert process.returncode == 0, output
+    assert (run.model / "model.safetensors").is_file()
+    assert [line["step"] for line in read_metrics(run.path)] == list(range(1, 9))
