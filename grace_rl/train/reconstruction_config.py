@@ -47,7 +47,7 @@ class ReconstructionConfig(ReadingConfig, TrainingArguments):
 
 
 def reconstruction_problems(settings: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the settings, each as `key: what to do`; see `grace_rl.recipe.methods.Method`."""
+    """What is wrong with the settings, as `Method.check` wants it."""
     problems = []
     if not 0 <= settings["alpha"] <= 1:
         problems.append(f"alpha: must be from 0 to 1, not {settings['alpha']}")

@@ -361,7 +361,7 @@ def test_plugins_import_the_contract_only():
     """And what reads with a model of its own may use what readers are made of."""
     from pathlib import Path
 
-    for path in Path(rewards.__path__[0]).glob("*.py"):
+    for path in Path(grace_rl_rewards.__path__[0]).glob("*.py"):
         lines = path.read_text().splitlines()
         ours = {
             line.split()[1] for line in lines if line.startswith(("from grace", "import grace"))
