@@ -361,6 +361,8 @@ def test_plugins_import_the_contract_only():
     """And what reads with a model of its own may use what readers are made of."""
     from pathlib import Path
 
+    import grace_rl_rewards
+
     for path in Path(grace_rl_rewards.__path__[0]).glob("*.py"):
         lines = path.read_text().splitlines()
         ours = {
