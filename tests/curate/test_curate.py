@@ -20,7 +20,7 @@ from grace_rl.data.rows import read_rows
 from grace_rl.errors import UserError
 from grace_rl.recipe.rows import DataConfig
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 SCENES = ROOT / "recipes/curate/scenes.yaml"
 ENCODER = """
 def encode(texts):

@@ -13,7 +13,7 @@ from grace_rl.recipe import Recipe, load_recipe
 from grace_rl.recipe.keys import OWN_KEYS, convert
 from grace_rl.recipe.stages import load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ROOT / "recipes" / "accelerate"  # accelerate's files, no recipes
 OTHERS = ("curate", "evaluate")  # their own kinds of file, tested with their commands
 RECIPES = sorted(
@@ -370,14 +370,14 @@ def test_a_wrong_deepspeed_is_found_with_the_recipe(write, given, words):
 
 
 def test_the_package_of_an_optimizer_is_named(small, monkeypatch):
-    monkeypatch.setattr("grace_rl.recipe.find_spec", lambda name: None)
+    monkeypatch.setattr("grace_rl.recipe.recipe.find_spec", lambda name: None)
     recipe = load_recipe(small, ["--optim", "paged_adamw_32bit"])
     with pytest.raises(UserError, match="optim: paged_adamw_32bit needs the package bitsandbytes"):
         recipe.training_arguments()
 
 
 def test_missing_engine_packages_are_named(small, monkeypatch):
-    monkeypatch.setattr("grace_rl.recipe.find_spec", lambda name: None)
+    monkeypatch.setattr("grace_rl.recipe.recipe.find_spec", lambda name: None)
     recipe = load_recipe(small, ["--use_vllm", "true"])
     with pytest.raises(UserError, match=r"grace-rl\[vllm\]"):
         recipe.training_arguments()

@@ -128,9 +128,10 @@ columns = dict(
     rationale=["words " * 20] * n, token_ids=[[1] * 32] * n, truncated=[False] * n,
     advantage=[0.0] * n, embedding=[[0.5] * 32] * n,
 )
-print("ready", flush=True)
-for step in range(1, 10_000):
+for step in range(10_000):
     write_rollouts(sys.argv[1], step % 5, columns)
+    if step == 0:
+        print("written", flush=True)
 """
 
 

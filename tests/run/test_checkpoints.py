@@ -37,7 +37,7 @@ from grace_rl.run.records import read_metrics, read_status
 from grace_rl.train.callbacks import follow
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).parent / "tiny_training.py"
+SCRIPT = ROOT / "tests" / "train" / "tiny_training.py"
 
 
 @pytest.fixture(scope="module")
