@@ -102,7 +102,7 @@ class FilterStep:
     Args:
         alpha: Keep a >= alpha.
         beta: Keep b <= beta.
-        gamma: Keep a - b >= gamma. Rule `paper` only.
+        gamma: Keep a >= b + gamma. Rule `paper` only.
         rule: `paper`, or `published-code`: what the released code does, ratings to one decimal, no
             text above 4.0 for a negative, and a != b in place of the gap.
         swap: Where the contradiction rates higher it becomes the positive. False drops such rows.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from grace_rl.curate.config import FilterStep
@@ -62,14 +63,24 @@ def choose(row: Mapping[str, Any], step: FilterStep) -> Choice:
         positive = max(negatives, key=lambda c: c["score"])
         negative = min(positives, key=lambda c: c["score"])
     a, b = positive["score"], negative["score"]
-    reason: str | None = None
+    gap = None if is_gap(a, b, step.gamma) else "gap below gamma"
+    return Choice(positive, negative, swapped, _outside(a, b, step) or gap)
+
+
+def is_gap(a: float, b: float, gamma: float) -> bool:
+    """Whether a >= b + gamma for the numbers as they are written, not as their bits add up.
+
+    >>> 1.4 - 0.4 >= 1, is_gap(1.4, 0.4, 1.0)
+    (False, True)
+    """
+    return Decimal(repr(float(a))) >= Decimal(repr(float(b))) + Decimal(repr(float(gamma)))
+
+
+def _outside(a: float, b: float, step: FilterStep) -> str | None:
+    """The line that a pair of ratings is on the wrong side of; None if there is none."""
     if a < step.alpha:
-        reason = "positive below alpha"
-    elif b > step.beta:
-        reason = "negative above beta"
-    elif a - b < step.gamma:
-        reason = "gap below gamma"
-    return Choice(positive, negative, swapped, reason)
+        return "positive below alpha"
+    return "negative above beta" if b > step.beta else None
 
 
 def _published(
@@ -82,11 +93,5 @@ def _published(
         if not (a <= PUBLISHED_CEILING and a <= b):
             return Choice(positive, negative, reason="both above 4.0")
         positive, negative, swapped, a, b = negative, positive, True, b, a
-    reason: str | None = None
-    if a < step.alpha:
-        reason = "positive below alpha"
-    elif b > step.beta:
-        reason = "negative above beta"
-    elif a == b:
-        reason = "equal ratings"
-    return Choice(positive, negative, swapped, reason)
+    equal = "equal ratings" if a == b else None
+    return Choice(positive, negative, swapped, _outside(a, b, step) or equal)

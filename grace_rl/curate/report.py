@@ -8,9 +8,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from grace_rl.curate.filtering import Choice
 from grace_rl.data.scenes import read_facts
 
+TEMPLATES = Environment(
+    loader=PackageLoader("grace_rl.curate", "."), autoescape=True, undefined=StrictUndefined
+)
 CELLS, SAMPLES = 20, 20
 FEW, MANY = 0.1, 0.9  # a share of kept rows outside these says that the thresholds do not fit
 
@@ -121,49 +126,19 @@ class Report:
 
     def picture(self) -> str:
         """The joint histogram of both ratings as SVG, with the filter's lines."""
-        size, left, top = 20, 60, 40
-        side = CELLS * size
         most = max(max(row) for row in self.histogram) or 1
-        parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{side + 100}" height="{side + 100}" '
-            'font-family="sans-serif" font-size="13">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            f'<text x="{left}" y="24">{self.rows} rows, {self.kept_share:.1%} kept</text>',
-        ]
-        for b, row in enumerate(self.histogram):
-            for a, number in enumerate(row):
-                shade = math.log1p(number) / math.log1p(most)
-                parts.append(
-                    f'<rect x="{left + a * size}" y="{top + side - (b + 1) * size}" '
-                    f'width="{size}" height="{size}" fill="rgb({int(255 - 225 * shade)},'
-                    f'{int(255 - 155 * shade)},255)"><title>{number}</title></rect>'
-                )
-
-        def line(a1: float, b1: float, a2: float, b2: float) -> None:
-            x1, x2 = (left + a / 5 * side for a in (a1, a2))
-            y1, y2 = (top + side - b / 5 * side for b in (b1, b2))
-            parts.append(
-                f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="crimson"/>'
-            )
-
         alpha, beta = self.settings["alpha"], self.settings["beta"]
         gap = self.settings["gamma"] if self.settings["rule"] == "paper" else 0
-        line(alpha, 0, alpha, 5)
-        line(0, beta, 5, beta)
-        line(gap, 0, 5, 5 - gap)
-        for tick in range(6):
-            place = tick / 5 * side
-            parts += [
-                f'<text x="{left + place - 4:g}" y="{top + side + 18}">{tick}</text>',
-                f'<text x="{left - 18}" y="{top + side - place + 4:g}">{tick}</text>',
-            ]
-        parts += [
-            f'<text x="{left + side / 2 - 60}" y="{top + side + 40}">rating of the positive</text>',
-            f'<text transform="translate({left - 30},{top + side / 2 + 60}) rotate(-90)">'
-            "rating of the negative</text>",
-            "</svg>",
-        ]
-        return "\n".join(parts) + "\n"
+        return TEMPLATES.get_template("histogram.svg.jinja").render(
+            title=f"{self.rows} rows, {self.kept_share:.1%} kept",
+            cells=CELLS,
+            histogram=[
+                {"a": a, "b": b, "count": count, "shade": math.log1p(count) / math.log1p(most)}
+                for b, row in enumerate(self.histogram)
+                for a, count in enumerate(row)
+            ],
+            lines=[(alpha, 0, alpha, 5), (0, beta, 5, beta), (gap, 0, 5, 5 - gap)],
+        )
 
 
 def entails(scene: Mapping[str, str], text: str) -> bool:

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from grace_rl.curate.cleaning import reason_to_drop, stripped
 from grace_rl.curate.config import FilterStep, GenerateStep, RateStep
-from grace_rl.curate.filtering import choose
+from grace_rl.curate.filtering import choose, is_gap
 from grace_rl.curate.judges import DigitJudge, EncoderJudge, checked, load_judge
 from grace_rl.curate.models import Models, Sampling, TransformersModel, VLLMModel
 from grace_rl.curate.prompts import RatingPrompts, SidePrompts
@@ -245,6 +245,22 @@ def test_the_rule_of_the_paper_and_of_the_released_code(a, b, paper, published):
         assert choice.reason == (None if wanted == "swapped" else wanted), rule
         if wanted == "swapped":
             assert choice.swapped and choice.positive["score"] == b
+
+
+def test_the_gap_is_exact_for_every_pair_of_ratings_with_one_decimal():
+    """In tenths, whole numbers say what is right; subtracting floats is wrong for 21 pairs."""
+    for gamma in range(0, 51):
+        wrong = [
+            (a, b)
+            for a in range(51)
+            for b in range(51)
+            if is_gap(a / 10, b / 10, gamma / 10) != (a >= b + gamma)
+        ]
+        assert not wrong, (gamma, wrong)
+    step = FilterStep(alpha=0.0, beta=5.0, gamma=1.0, swap=False)
+    for b in range(41):
+        assert choose(rated([b / 10 + 1], [b / 10]), step).reason is None
+        assert choose(rated([(b + 10) / 10], [b / 10]), step).reason is None
 
 
 def test_the_pair_with_the_largest_gap_is_taken():
