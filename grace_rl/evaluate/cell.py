@@ -1,6 +1,7 @@
 """One cell of a comparison, in a process of its own: train as its recipe says, score, write down.
 
-python -m grace_rl.evaluate.cell FOLDER     # FOLDER/spec.json -> FOLDER/cell.json
+`grace-rl compare --cell FOLDER` runs it (FOLDER/spec.json -> FOLDER/cell.json) and hands in what
+trains: evaluation knows no trainer.
 """
 
 from __future__ import annotations
@@ -8,19 +9,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grace_rl.errors import UserError
 from grace_rl.evaluate.comparison import overriding
 from grace_rl.run.files import write_text
 
+Train = Callable[[Any, Mapping[str, float]], int]
+"""(recipe, budget) -> exit code: a whole training in the recipe's output directory."""
 
-def run_cell(folder: Path) -> int:
+
+def run_cell(folder: Path, train: Train) -> int:
     """Do what `spec.json` says; `cell.json` appears when all of it is done.
+
+    Args:
+        folder: Of the cell.
+        train: Trains a recipe, and goes on with what an earlier attempt left.
 
     Returns:
         Exit code: 0 done, 130 interrupted with a checkpoint saved.
@@ -29,8 +35,6 @@ def run_cell(folder: Path) -> int:
     from grace_rl.embed.loading import load_encoder
     from grace_rl.recipe import load_recipe
     from grace_rl.run.records import read_metrics, read_status
-    from grace_rl.train.callbacks import Budget
-    from grace_rl.train.run import train
 
     spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
     result: dict[str, Any] = {"spec": spec}
@@ -45,7 +49,7 @@ def run_cell(folder: Path) -> int:
         run = folder / "run"
         status = read_status(run)
         if status is None or status["status"] != "finished":
-            code = train(recipe, budget=Budget(**spec["budget"]))
+            code = train(recipe, spec["budget"])
             if code:
                 return code
         summary = (read_status(run) or {}).get("summary", {})
@@ -201,11 +205,3 @@ def perplexity(policy: Any, tokenizer: Any, pairs: Sequence[tuple[list[int], str
             )
             count += len(target)
     return math.exp(total / max(1, count))
-
-
-if __name__ == "__main__":
-    try:
-        raise SystemExit(run_cell(Path(sys.argv[1])))
-    except UserError as mistake:
-        print(mistake, file=sys.stderr)
-        raise SystemExit(2) from mistake

@@ -177,7 +177,7 @@ class _Runner:
         write_text(spec, text)
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
         environment.setdefault("OMP_NUM_THREADS", str(_threads(self.comparison.jobs)))
-        command = [sys.executable, "-m", "grace_rl.evaluate.cell", str(folder)]
+        command = [sys.executable, "-m", "grace_rl", "compare", "--cell", str(folder)]
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 command,
