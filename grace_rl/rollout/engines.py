@@ -22,22 +22,7 @@ import torch
 from torch import Tensor
 from trl.generation import vllm_generation
 
-CPU_DEFAULTS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    # One thread per core, each bound to its core, waits for the slowest at every layer: on a
-    # machine that is also busy with something else this is tens of times slower. Unbound, vLLM uses
-    # torch's threads (OMP_NUM_THREADS).
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
-
-
-def vllm_runs_on_cpu() -> bool:
-    """Whether vLLM is installed and was built for CPUs."""
-    try:
-        from vllm.platforms import current_platform
-    except ImportError:
-        return False
-    return bool(current_platform.is_cpu())
+from grace_rl.rollout.generator import CPU_DEFAULTS, vllm_runs_on_cpu
 
 
 @contextmanager

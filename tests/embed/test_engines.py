@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.embed.writers import prompt_seed
 from grace_rl.errors import UserError
 
 SCRIPT = """
@@ -29,11 +28,6 @@ assert sum(cosine > 1 - 1e-4 for cosine in cosines) >= same
 one, two = (fast.encode(texts[:n], "sample", seed=3).rationales[0] for n in (1, 8))
 assert one == two != fast.encode(texts[:1], "sample", seed=4).rationales[0]
 """
-
-
-def test_seeds_are_of_prompt_and_seed() -> None:
-    assert prompt_seed(0, [1, 2]) == prompt_seed(0, [1, 2])
-    assert len({prompt_seed(0, [1, 2]), prompt_seed(1, [1, 2]), prompt_seed(0, [1, 3])}) == 3
 
 
 def test_an_unknown_engine_is_named(model_folder: Path) -> None:
