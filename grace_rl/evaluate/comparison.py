@@ -32,7 +32,7 @@ from grace_rl.errors import UserError
 from grace_rl.recipe import Recipe, load_recipe
 from grace_rl.recipe.keys import nearest
 from grace_rl.recipe.source import RecipeSource, read_source
-from grace_rl.run.files import digest
+from grace_rl.run.identity import digest
 
 CHOOSE = ("eval_recall_at_1", "eval_triplet_accuracy")
 BUDGETS = {"budget_seconds": "seconds", "budget_tokens": "tokens"}

@@ -27,7 +27,8 @@ from grace_rl.evaluate.bootstrap import task_interval
 from grace_rl.evaluate.local_tasks import mteb_task
 from grace_rl.evaluate.mteb_encoder import MtebEncoder, Usage
 from grace_rl.evaluate.tasks import LocalTask, Task, tasks_digest
-from grace_rl.run.files import digest, plain_numbers, write_text
+from grace_rl.run.files import plain_numbers, write_text
+from grace_rl.run.identity import digest
 
 PACKAGES = ("grace-rl", "mteb", "sentence-transformers", "transformers", "torch", "numpy", "scipy")
 UNFINISHED = "unfinished"  # key of a file that is not: a digest of what it is of

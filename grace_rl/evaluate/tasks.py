@@ -22,7 +22,7 @@ from typing import Any
 from grace_rl.errors import UserError
 from grace_rl.recipe.keys import nearest
 from grace_rl.recipe.source import read_list
-from grace_rl.run.files import digest
+from grace_rl.run.identity import digest
 
 # kind -> part of the task -> columns that a row must have, with their types
 NUMBER = (int, float)

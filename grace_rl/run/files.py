@@ -1,20 +1,24 @@
 """Files that appear whole or not at all: write beside, fsync, rename.
 
-Names that start with a dot and end with `.writing` are unfinished; readers ignore them, and what a
-killed process left of them may be removed by whoever holds the folder.
+Names that start with a dot and end with `.writing` are unfinished; readers ignore them. What a
+killed process left of a file goes when that file is written again, and all that is left in a folder
+may be removed by whoever holds it.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import math
 import os
+import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from grace_rl.errors import UserError
 
@@ -34,7 +38,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     >>> target.read_text()
     '0.4'
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    host = socket.gethostname()
+    for left in path.parent.glob(f".{escape(path.name)}.{escape(host)}-*.writing"):
+        if not _is_alive(left.name.removesuffix(".writing").rpartition("-")[2]):
+            left.unlink(missing_ok=True)
+    unfinished = path.with_name(f".{path.name}.{host}-{os.getpid()}.writing")
     try:
         yield unfinished
         sync(unfinished)
@@ -52,12 +60,29 @@ def held(folder: Path, wait: bool = False) -> Iterator[None]:
     Raises:
         UserError: Another process works there, and we do not `wait` for its end.
     """
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another process is working on this output") from error
+    lock = folder_lock(folder)
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout as error:
+        raise UserError(f"{folder}: another process is working on this output") from error
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def folder_lock(folder: Path) -> FileLock:
+    """The lock of a folder, `.lock`: of the operating system, so that it ends with its process."""
+    return FileLock(folder / ".lock", thread_local=False)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of the files and folders that they were writing.
+
+    Only for whoever holds the folder.
+    """
+    for left in folder.glob(UNFINISHED):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,16 +96,6 @@ def write_json(path: Path, content: Any) -> None:
     write_text(
         path, json.dumps(plain_numbers(content), indent=2, ensure_ascii=False, default=str) + "\n"
     )
-
-
-def digest(content: Any) -> str:
-    """16 hexadecimal digits that stand for plain data.
-
-    >>> digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
-    True
-    """
-    told = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
 def plain_numbers(value: Any) -> Any:
@@ -98,6 +113,17 @@ def plain_numbers(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _is_alive(process: str) -> bool:
+    """Whether this machine runs a process of that number; a number that is none is none of ours."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        return True
+    return True
 
 
 def sync(path: Path) -> None:

@@ -1,0 +1,51 @@
+"""rich's console behind the door of `grace_rl.run.printing`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    ConsoleRenderable,
+    RenderHook,
+    RenderResult,
+)
+from rich.segment import Segment
+
+from grace_rl.run.printing import shown
+
+
+class Screen(Console):
+    """Tables, bars and texts are made safe as they are drawn.
+
+    `print` takes a string as it is: no markup, no highlighting, no wrapping within a line.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.push_render_hook(_Door())
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if objects and all(isinstance(one, str) for one in objects):
+            options = {"markup": False, "highlight": False, "soft_wrap": True} | options
+        super().print(*objects, **options)
+
+
+class _Door(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Safe(one) for one in renderables]
+
+
+class _Safe:
+    """Draws another renderable, its texts made safe."""
+
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self.inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.inner, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(shown(segment.text), segment.style)
