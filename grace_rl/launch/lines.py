@@ -26,10 +26,9 @@ from typing import Any
 import yaml
 
 from grace_rl.errors import UserError
+from grace_rl.run.environment import COMMAND, OUTCOME
 
 CONFIGS = Path(__file__).with_name("accelerate")
-OUTCOME = "GRACE_RL_OUTCOME"  # a file, in the environment of launched processes
-COMMAND = "GRACE_RL_COMMAND"  # what was typed, in the environment of launched processes
 INTERRUPTED = 130
 SAVING = 3600  # seconds that torch's agent waits for processes told to stop
 

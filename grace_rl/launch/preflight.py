@@ -37,8 +37,8 @@ from grace_rl.launch.memory import (
     remedies,
 )
 from grace_rl.launch.versions import installed_versions, untested
-from grace_rl.launch.zero_config import deepspeed_config
 from grace_rl.recipe.methods import METHODS, named
+from grace_rl.recipe.zero_config import deepspeed_config
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe

@@ -37,12 +37,12 @@ class Method:
 METHODS = {
     "grpo": Method(
         config="grace_rl.train.grpo_config:GraceGRPOConfig",
-        plan="grace_rl.train.grpo:plan",
+        plan="grace_rl.train.grpo_config:plan",
         rollouts=True,
     ),
     "ppo": Method(
         config="grace_rl.train.ppo_config:GracePPOConfig",
-        plan="grace_rl.train.ppo:plan",
+        plan="grace_rl.train.grpo_config:plan",
         rollouts=True,
         check="grace_rl.train.ppo_config:ppo_problems",
     ),

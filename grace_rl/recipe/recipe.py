@@ -298,7 +298,7 @@ def _check_files(source: RecipeSource, training: dict[str, Any]) -> None:
 
 def _check_deepspeed(source: RecipeSource, given: Any) -> None:
     if isinstance(given, dict) or str(given).lstrip().startswith("{") or Path(str(given)).exists():
-        from grace_rl.launch.zero_config import deepspeed_config
+        from grace_rl.recipe.zero_config import deepspeed_config
 
         source.collect(lambda: deepspeed_config(given))
 

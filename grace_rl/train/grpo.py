@@ -35,14 +35,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather, gather_object
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOTrainer
 
 from grace_rl.credit.segments import (
     Calibration,
@@ -64,7 +63,7 @@ from grace_rl.reward import Pool, RewardBatch
 from grace_rl.reward.batch import row_columns
 from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
 from grace_rl.reward.runtime import RewardRuntime, weighted_totals
-from grace_rl.rollout.engines import repair_weight_push, vllm_start
+from grace_rl.rollout.engines import GRPOTrainer, repair_weight_push, vllm_start
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.rollout.server import keep_server
@@ -84,37 +83,9 @@ from grace_rl.train.generation_batch import (
 from grace_rl.train.grpo_config import GraceGRPOConfig, check_batches
 from grace_rl.train.reader_loss import ReaderLoss, reader_loss_config
 from grace_rl.train.rollout_reader import RolloutReader
-from grace_rl.train.start import Build, Start
-
-if TYPE_CHECKING:
-    from grace_rl.recipe import Recipe
 
 PHASES = ("rollout", "embed", "reward", "train", "sync")
 ADVICE_BATCHES = 10  # the calibration is judged once it has seen so many
-
-
-def plan(
-    recipe: Recipe, args: GraceGRPOConfig, rows: list[dict[str, Any]], trainer: Any = None
-) -> Build:
-    """See `grace_rl.recipe.methods.Method`. `trainer` is the class to build, by default GRPO's."""
-    rewards = load_rewards(recipe.rewards, recipe.path.parent)
-    assert args.num_generations is not None  # TRL's config compares it with 2
-    check_batches(args, Bundles(rows, parse_roles(args.roles, args.num_generations)), rewards)
-
-    def build(start: Start) -> Any:
-        model, tokenizer = start.load_policy()
-        return (trainer or GraceGRPOTrainer)(
-            model,
-            args,
-            rows,
-            rewards,
-            processing_class=tokenizer,
-            peft_config=start.peft_config,
-            run_folder=start.run_folder,
-            console=start.console,
-        )
-
-    return build
 
 
 class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
@@ -185,7 +156,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         self._batch: GenerationBatch | None = None
         self._phases: dict[str, float] = defaultdict(float)
 
-        with vllm_start():
+        with vllm_start(args.use_vllm):
             super().__init__(
                 model=model,
                 reward_funcs=[_named(reward.label) for reward in self.rewards],

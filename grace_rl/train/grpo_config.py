@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl import GRPOConfig
 
-from grace_rl.data.bundles import Bundles
+from grace_rl.data.bundles import Bundles, parse_roles
 from grace_rl.errors import UserError
-from grace_rl.reward.loading import LoadedReward
+from grace_rl.recipe.methods import named
+from grace_rl.reward.loading import LoadedReward, load_rewards
 from grace_rl.train.reading_config import ReadingConfig
+
+if TYPE_CHECKING:
+    from grace_rl.recipe import Recipe
+    from grace_rl.train.start import Build, Start
 
 
 def _default_roles() -> dict[str, dict[str, Any]]:
@@ -51,6 +56,8 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
             one request may take. Above 0.
     """
 
+    trainer: ClassVar[str] = "grace_rl.train.grpo:GraceGRPOTrainer"
+
     roles: dict[str, Any] = field(default_factory=_default_roles)
     anchor_temperature: float | None = None
     segments: int = 4
@@ -68,6 +75,28 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
         assert self.steps_per_generation is not None  # TRL's config fills it in
         batches = self.steps_per_generation * self.num_iterations
         return max(1, batches // self.gradient_accumulation_steps)
+
+
+def plan(recipe: Recipe, args: GraceGRPOConfig, rows: list[dict[str, Any]]) -> Build:
+    """See `grace_rl.recipe.methods.Method`. The trainer is imported when it is built."""
+    rewards = load_rewards(recipe.rewards, recipe.path.parent)
+    assert args.num_generations is not None  # TRL's config compares it with 2
+    check_batches(args, Bundles(rows, parse_roles(args.roles, args.num_generations)), rewards)
+
+    def build(start: Start) -> Any:
+        model, tokenizer = start.load_policy()
+        return named(args.trainer)(
+            model,
+            args,
+            rows,
+            rewards,
+            processing_class=tokenizer,
+            peft_config=start.peft_config,
+            run_folder=start.run_folder,
+            console=start.console,
+        )
+
+    return build
 
 
 def check_batches(args: GraceGRPOConfig, bundles: Bundles, rewards: Sequence[LoadedReward]) -> None:

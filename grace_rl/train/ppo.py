@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,19 +56,9 @@ from grace_rl.errors import UserError
 from grace_rl.reward.runtime import weighted_totals
 from grace_rl.train.generation_batch import GenerationBatch
 from grace_rl.train.grpo import GraceGRPOTrainer
-from grace_rl.train.grpo import plan as plan_rollouts
 from grace_rl.train.ppo_config import GracePPOConfig
-from grace_rl.train.start import Build
-
-if TYPE_CHECKING:
-    from grace_rl.recipe import Recipe
 
 VALUE_MODEL_FILE = "value_model.safetensors"
-
-
-def plan(recipe: Recipe, args: GracePPOConfig, rows: list[dict[str, Any]]) -> Build:
-    """See `grace_rl.recipe.methods.Method`."""
-    return plan_rollouts(recipe, args, rows, GracePPOTrainer)
 
 
 class GracePPOTrainer(GraceGRPOTrainer):

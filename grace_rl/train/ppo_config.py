@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from grace_rl.credit.segments import loss_problems
 from grace_rl.errors import UserError
@@ -43,6 +43,8 @@ class GracePPOConfig(GraceGRPOConfig):
     Raises:
         UserError: Values that PPO cannot use, all together.
     """
+
+    trainer: ClassVar[str] = "grace_rl.train.ppo:GracePPOTrainer"
 
     critic: str = "shared"
     value_learning_rate: float | None = None
