@@ -1,9 +1,16 @@
-"""Hidden states of the decoder stack by forward hooks: no logits, and not all layers kept."""
+"""Hidden states of the decoder stack: no logits, and not all layers kept.
+
+The hooks that see them stay on the model once they are there and do nothing by themselves: each
+looks for the tap that its own thread has opened. Threads that read with one model at once therefore
+never see each other's states.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,60 +18,129 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pad
 from transformers import PreTrainedModel
 
+from grace_rl.errors import UserError
+
 
 def decoder_stack(model: nn.Module) -> nn.Module:
-    """The part of a causal language model below its head (under PEFT, of the base model)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    assert isinstance(base, PreTrainedModel)
-    stack = base.get_decoder()
-    assert isinstance(stack, nn.Module)
+    """The part of a causal language model below its head (under PEFT, of the base model).
+
+    Raises:
+        UserError: The model has none.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    stack = base.get_decoder() if isinstance(base, PreTrainedModel) else None
+    if not isinstance(stack, nn.Module):
+        raise UserError(f"{type(base).__name__} is no language model with a decoder stack")
     return stack
+
+
+def decoder_blocks(stack: nn.Module) -> nn.ModuleList:
+    """The layers of a stack, found by their number, since each family calls them otherwise.
+
+    Raises:
+        UserError: There are none.
+    """
+    count = stack.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    for module in stack.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"{type(stack).__name__}: its {count} layers cannot be told from its modules")
+
+
+def layer_numbers(layers: Sequence[int], count: int) -> list[int]:
+    """Layers counted from the front, 0 to `count`; -1 is `count`.
+
+    Args:
+        layers: `reader.layers`.
+        count: Layers of the model (`num_hidden_layers`).
+
+    Raises:
+        UserError: One of them is not there.
+
+    >>> layer_numbers([0, -1], 3)
+    [0, 3]
+    """
+    wrong = [layer for layer in layers if not -count - 1 <= layer <= count]
+    if wrong:
+        raise UserError(
+            f"reader.layers: no layer {', '.join(map(str, wrong))} in a model of {count}; "
+            f"there are 0 (input embeddings) to {count} (after the final norm), or -{count + 1} to "
+            "-1"
+        )
+    return [layer % (count + 1) for layer in layers]
+
+
+@dataclass
+class _Tap:
+    """What one thread wants of one stack's forwards."""
+
+    stack: nn.Module
+    wanted: list[int]
+    count: int
+    blocks: dict[int, int]  # id of a module -> the layer that is its input
+    receive: Callable[[Tensor], None]
+    seen: dict[int, Tensor] = field(default_factory=dict)
+
+
+_TAP: ContextVar[_Tap | None] = ContextVar("tap", default=None)  # of this thread
+
+
+def _keep_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+    tap = _TAP.get()
+    if tap is not None and id(module) in tap.blocks:
+        tap.seen[tap.blocks[id(module)]] = args[0] if args else kwargs["hidden_states"]
+
+
+def _finish(module: nn.Module, args: Any, output: Any) -> None:
+    tap = _TAP.get()
+    if tap is None or module is not tap.stack:
+        return
+    tap.seen[tap.count] = output[0] if isinstance(output, tuple) else output.last_hidden_state
+    states = [tap.seen[layer] for layer in tap.wanted]
+    tap.seen.clear()
+    tap.receive(mix_layers(states))
+
+
+def mix_layers(states: Sequence[Tensor]) -> Tensor:
+    """States of layers as one, each (B, T, H) -> (B, T, H) float32.
+
+    One layer is taken as it is; several are each layer-normalised (no learned scale) and added, so
+    that none drowns the others (findings of the bottleneck reader).
+    """
+    several = [state.float() for state in states]
+    if len(several) > 1:
+        several = [layer_norm(state, state.shape[-1:]) for state in several]
+    return torch.stack(several).sum(0)
 
 
 @contextmanager
 def tap_layers(
     stack: nn.Module, layers: Sequence[int], receive: Callable[[Tensor], None]
 ) -> Iterator[None]:
-    """Within it, every forward of `stack` hands `receive` its mixed states (B, T, H), float32.
+    """Within it, every forward of `stack` in this thread hands `receive` its mixed states.
 
     Args:
         stack: From `decoder_stack`.
         layers: Numbers as in `output_hidden_states`: 0 are the input embeddings, -1 (or the number
-            of layers) is the output after the final norm. One layer is taken as it is; several are
-            each layer-normalised (no learned scale) and added, so that none drowns the others
-            (findings of the bottleneck reader).
-        receive: Called once per forward.
+            of layers) is the output after the final norm. How they are mixed: `mix_layers`.
+        receive: Called once per forward with (B, T, H), float32.
+
+    Raises:
+        UserError: A layer is not there.
     """
-    count = len(stack.layers)  # type: ignore[arg-type]
-    wanted = [layer % (count + 1) for layer in layers]
-    seen: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            seen[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def finish(module: nn.Module, args: Any, output: Any) -> None:
-        seen[count] = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        states = [seen[layer].float() for layer in wanted]
-        seen.clear()
-        if len(states) > 1:
-            states = [layer_norm(state, state.shape[-1:]) for state in states]
-        receive(torch.stack(states).sum(0))
-
-    hooks = [stack.register_forward_hook(finish)]
-    if 0 in wanted:
-        hooks.append(stack.get_input_embeddings().register_forward_hook(keep(0)))  # type: ignore[operator]
+    blocks = decoder_blocks(stack)
+    wanted = layer_numbers(layers, len(blocks))
+    places = {id(blocks[layer]): layer for layer in wanted if layer < len(blocks)}
     for layer in wanted:
-        if 0 < layer < count:
-            block = stack.get_submodule(f"layers.{layer - 1}")
-            hooks.append(block.register_forward_hook(keep(layer)))
+        if layer < len(blocks) and _keep_input not in blocks[layer]._forward_pre_hooks.values():
+            blocks[layer].register_forward_pre_hook(_keep_input, with_kwargs=True)
+    if _finish not in stack._forward_hooks.values():
+        stack.register_forward_hook(_finish)
+    token = _TAP.set(_Tap(stack, wanted, len(blocks), places, receive))
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        _TAP.reset(token)
 
 
 def pool_states(states: Tensor, mask: Tensor, pool: str = "mean") -> Tensor:

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 from trl.models.utils import _ForwardRedirection
 
-from grace_rl.embed.hidden_states import decoder_stack
+from grace_rl.embed.hidden_states import decoder_blocks, decoder_stack, tap_layers
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,12 @@ def soft_tokens(
     mask, inputs = attention_mask.gather(1, order), embeddings(input_ids.gather(1, order))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
-    kept = Cache(layers=[_KeptLayer() for _ in stack.layers]) if cache else None
-    states: list[Tensor] = []
+    kept = Cache(layers=[_KeptLayer() for _ in decoder_blocks(stack)]) if cache else None
+    states: list[Tensor] = []  # each (B, H), of the last position
     entropy: list[Tensor] = []
     found: list[tuple[Tensor, Tensor]] = []
-    with _checkpointed_steps(base, stack, kept), _last_states(stack) as seen:
+    last_states = tap_layers(stack, [-1], lambda every: states.append(every[:, -1]))
+    with _checkpointed_steps(base, stack, kept), last_states:
         for step in range(steps + 1):
             arguments = {
                 "inputs_embeds": inputs,
@@ -115,7 +116,7 @@ def soft_tokens(
                 stack(**arguments)  # no logits: nothing follows
                 break
             logits = base(**arguments, logits_to_keep=1).logits[:, -1]
-            if step and until is not None and until(torch.stack(seen[1:], 1)):
+            if step and until is not None and until(torch.stack(states[1:], 1)):
                 break
             shares = (logits.float() / temperature).softmax(-1)  # (B, V)
             with torch.no_grad():
@@ -128,7 +129,6 @@ def soft_tokens(
                 inputs = torch.cat([inputs, mixed], 1)
                 positions = torch.cat([positions, positions[:, -1:] + 1], 1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        states = list(seen)
     prompt, *rest = states
 
     def stacked(parts: list[Tensor], *width: int) -> Tensor:
@@ -157,21 +157,6 @@ def _mix(embeddings: nn.Module, shares: Tensor) -> Tensor:
         return mixed.to(weight.dtype).unsqueeze(1)  # autocast's product is in half precision
 
     return _ForwardRedirection()(embeddings, embeddings, mixture, shares)  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _last_states(stack: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it, every forward of the stack appends its last position's final state (B, H)."""
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output.last_hidden_state[:, -1])
-
-    hook = stack.register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 class _KeptLayer(DynamicLayer):
@@ -216,14 +201,15 @@ def _checkpointed_steps(base: nn.Module, stack: Any, kept: Cache | None) -> Iter
 
         return run
 
+    blocks = decoder_blocks(stack)
     for module in flagged:
         module.gradient_checkpointing = False
-    for block, layer in zip(stack.layers, kept.layers, strict=True):
+    for block, layer in zip(blocks, kept.layers, strict=True):
         block.forward = checkpointed(block.forward, layer)
     try:
         yield
     finally:
-        for block in stack.layers:
+        for block in blocks:
             del block.forward
         for module in flagged:
             module.gradient_checkpointing = True

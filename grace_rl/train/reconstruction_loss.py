@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 from transformers import PreTrainedTokenizerBase
 
-from grace_rl.embed.hidden_states import pool_states
+from grace_rl.embed.hidden_states import pool_states, tap_layers
 from grace_rl.embed.reader import Reader, Written
 from grace_rl.embed.rebuild import rebuild_logps, right_padded, row_means, token_logps
 from grace_rl.rollout.prompts import PromptTemplate
@@ -53,13 +52,10 @@ def read_vectors(
     pool: str,
 ) -> Tensor:
     """The raw vectors that a `Reader` reads, (N, H) float32, with gradients."""
-    output = stack(
-        input_ids=ids, attention_mask=attention, output_hidden_states=True, use_cache=False
-    )
-    states = [output.hidden_states[layer].float() for layer in layers]
-    if len(states) > 1:
-        states = [layer_norm(state, state.shape[-1:]) for state in states]
-    return pool_states(torch.stack(states).sum(0), pooled, pool)
+    states: list[Tensor] = []
+    with tap_layers(stack, layers, states.append):
+        stack(input_ids=ids, attention_mask=attention, use_cache=False)
+    return pool_states(states[0], pooled, pool)
 
 
 def add_reconstruction(policy: nn.Module, objective: Objective) -> None:
