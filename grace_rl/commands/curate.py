@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     match = re.fullmatch(r"(\d+)/(\d+)", options.shard)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--shard: must be i/n with i from 1 to n, not {options.shard!r}")
-    from grace_rl.curate.config import load_curation
+    from grace_rl.recipe.curation import load_curation
 
     recipe = load_curation(options.recipe, overrides)
     from grace_rl.curate.run import Shard, curate

@@ -79,7 +79,7 @@ def reason_to_drop(
         text: What it was written for.
         side: `positive` or `negative`.
         kept: The candidates of the side so far.
-        length_ratio, max_overlap: See `config.GenerateStep`.
+        length_ratio, max_overlap: See `grace_rl.recipe.curation.GenerateStep`.
     """
     own, given = words(candidate), words(text)
     if not own:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from grace_rl.curate.config import FilterStep
+from grace_rl.recipe.curation import FilterStep
 
 PUBLISHED_CEILING = 4.0  # the released code takes no text that rates higher for a negative
 

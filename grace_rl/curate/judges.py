@@ -18,15 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from grace_rl.curate.config import RateStep
 from grace_rl.curate.models import LanguageModel, Models
 from grace_rl.curate.prompts import RatingPrompts
 from grace_rl.data.guide import Encode, load_encoder, unit_vectors
 from grace_rl.errors import UserError
+from grace_rl.recipe.curation import RateStep
 from grace_rl.rollout.prompts import PromptTemplate
 
 HIGHEST = 5.0
-JUDGES = ("digits", "likelihood", "encoder")
 Pair = tuple[str, str]
 
 
@@ -129,7 +128,7 @@ def load_judge(step: RateStep, generator: str | None, models: Models) -> Judge:
     Raises:
         UserError: It cannot be loaded.
     """
-    if ":" in step.judge:
+    if step.is_own:
         return _own_judge(step)
     name = str(step.model_name_or_path or generator)
     if step.judge == "encoder":

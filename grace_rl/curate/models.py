@@ -36,7 +36,7 @@ class Sampling:
     Attributes:
         samples: Sampled candidates of each prompt.
         greedy: Also the most likely one, first.
-        temperature, top_p, max_tokens, omega: See `config.GenerateStep`.
+        temperature, top_p, max_tokens, omega: See `grace_rl.recipe.curation.GenerateStep`.
         one_sentence: A candidate ends with its sentence or line: base models go on and on.
         seed: Of the samples.
     """

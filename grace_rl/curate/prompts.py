@@ -70,7 +70,7 @@ class SidePrompts:
 
     Args:
         tokenizer: Of the generator.
-        kind: `instructions`, `completion` or `describe`; see `config.GenerateStep`.
+        kind: `instructions`, `completion` or `describe`; see `GenerateStep`.
         max_text_tokens: Longer texts are cut here.
         chat_template_kwargs: Keywords for the chat template.
     """

@@ -35,7 +35,6 @@ from rich.text import Text
 
 from grace_rl.curate.chunks import Chunks, rows_of, write_rows
 from grace_rl.curate.cleaning import reason_to_drop, stripped, words
-from grace_rl.curate.config import CurationRecipe, GenerateStep, settings
 from grace_rl.curate.filtering import Choice, choose
 from grace_rl.curate.judges import Judge, checked, load_judge
 from grace_rl.curate.models import LanguageModel, Models, Sampling
@@ -44,6 +43,7 @@ from grace_rl.curate.report import Report
 from grace_rl.data.guide import build_guide, text_key
 from grace_rl.data.rows import stream_rows
 from grace_rl.errors import UserError
+from grace_rl.recipe.curation import CurationRecipe, GenerateStep
 from grace_rl.run.files import held, write_text
 
 Row = dict[str, Any]
@@ -134,10 +134,10 @@ class _Curation:
         }
         with held(self.folder, wait=True):  # another shard may be about to throw away, too
             if recipe.generate is not None:
-                made |= {"seed": recipe.seed, "generate": settings(recipe.generate)}
+                made |= {"seed": recipe.seed, "generate": recipe.generate.model_dump(mode="json")}
                 self.generated = Chunks(self.folder / "generated", made, overwrite)
             if recipe.rate is not None:
-                made |= {"rate": settings(recipe.rate)}
+                made |= {"rate": recipe.rate.model_dump(mode="json")}
                 self.rated = Chunks(self.folder / "rated", made, overwrite)
 
     def _check_rows(self, kinds: set[str]) -> None:
@@ -211,7 +211,7 @@ class _Curation:
         """rows.jsonl from all rated chunks, and the report."""
         step = self.recipe.filter
         assert step is not None
-        report = Report(settings(step))
+        report = Report(step.model_dump())
         seen: set[int] = set()
 
         def kept() -> Iterator[Row]:

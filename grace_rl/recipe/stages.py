@@ -20,16 +20,14 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grace_rl.errors import UserError
 from grace_rl.recipe import Recipe, default_name, load_recipe, recipe_of
+from grace_rl.recipe.curation import CurationRecipe, load_curation
 from grace_rl.recipe.keys import OWN_KEYS, model_hints, nearest, trainer_hints
 from grace_rl.recipe.methods import METHODS
 from grace_rl.recipe.source import KeyPath, RecipeSource, read_source
-
-if TYPE_CHECKING:
-    from grace_rl.curate.config import CurationRecipe
 
 REFERENCE = "stage:"
 CURATE = "curate"
@@ -188,8 +186,6 @@ class _Stages:
             self.stages.append(Stage(name, folder))
 
     def _curation(self, file: Any, folder: Path) -> Stage:
-        from grace_rl.curate.config import load_curation
-
         recipe = load_curation(str(file), ["--output_dir", str(folder)])
         return Stage(CURATE, folder, curation=recipe)
 

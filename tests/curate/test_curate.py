@@ -14,10 +14,10 @@ import pytest
 
 from grace_rl.cli import main
 from grace_rl.curate import run as run_module
-from grace_rl.curate.config import load_curation
 from grace_rl.curate.run import Shard, curate
 from grace_rl.data.rows import read_rows
 from grace_rl.errors import UserError
+from grace_rl.recipe.curation import FilterStep, GenerateStep, RateStep, load_curation
 from grace_rl.recipe.rows import DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,6 +195,27 @@ def test_every_mistake_is_named_with_its_line(tmp_path):
     file.write_text("dataset_name: scenes\ngenerate:\n  model_name_or_path: scenes\n  omega: 0.3\n")
     with pytest.raises(UserError, match=r":4: generate.omega: vLLM cannot do contrastive"):
         load_curation(file)
+
+
+def numbers() -> list[tuple[str, str]]:
+    """Every number of a curation recipe, as step and key."""
+    found = [("", "chunk_rows"), ("", "seed")]
+    for step, kind in (("generate", GenerateStep), ("rate", RateStep), ("filter", FilterStep)):
+        found += [
+            (step, key)
+            for key, field in kind.model_fields.items()
+            if field.annotation in (int, float)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("step", "key"), numbers())
+@pytest.mark.parametrize("value", [".nan", ".inf", "-1", "true", "some", "10000000000000000000"])
+def test_a_number_that_is_none_or_out_of_range_is_named(step, key, value):
+    name = ".".join(filter(None, (step, key)))
+    with pytest.raises(UserError) as error:
+        load_curation(SCENES, [f"--{name}={value}"])
+    assert [problem.partition(":")[0] for problem in error.value.problems] == [f"--{name}"]
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "one"])

@@ -13,7 +13,6 @@ import torch
 from scipy.stats import spearmanr
 
 from grace_rl.curate.cleaning import reason_to_drop, stripped
-from grace_rl.curate.config import FilterStep, GenerateStep, RateStep
 from grace_rl.curate.filtering import choose, is_gap
 from grace_rl.curate.judges import DigitJudge, EncoderJudge, checked, load_judge
 from grace_rl.curate.models import Models, Sampling, TransformersModel, VLLMModel
@@ -23,6 +22,7 @@ from grace_rl.curate.run import rate_candidates, write_candidates
 from grace_rl.data import scenes
 from grace_rl.data.guide import load_encoder
 from grace_rl.errors import UserError
+from grace_rl.recipe.curation import FilterStep, GenerateStep, RateStep
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +91,12 @@ def test_padding_and_batches_change_no_logprob(model):
 def test_candidates_are_the_same_in_every_run(model):
     rows = [{"id": i, "text": text, "other": TEXTS[i - 1]} for i, text in enumerate(TEXTS)]
     step = GenerateStep(
-        "scenes",
+        model_name_or_path="scenes",
         prompts="describe",
         opposite_column="other",
         candidates=2,
         max_tokens=24,
+        engine="transformers",
         length_ratio=[0.0, 2.0],
     )
     prompts = SidePrompts(model.tokenizer, "describe", 64, {})
@@ -156,7 +157,7 @@ def test_both_orders_count_alike(model):
 def test_a_likelihood_judge_knows_what_a_scene_entails(model):
     rows = scenes.rows("train", "triplet", 20)
     judge = load_judge(
-        RateStep("likelihood", engine="transformers", dtype="float32"), "scenes", Models()
+        RateStep(judge="likelihood", engine="transformers", dtype="float32"), "scenes", Models()
     )
     true = judge([(row["query"], row["rationale"]) for row in rows])
     false = judge([(row["query"], row["negative_rationale"]) for row in rows])
