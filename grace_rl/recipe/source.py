@@ -1,22 +1,29 @@
 """The text of a recipe: a YAML file and `--key value` overrides, and where every value was written.
 
 YAML is read with the scalars of YAML 1.2: `1e-4` is a number, and only `true` and `false` are
-booleans (`eval_strategy: no` stays the text that TRL expects). Twice the same key is a mistake.
+booleans (`eval_strategy: no` stays the text that TRL expects). Twice the same key is a mistake, and
+so is a number that is not finite or would be rounded. A text that begins with `~/` is a path in the
+home directory. A file can be neither too long nor too deep, and its aliases cannot multiply.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from grace_rl.errors import UserError
+from grace_rl.recipe.schema import KeyPath, dotted, exact, shown, split_key
 
-KeyPath = tuple[str | int, ...]
+MOST_BYTES = 256 * 1024
+MOST_VALUES = 20_000
+DEEPEST = 32
 
 
 class _Yaml12(yaml.SafeLoader):
@@ -38,8 +45,25 @@ for _tag, _pattern, _first in (
     _Yaml12.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
     )
-# A decimal number also with leading zeros, which YAML 1.1 read as octal.
-_Yaml12.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
+
+def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """A decimal number also with leading zeros, which YAML 1.1 read as octal."""
+    if len(node.value) > 100:  # int() is slow, and refuses beyond 4,300 digits
+        raise ValueError(f"must be at most 2^53 in size, not a number of {len(node.value)} digits")
+    return int(exact(int(node.value)))
+
+
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    value = float(loader.construct_yaml_float(node))
+    vanished = value == 0 and re.search("[1-9]", re.split("[eE]", node.value)[0])
+    if not math.isfinite(value) or vanished:
+        raise ValueError(f"must be a finite number that a float can hold, not {node.value}")
+    return value
+
+
+_Yaml12.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_Yaml12.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 @dataclass
@@ -60,7 +84,7 @@ class RecipeSource:
 
     def problem(self, path: KeyPath, message: str) -> str:
         """`place: key: message`, with the place of the nearest enclosing key that was written."""
-        key = ".".join(str(part) for part in path)
+        key = dotted(path)
         for length in range(len(path), 0, -1):
             place = self.places.get(path[:length])
             if place is not None:
@@ -69,10 +93,14 @@ class RecipeSource:
                 )
         return f"{self.path}: {key}: {message}" if key else f"{self.path}: {message}"
 
+    def add(self, path: KeyPath, message: str) -> None:
+        """One more problem."""
+        self.problems.append(self.problem(path, message))
+
     def missing(self, key: str, advice: str) -> None:
         """A key without a usable value is a problem, unless what was written is one already."""
         if not self.tree.get(key):
-            self.problems.append(self.problem((key,), f"is missing; {advice}"))
+            self.add((key,), f"is missing; {advice}")
 
     def collect(self, check: Callable[[], Any]) -> Any:
         """Run a check whose problems begin with a dotted key, and say where that key was written.
@@ -84,17 +112,8 @@ class RecipeSource:
             return check()
         except UserError as error:
             for problem in error.problems:
-                key, colon, message = problem.partition(": ")
-                self.problems.append(
-                    self.problem(_path(key), message) if colon else f"{self.path}: {problem}"
-                )
+                self.add(*split_key(problem))
             return None
-
-
-def _path(key: str) -> KeyPath:
-    """`roles.query` and `rewards[0] (length)` as paths."""
-    words = key.partition(" ")[0].replace("[", ".").replace("]", "").split(".")
-    return tuple(int(word) if word.isdigit() else word for word in words)
 
 
 def read_source(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSource:
@@ -109,11 +128,10 @@ def read_source(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSource
         UserError: The file is missing or is no YAML mapping.
     """
     source = RecipeSource(Path(path))
-    node = _compose(source.path)
-    try:
-        source.tree = _plain(node, (), source)
-    except RecursionError as error:
-        raise UserError(f"{path}: an alias (*name) contains itself") from error
+    node = _parse(source.path)
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}: a recipe is lines of 'key: value', and this file has none")
+    source.tree = _plain(node, source)
     for key, text in _split_overrides(overrides, source.problems):
         _override(source, key, text)
     return source
@@ -129,17 +147,7 @@ def read_list(path: str | Path) -> tuple[list[Any], RecipeSource]:
     node = _parse(source.path)
     if not isinstance(node, yaml.SequenceNode):
         raise UserError(f"{path}: must be a list, an item a line that begins with '- '")
-    try:
-        return _plain(node, (), source), source
-    except RecursionError as error:
-        raise UserError(f"{path}: an alias (*name) contains itself") from error
-
-
-def _compose(path: Path) -> yaml.MappingNode:
-    node = _parse(path)
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: a recipe is lines of 'key: value', and this file has none")
-    return node
+    return _plain(node, source), source
 
 
 def _parse(path: Path) -> yaml.Node | None:
@@ -148,7 +156,8 @@ def _parse(path: Path) -> yaml.Node | None:
         hint = f"; in that folder: {', '.join(near)}" if near else ""
         raise UserError(f"{path}: there is no such recipe{hint}")
     try:
-        text = path.read_bytes().decode("utf-8")
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(
@@ -156,52 +165,100 @@ def _parse(path: Path) -> yaml.Node | None:
         ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    return _compose(text, str(path))
+
+
+def _compose(text: str, place: str) -> yaml.Node | None:
+    """The text's nodes.
+
+    Raises:
+        UserError: It is no YAML, or so much that reading it would take long.
+    """
+    if len(text) > MOST_BYTES:
+        raise UserError(f"{place}: is longer than {MOST_BYTES // 1024} KiB, as no recipe is")
+    brackets = accumulate(1 if one in "[{" else -1 for one in re.findall(r"[\[\]{}]", text))
+    too_deep = f"{place}: is nested deeper than {DEEPEST} levels"
+    if max(brackets, default=0) > 10 * DEEPEST:  # slow in PyYAML; some may stand in quoted texts
+        raise UserError(too_deep)
     try:
         return yaml.compose(text, Loader=_Yaml12)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
+        line = f":{mark.line + 1}" if mark and not place.startswith("--") else ""
         reason = ", ".join(part for part in (error.context, error.problem) if part)
-        raise UserError(f"{path}:{line}: is not valid YAML: {reason}") from error
+        raise UserError(f"{place}{line}: is not valid YAML: {reason}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{place}: is not valid YAML: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise UserError(too_deep) from error
 
 
-def _plain(node: yaml.Node, path: KeyPath, source: RecipeSource) -> Any:
-    """The node's value; notes the place of every key and item."""
-    if isinstance(node, yaml.MappingNode):
-        found: dict[str, Any] = {}
+def _plain(node: yaml.Node, source: RecipeSource, path: KeyPath = (), place: str = "") -> Any:
+    """The node's value; notes the place of every key and item.
+
+    Args:
+        node: From `_compose`.
+        source: Gets places and problems.
+        path: Where the value stands.
+        place: Of an override, which has no lines.
+
+    Raises:
+        UserError: It is too deep, or too much.
+    """
+    values = 0
+
+    def at(node: yaml.Node) -> str:
+        return place or f"{source.path}:{node.start_mark.line + 1}"
+
+    def read(node: yaml.Node, path: KeyPath, above: tuple[yaml.Node, ...]) -> Any:
+        nonlocal values
+        values += 1
+        if any(node is one for one in above):
+            raise UserError(f"{at(node)}: {dotted(path)}: an alias (*name) contains itself")
+        if values > MOST_VALUES:
+            raise UserError(f"{at(node)}: aliases (*name) make more than {MOST_VALUES} values")
+        if len(above) > DEEPEST:
+            raise UserError(f"{at(node)}: is nested deeper than {DEEPEST} levels")
+        above = (*above, node)
+        if isinstance(node, yaml.MappingNode):
+            return dict(_pairs(node, path, above))
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                source.places[(*path, i)] = at(item)
+            return [read(item, (*path, i), above) for i, item in enumerate(node.value)]
+        return _scalar(node, path, source)
+
+    def _pairs(
+        node: yaml.MappingNode, path: KeyPath, above: tuple[yaml.Node, ...]
+    ) -> Iterator[tuple[str, Any]]:
+        seen: set[str] = set()
         for key_node, value_node in node.value:
-            place = f"{source.path}:{key_node.start_mark.line + 1}"
-            if not isinstance(key_node, yaml.ScalarNode) or not key_node.value:
-                source.problems.append(f"{place}: a key must be a word")
-                continue
             key = key_node.value
-            if key in found:
+            if not isinstance(key_node, yaml.ScalarNode) or not key:
+                source.problems.append(f"{at(key_node)}: a key must be a word")
+            elif key in seen:
                 first = source.places[(*path, key)]
                 source.problems.append(
-                    f"{place}: {key}: is written twice (first in {first}); keep one"
+                    f"{at(key_node)}: {key}: is written twice (first in {first}); keep one"
                 )
-                continue
-            source.places[(*path, key)] = place
-            found[key] = _plain(value_node, (*path, key), source)
-        return found
-    if isinstance(node, yaml.SequenceNode):
-        items = []
-        for i, item in enumerate(node.value):
-            source.places[(*path, i)] = f"{source.path}:{item.start_mark.line + 1}"
-            items.append(_plain(item, (*path, i), source))
-        return items
-    return _scalar(node, path, source)
+            else:
+                seen.add(key)
+                source.places[(*path, key)] = at(key_node)
+                yield key, read(value_node, (*path, key), above)
+
+    return read(node, path, ())
 
 
 def _scalar(node: yaml.Node, path: KeyPath, source: RecipeSource) -> Any:
     try:
-        return _Yaml12("").construct_object(node)  # type: ignore[no-untyped-call]
-    except (yaml.YAMLError, ValueError) as error:
-        reason = getattr(error, "problem", None) or error
-        source.problems.append(source.problem(path, f"cannot be read: {reason}"))
+        value = _Yaml12("").construct_object(node)  # type: ignore[no-untyped-call]
+    except yaml.YAMLError as error:
+        source.add(path, f"cannot be read: {getattr(error, 'problem', None) or error}")
         return None
+    except ValueError as error:
+        source.add(path, str(error))
+        return None
+    return str(Path(value).expanduser()) if str(value).startswith("~/") else value
 
 
 def _split_overrides(tokens: Sequence[str], problems: list[str]) -> list[tuple[str, str | None]]:
@@ -227,46 +284,41 @@ def _override(source: RecipeSource, key: str, text: str | None) -> None:
     container: Any = source.tree
     path: KeyPath = ()
     parts = key.split(".")
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        step: str | int | None = part
+    for depth, part in enumerate(parts, start=1):
         if isinstance(container, list):
-            step = _item(container, part)
-            if step is None:
-                entries = (
-                    ", ".join(_entry(i, item) for i, item in enumerate(container)) or "nothing"
-                )
+            index = _item(container, part)
+            if index is None:
+                entries = ", ".join(map(_entry, range(len(container)), container)) or "nothing"
                 source.problems.append(f"--{key}: there is no entry {part!r}; there is: {entries}")
                 return
-        elif not isinstance(container, dict):
-            source.problems.append(
-                f"--{key}: {'.'.join(parts[:depth])} is {container!r} and holds no keys"
-            )
+            path = (*path, index)
+        elif isinstance(container, dict):
+            path = (*path, part)
+        else:
+            holder = ".".join(parts[: depth - 1])
+            source.problems.append(f"--{key}: {holder} is {shown(container)} and holds no keys")
             return
-        assert step is not None
-        path = (*path, step)
-        if last:
+        if depth == len(parts):
             for stale in [place for place in source.places if place[: len(path)] == path]:
                 del source.places[stale]
             source.places[path] = f"--{key}"
-            container[step] = _override_value(source, path, text)
-        else:
-            if isinstance(container, dict) and container.get(part) is None:
-                container[part] = {}
-                source.places[path] = f"--{key}"
-            container = container[step]
+            container[path[-1]] = _override_value(source, path, text)
+        elif isinstance(container, dict) and container.get(part) is None:
+            source.places[path] = f"--{key}"
+            container[part] = {}
+        container = container[path[-1]]
 
 
 def _item(items: list[Any], part: str) -> int | None:
     """The index that a number, a reward's label or name, or a stage's method means."""
-    if part.isdigit():
+    if part.isdecimal() and len(part) < 10:
         return int(part) if int(part) < len(items) else None
     for key in ("label", "name", "method"):
-        found = [
+        matches = [
             i for i, item in enumerate(items) if isinstance(item, dict) and item.get(key) == part
         ]
-        if len(found) == 1:
-            return found[0]
+        if len(matches) == 1:
+            return matches[0]
     return None
 
 
@@ -281,20 +333,13 @@ def _override_value(source: RecipeSource, path: KeyPath, text: str | None) -> An
     if text is None:
         return True
     try:
-        node = yaml.compose(text, Loader=_Yaml12)
-    except yaml.YAMLError as error:
+        node = _compose(text, source.places[path])
+        if isinstance(node, yaml.CollectionNode) and node.flow_style:
+            return _plain(node, source, path, source.places[path])
+    except UserError as error:
         if text.startswith(("[", "{")):
-            source.problems.append(
-                source.problem(path, f"{text!r} is not valid YAML: {error}".splitlines()[0])
-            )
+            source.problems += error.problems
         return text
-    if isinstance(node, yaml.CollectionNode) and node.flow_style:
-        inner = RecipeSource(source.path)
-        value = _plain(node, (), inner)
-        source.problems += inner.problems
-        return value
-    if isinstance(node, yaml.ScalarNode) and node.style is None and node.value == text:
-        return _scalar(node, path, source)
-    if isinstance(node, yaml.ScalarNode) and node.style in ("'", '"'):
-        return node.value
+    if isinstance(node, yaml.ScalarNode) and (node.style or node.value == text):
+        return _scalar(node, path, source) if node.style is None else node.value
     return text
