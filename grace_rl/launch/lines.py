@@ -27,6 +27,7 @@ import yaml
 
 from grace_rl.errors import UserError
 from grace_rl.run.environment import COMMAND, OUTCOME
+from grace_rl.run.secrets import masked_words
 
 CONFIGS = Path(__file__).with_name("accelerate")
 INTERRUPTED = 130
@@ -144,7 +145,7 @@ def run_launch(launch: Launch, arguments: Sequence[str], typed: Sequence[str]) -
         typed: The command to type again to resume, word by word.
     """
     words = launch.line(arguments)
-    print(shlex.join(words), flush=True)
+    print(shlex.join(masked_words(words)), flush=True)
     words[:2] = [sys.executable, "-m", "accelerate.commands.launch"]
     words[words.index("--config_file") + 1] = str(launch.path)
     environment = {

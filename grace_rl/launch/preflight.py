@@ -36,9 +36,9 @@ from grace_rl.launch.memory import (
     model_shape,
     remedies,
 )
-from grace_rl.launch.versions import installed_versions, untested
 from grace_rl.recipe.methods import METHODS, named
 from grace_rl.recipe.zero_config import deepspeed_config
+from grace_rl.run.versions import installed_versions, untested
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe

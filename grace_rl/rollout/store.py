@@ -23,7 +23,6 @@ logged steps are kept.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,9 @@ import pyarrow.parquet as pq
 
 from grace_rl.errors import UserError
 from grace_rl.run.files import whole_file
+from grace_rl.run.records import cut_rollouts, rollout_files
+
+__all__ = ["cut_rollouts", "read_rollouts", "rollout_files", "write_rollouts"]
 
 REWARD = "reward/"
 SCHEMA = pa.schema(
@@ -52,7 +54,6 @@ SCHEMA = pa.schema(
         pa.field("embedding", pa.list_(pa.float32())),
     ]
 )
-_FILE = re.compile(r"step-(\d+)\.parquet")
 
 
 def write_rollouts(run: str | Path, step: int, columns: Mapping[str, Sequence[Any]]) -> Path:
@@ -143,28 +144,6 @@ def read_rollouts(
         arrays = [table[f.name] if f.name in own else pa.nulls(rows, f.type) for f in schema]
         tables.append(pa.Table.from_arrays(arrays, schema=schema))
     return pa.concat_tables(tables)
-
-
-def rollout_files(run: str | Path) -> dict[int, Path]:
-    """The complete files of a run, by step in rising order.
-
-    Raises:
-        UserError: The run directory does not exist.
-    """
-    if not Path(run).is_dir():
-        raise UserError(f"{run}: no such run directory")
-    found = (
-        (_FILE.fullmatch(path.name), path)
-        for path in (Path(run) / "rollouts").glob("step-*.parquet")
-    )
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
-
-
-def cut_rollouts(run: str | Path, step: int) -> None:
-    """Remove the files of all steps after `step`: a run that resumes there writes them again."""
-    for number, path in rollout_files(run).items():
-        if number > step:
-            path.unlink()
 
 
 def _reward_fields(names: Iterable[str]) -> list[pa.Field]:

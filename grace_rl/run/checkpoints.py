@@ -4,23 +4,38 @@ transformers writes `checkpoint-N/` in place and deletes old ones in the same ca
 run would resume from half a checkpoint. Here a checkpoint counts only with its `COMPLETE` marker,
 written last, which lists every file and its size; older ones are deleted after that.
 
-Optimizer, scheduler and random states are loaded by transformers with `weights_only=True`, so a
-checkpoint from elsewhere cannot run code. DeepSpeed loads its own shards without that guard.
+Nothing in a checkpoint is a pickle that runs code: optimizer, scheduler and random states are
+loaded by transformers with `weights_only=True`, and its `training_args.bin` is taken out. DeepSpeed
+loads its own shards without that guard.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from safetensors import SafetensorError
 
 from grace_rl.errors import UserError
 from grace_rl.run.files import sync_tree, write_text
+from grace_rl.run.secrets import remember
 
 COMPLETE = "COMPLETE"
+TRAINING_ARGS = "training_args.bin"
+TRAINER_STATE = "trainer_state.json"
+FAILED_WRITES = (OSError, SafetensorError, RuntimeError)
+# What json, safetensors and torch say of files that end too early, or hold something else.
+UNREADABLE = (*FAILED_WRITES, pickle.UnpicklingError, ValueError, TypeError, KeyError, EOFError)
 GATHER_ON_SAVE = "stage3_gather_16bit_weights_on_model_save"
+_TORCH_WRITES = re.compile("PytorchStreamWriter|file write|unexpected pos")  # of a full disk
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -31,6 +46,7 @@ class CheckpointMixin:
     """
 
     args: Any
+    model: Any
     state: Any
     control: Any
     accelerator: Any
@@ -40,6 +56,7 @@ class CheckpointMixin:
         from grace_rl.run.processes import part_at_exit  # here: it needs torch
 
         part_at_exit()  # a trainer in a program of the user's own has not been through `train`
+        take_token_out(self.args)
         plugin = getattr(self.args, "deepspeed_plugin", None)
         if plugin is not None:  # else ZeRO-3 writes its shards where a model is wanted
             plugin.deepspeed_config["zero_optimization"][GATHER_ON_SAVE] = True
@@ -75,6 +92,10 @@ class CheckpointMixin:
                 f"{folder}: the checkpoint is incomplete "
                 f"(its {COMPLETE} marker does not match its files)"
             )
+        if folder is not None:
+            with _readable(folder):
+                state = (Path(folder) / TRAINER_STATE).read_text(encoding="utf-8")
+                int(json.loads(state)["global_step"])
         folder = folder and str(folder)
         return super().train(folder, trial, ignore_keys_for_eval)  # type: ignore[misc]
 
@@ -88,18 +109,41 @@ class CheckpointMixin:
         if self.args.should_save:
             (folder / COMPLETE).unlink(missing_ok=True)
         self.args.save_total_limit = None
+        problem = None
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            if self.args.should_save:
+                self.save_extra_state(folder)
+        except FAILED_WRITES as error:
+            if isinstance(error, RuntimeError) and not _TORCH_WRITES.search(str(error)):
+                raise
+            problem = self._not_written(folder, error)
         finally:
             self.args.save_total_limit = limit
         # Complete only once every process has written its random state and shards.
-        self.accelerator.wait_for_everyone()
+        from grace_rl.run.processes import agree
+
+        agree(problem, self.accelerator.num_processes)
         if self.args.should_save:
-            self.save_extra_state(folder)
-            mark_complete(folder)
-            rotate_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+            try:
+                (folder / TRAINING_ARGS).unlink(missing_ok=True)
+                mark_complete(folder)
+                rotate_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
+            except OSError as error:
+                problem = self._not_written(folder, error)
+        agree(problem, self.accelerator.num_processes)
         self._saved_step = step
+
+    def _not_written(self, folder: Path, error: Exception) -> str:
+        """Why, and what is left; frees what the half of it takes."""
+        shutil.rmtree(folder, ignore_errors=True)
+        last = last_complete_checkpoint(folder.parent)
+        left = f"{last.name} is the last one" if last else "there is no earlier one"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return (
+            f"{folder}: the checkpoint could not be written ({reason}); {left}: make room, and "
+            "start again with the same command"
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -115,9 +159,58 @@ class CheckpointMixin:
             # Several processes on the CPU: transformers hands this device to torch.load, which only
             # knows plain "cpu".
             self.args.__dict__["_setup_devices"] = torch.device("cpu")
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is not None:
+        if checkpoint is None:
+            super()._load_optimizer_and_scheduler(None)  # type: ignore[misc]
+            return
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             self.load_extra_state(Path(checkpoint))
+        if self.args.should_save:  # a kill within the last rotation left one too many
+            folder, best = Path(checkpoint).parent, self.state.best_model_checkpoint
+            rotate_checkpoints(folder, self.args.save_total_limit, best)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        with _readable(checkpoint):
+            super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+    def _issue_warnings_after_load(self, result: Any) -> None:
+        # A tied head is saved once, under its other name: nothing is missing.
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [key for key in result.missing_keys if key not in tied]
+        if len(missing) < len(result.missing_keys):
+            self.model.tie_weights()
+        result = SimpleNamespace(missing_keys=missing, unexpected_keys=result.unexpected_keys)
+        super()._issue_warnings_after_load(result)  # type: ignore[misc]
+
+
+def take_token_out(args: Any) -> None:
+    """Move `hub_token` to the environment, where the hub's client looks for it.
+
+    transformers pickles the arguments into every checkpoint, and into what it pushes to the hub.
+    """
+    if getattr(args, "hub_token", None):
+        remember(args.hub_token)
+        os.environ["HF_TOKEN"] = args.hub_token
+        args.hub_token = None
+
+
+@contextmanager
+def _readable(checkpoint: str | Path | None) -> Iterator[None]:
+    """Turns what fails inside into a mistake of the user's: the checkpoint is damaged."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{checkpoint}: is damaged and cannot be read ({reason}); remove this folder to go on "
+            "from the checkpoint before it"
+        ) from error
 
 
 def mark_complete(folder: Path) -> None:

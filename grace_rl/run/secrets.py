@@ -1,6 +1,7 @@
 """Secrets: what is one, and how it stays out of all that is written or printed.
 
-Whoever's argument it is (TRL's, transformers', a reward's, a judge's, the environment's), it is secret
+A value is secret, whoever's argument it is (TRL's, transformers', a reward's, a judge's) and in the
+environment,
 
 - by name: a token, key, password, secret or credential (`hub_token`, `api_key`, `HF_TOKEN`);
 - by type: pydantic's `SecretStr`, or whatever else has `get_secret_value`;

@@ -143,21 +143,62 @@ def test_a_finished_run_needs_overwrite_and_only_the_run_is_removed(run: RunDire
     with pytest.raises(UserError, match="finished run.*--overwrite"):
         run.open(RECIPE)
     assert run.open({**RECIPE, "beta": 1}, overwrite=True) == Opened("start", None, 0)
-    started = {".lock", "status.json", "recipe.yaml", "environment.json", "metrics.jsonl"}
+    started = {".lock", "status.json", "recipe.yaml", "inputs.json"}
+    started |= {"environment.json", "metrics.jsonl"}
     assert tree(run.path) == started | {"notes.txt", "checkpoints/keep.txt"}
     assert run.metrics.read_text() == ""
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "environment.json"])
-def test_what_cannot_be_read_is_the_users_problem(run: RunDirectory, name: str) -> None:
+DAMAGED = [
+    *(("recipe.yaml", content) for content in (b"", b"a: [1", b"[" * 5000, b"7\n", b"\xff\xfe\n")),
+    *(("inputs.json", content) for content in (b"", b"{", b"[" * 5000, b"7\n", b"\xff\xfe\n")),
+    *(("environment.json", content) for content in (b"", b"{", b"7\n", b"\xff\xfe\n")),
+    *(("metrics.jsonl", content) for content in (b"x\n", b"7\n", b"[" * 5000 + b"\n", b"\xff\n")),
+    *(
+        ("metrics.jsonl", content)
+        for content in (b'{"step": 1}\n', b'{"step": "1", "seconds": 2}\n')
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGED)
+def test_a_damaged_file_is_one_line_with_its_path(
+    run: RunDirectory, name: str, content: bytes
+) -> None:
     run.open(RECIPE)
     run.close()
-    (run.path / name).write_text("a: [1")
-    with pytest.raises(UserError, match="cannot be read.*--overwrite"):
+    (run.path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
         run.open(RECIPE)
+    (problem,) = caught.value.problems
+    assert problem.startswith(str(run.path / name)) and "\n" not in problem
     (run.path / name).unlink()
-    if name == "environment.json":  # only a record
+    if name in ("environment.json", "metrics.jsonl"):  # only records
         assert run.open(RECIPE).action == "resume"
+
+
+def test_other_inputs_are_refused_by_key(run: RunDirectory) -> None:
+    run.open(RECIPE, inputs=lambda: {"dataset_name": "1", "model_name_or_path": "a"})
+    run.close()
+    with pytest.raises(UserError) as caught:
+        run.open(RECIPE, inputs=lambda: {"dataset_name": "2", "model_name_or_path": "a"})
+    assert [line.split(":")[0] for line in caught.value.problems[1:]] == ["dataset_name"]
+    same = {"dataset_name": "1", "model_name_or_path": "a"}
+    assert run.open(RECIPE, inputs=lambda: same).action == "resume"
+
+
+def test_a_secret_is_kept_nowhere_and_need_not_be_the_same(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "hf_a_secret_of_this_test"
+    monkeypatch.setattr(sys, "argv", ["grace-rl", "train", "r.yaml", "--hub_token", secret])
+    rewards = [{"name": "judge", "api_key": secret}]
+    run.open({**RECIPE, "hub_token": secret, "rewards": rewards})
+    run.close()
+    for file in tree(run.path):
+        assert secret not in (run.path / file).read_text(), file
+    rewards = [{"name": "judge", "api_key": "another"}]
+    assert run.open({**RECIPE, "rewards": rewards}).action == "resume"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -183,7 +224,8 @@ def test_a_directory_that_cannot_be_made_is_the_users_problem(tmp_path: Path) ->
 HOLDER = """
 import sys, time
 from grace_rl.run.directory import RunDirectory
-RunDirectory(sys.argv[1]).open({})
+run = RunDirectory(sys.argv[1])
+run.open({})
 print("ready", flush=True)
 time.sleep(60)
 """
