@@ -33,7 +33,7 @@ TRAINING_ARGS = "training_args.bin"
 TRAINER_STATE = "trainer_state.json"
 FAILED_WRITES = (OSError, SafetensorError, RuntimeError)
 # What json, safetensors and torch say of files that end too early, or hold something else.
-UNREADABLE = (*FAILED_WRITES, pickle.UnpicklingError, ValueError, TypeError, KeyError, EOFError)
+UNREADABLE = (*FAILED_WRITES, ValueError, TypeError, LookupError, EOFError)
 GATHER_ON_SAVE = "stage3_gather_16bit_weights_on_model_save"
 _TORCH_WRITES = re.compile("PytorchStreamWriter|file write|unexpected pos")  # of a full disk
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -205,6 +205,11 @@ def _readable(checkpoint: str | Path | None) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{checkpoint}: holds more than numbers, which may be code, and is not read; remove "
+            "this folder to go on from the checkpoint before it"
+        ) from error
     except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -14,7 +14,7 @@ from grace_rl.commands.check import SUGGESTIONS, suggestions
 from grace_rl.launch import preflight
 from grace_rl.launch.memory import GIB, MemoryPlan, ModelShape, remedies
 from grace_rl.launch.preflight import Finding, Machine
-from grace_rl.run.versions import tested_versions
+from grace_rl.run import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
@@ -255,6 +255,6 @@ def test_suggestions_put_problems_first():
 
 def test_the_docs_have_the_tested_versions():
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    tested = tested_versions()
+    tested = versions.tested_versions()
     for name in ("torch", "trl", "transformers", "accelerate", "peft", "datasets", "vllm"):
         assert f"| {name} | {tested[name]} |" in text

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from grace_rl.curate.config import load_curation
+
 from grace_rl.errors import UserError
 from grace_rl.evaluate.comparison import load_comparison
 from grace_rl.evaluate.tasks import load_tasks

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
-import pickle
 import random
+import resource
 import runpy
 import shutil
 import signal
@@ -20,6 +21,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from grace_rl.errors import UserError
 from grace_rl.rollout.store import read_rollouts
@@ -194,8 +196,107 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, tiny: dict[str, Any],
     folder = run.checkpoints / "checkpoint-1"
     torch.save(Attack(), folder / name)
     mark_complete(folder)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(UserError, match="code"):
         tiny["tiny_trainer"](run, max_steps=2).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("trainer_state.json", b"{"),
+        ("trainer_state.json", b"[]"),
+        ("model.safetensors", b"no weights"),
+        ("optimizer.pt", b"PK no archive"),
+        ("scheduler.pt", b""),
+        ("rng_state.pth", b"\x80"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line_with_its_folder(
+    tmp_path: Path, tiny: dict[str, Any], name: str, content: bytes
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    tiny["tiny_trainer"](run, max_steps=1, save_steps=1).train()
+    folder = run.checkpoints / "checkpoint-1"
+    (folder / name).write_bytes(content)
+    mark_complete(folder)  # as if the disk had spoilt it later
+    with pytest.raises(UserError) as caught:
+        tiny["tiny_trainer"](run, max_steps=2).train(resume_from_checkpoint=True)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{folder}: ") and "\n" not in problem
+
+
+@pytest.mark.parametrize("room", [3000, 9000, 20000])  # model, optimizer, state: each once
+def test_a_full_disk_during_a_checkpoint_keeps_the_one_before(
+    tmp_path: Path, tiny: dict[str, Any], room: int
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    trainer = tiny["tiny_trainer"](run, max_steps=2, save_steps=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+
+    trainer.add_callback(Full())
+    try:
+        with pytest.raises(UserError) as caught:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (problem,) = caught.value.problems
+    assert str(run.checkpoints / "checkpoint-2") in problem and "checkpoint-1" in problem
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["checkpoint-1"]
+    again = tiny["tiny_trainer"](run, max_steps=2, save_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert again.loaded == "step 1"
+
+
+def test_no_secret_and_no_pickle_of_arguments_is_saved(
+    tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "an older one")
+    run = RunDirectory(tmp_path / "run")
+    secret = "hf_the_secret_of_this_test"
+    trainer = tiny["tiny_trainer"](run, max_steps=1, save_steps=1, hub_token=secret)
+    assert os.environ["HF_TOKEN"] == secret  # where the hub's client finds it
+    written = []
+    save = torch.save
+    monkeypatch.setattr(
+        torch, "save", lambda what, *a, **k: (written.append(what), save(what, *a, **k))
+    )
+    trainer.train()
+    assert written and not any(secret in repr(getattr(what, "__dict__", "")) for what in written)
+    for path in run.path.rglob("*"):
+        assert path.is_dir() or secret.encode() not in path.read_bytes(), path
+    assert not list(run.path.rglob("training_args.bin"))
+
+
+def test_resuming_removes_what_a_killed_rotation_left(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    run = RunDirectory(tmp_path / "run")
+    tiny["tiny_trainer"](run, max_steps=3, save_steps=1, save_total_limit=None).train()
+    assert len(list_checkpoints(run.checkpoints)) == 3
+    tiny["tiny_trainer"](run, max_steps=3, save_steps=1).train(resume_from_checkpoint=True)
+    names = [path.name for path in list_checkpoints(run.checkpoints)]
+    assert names == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_tied_head_is_not_missing(
+    tmp_path: Path, tiny: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    config = {"tie_word_embeddings": True}
+    tiny["tiny_trainer"](run, max_steps=1, save_steps=1, model=config).train()
+    trainer = tiny["tiny_trainer"](run, max_steps=2, save_steps=1, model=config)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        trainer.train(resume_from_checkpoint=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "missing keys" not in caplog.text
+    head, words = trainer.model.lm_head.weight, trainer.model.model.embed_tokens.weight
+    assert head.data_ptr() == words.data_ptr()
 
 
 # -- other processes ---------------------------------

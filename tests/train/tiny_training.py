@@ -86,10 +86,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_trainer(
-    run: RunDirectory, max_steps: int = 8, save_steps: int = 2, **arguments: Any
+    run: RunDirectory,
+    max_steps: int = 8,
+    save_steps: int = 2,
+    model: dict[str, Any] | None = None,
+    **arguments: Any,
 ) -> TinyTrainer:
+    """`model` goes to the policy's config, `arguments` to the trainer's."""
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
+    policy = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=29,
             hidden_size=16,
@@ -103,6 +108,7 @@ def tiny_trainer(
             pad_token_id=0,
             eos_token_id=1,
             bos_token_id=None,
+            **model or {},
         )
     )
     rows = torch.randint(3, 29, (10, 8), generator=torch.Generator().manual_seed(1)).tolist()
@@ -124,7 +130,7 @@ def tiny_trainer(
         **defaults | arguments,
     )
     return TinyTrainer(
-        model=model,
+        model=policy,
         args=args,
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         processing_class=tiny_tokenizer(),
