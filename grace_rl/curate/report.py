@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from grace_rl.curate.filtering import Choice
 from grace_rl.data.scenes import read_facts
+from grace_rl.recipe.curation import FilterStep
 
 TEMPLATES = Environment(
     loader=PackageLoader("grace_rl.curate", "."), autoescape=True, undefined=StrictUndefined
@@ -24,11 +25,11 @@ class Report:
     """Collects as rows go by.
 
     Args:
-        settings: The filter's values, for the record.
+        step: The filter's lines, for the record and the picture.
     """
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
+    def __init__(self, step: FilterStep) -> None:
+        self.step = step
         self.rows = self.kept = self.swapped = 0
         self.reasons: Counter[str] = Counter()
         self.dropped_candidates: Counter[str] = Counter()
@@ -115,7 +116,7 @@ class Report:
             "kept": self.kept,
             "kept_share": round(self.kept_share, 4),
             "swapped": self.swapped,
-            "filter": self.settings,
+            "filter": self.step.model_dump(),
             "reasons": dict(self.reasons.most_common()),
             "dropped_candidates": dict(self.dropped_candidates.most_common()),
             "truth": {name: round(value, 4) for name, value in self.truth().items()},
@@ -127,8 +128,8 @@ class Report:
     def picture(self) -> str:
         """The joint histogram of both ratings as SVG, with the filter's lines."""
         most = max(max(row) for row in self.histogram) or 1
-        alpha, beta = self.settings["alpha"], self.settings["beta"]
-        gap = self.settings["gamma"] if self.settings["rule"] == "paper" else 0
+        alpha, beta = self.step.alpha, self.step.beta
+        gap = self.step.gamma if self.step.rule == "paper" else 0
         return TEMPLATES.get_template("histogram.svg.jinja").render(
             title=f"{self.rows} rows, {self.kept_share:.1%} kept",
             cells=CELLS,

@@ -13,14 +13,12 @@ without rating again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -33,20 +31,28 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from grace_rl.curate.candidates import (
+    Row,
+    first_text,
+    given_candidates,
+    rate_candidates,
+    write_candidates,
+)
 from grace_rl.curate.chunks import Chunks, rows_of, write_rows
-from grace_rl.curate.cleaning import reason_to_drop, stripped, words
+from grace_rl.curate.cleaning import words
 from grace_rl.curate.filtering import Choice, choose
-from grace_rl.curate.judges import Judge, checked, load_judge
-from grace_rl.curate.models import LanguageModel, Models, Sampling
-from grace_rl.curate.prompts import SIDES, SidePrompts
+from grace_rl.curate.judges import load_judge
+from grace_rl.curate.models import Models
+from grace_rl.curate.prompts import SidePrompts
 from grace_rl.curate.report import Report
-from grace_rl.data.guide import build_guide, text_key
+from grace_rl.data.guide import build_guide, named_digest, text_key
 from grace_rl.data.rows import stream_rows
 from grace_rl.errors import UserError
-from grace_rl.recipe.curation import CurationRecipe, GenerateStep
-from grace_rl.run.files import held, write_text
+from grace_rl.recipe.curation import CurationRecipe, FilterStep, GenerateStep, GuideStep, RateStep
+from grace_rl.run.files import held, remove_unfinished, write_json, write_text
+from grace_rl.run.identity import rows_digest
+from grace_rl.run.screen import Screen
 
-Row = dict[str, Any]
 ROWS_FILE = "rows.jsonl"
 
 
@@ -65,13 +71,6 @@ class Shard:
         return chunk % self.of == self.number - 1
 
 
-class Speed(ProgressColumn):
-    """Rows per second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} rows/s" if task.speed else "")
-
-
 def curate(
     recipe: CurationRecipe,
     shard: Shard = Shard(),  # noqa: B008  # frozen
@@ -83,7 +82,7 @@ def curate(
     Args:
         recipe: A loaded recipe.
         shard: Which chunks are this process's.
-        overwrite: Throw away finished chunks whose settings have changed.
+        overwrite: Throw away finished chunks whose settings or inputs have changed.
         console: Where progress and the report are printed.
 
     Returns:
@@ -92,79 +91,74 @@ def curate(
     Raises:
         UserError: The rows, a model or a setting is wrong.
     """
-    curation = _Curation(recipe, shard, overwrite, console or Console())
+    curation = _Curation(recipe, shard, overwrite, console or Screen())
     if recipe.generate is not None:
-        curation.generate()
+        curation.generate(recipe.generate)
     if recipe.rate is not None:
-        curation.rate()
-    report = None
+        curation.rate(recipe.rate)
     if recipe.filter is not None and (missing := curation.missing()):
-        curation.say(
+        curation.console.print(
             f"{missing} of {curation.chunks} chunks are not rated yet: when the other shards "
             "are done, run the same command without --shard to filter"
         )
         return None
+    report = None
     # Two shards may end together, and both find all chunks rated.
     with held(recipe.output_dir, wait=True):
         if recipe.filter is not None:
-            report = curation.filter()
+            report = curation.filter(recipe.filter)
         if recipe.guide is not None:
-            curation.guide()
+            curation.guide(recipe.guide)
     return report
 
 
 class _Curation:
+    """A recipe's folder and source, and one method for each step.
+
+    Raises:
+        UserError: The rows do not fit the steps, or the folder holds what other settings or other
+            inputs gave.
+    """
+
     def __init__(
         self, recipe: CurationRecipe, shard: Shard, overwrite: bool, console: Console
     ) -> None:
         self.recipe, self.shard, self.console = recipe, shard, console
         self.folder = recipe.output_dir
         self.models = Models()
-        self.rows, kinds = 0, set()
-        for row in stream_rows(recipe.data):
-            self.rows += 1
-            kinds.add("text" if "text" in row else "query")
+        self.rows = 0
+        content = rows_digest(self._counted(stream_rows(recipe.data)))
         self.chunks = -(-self.rows // recipe.chunk_rows)
-        self._check_rows(kinds)
         self.folder.mkdir(parents=True, exist_ok=True)
-        made: dict[str, Any] = {
-            "dataset": json.loads(json.dumps(vars(recipe.data))),
-            "rows": self.rows,
-            "chunk_rows": recipe.chunk_rows,
-        }
+        made = {"rows": content, "chunk_rows": recipe.chunk_rows}
         with held(self.folder, wait=True):  # another shard may be about to throw away, too
             if recipe.generate is not None:
-                made |= {"seed": recipe.seed, "generate": recipe.generate.model_dump(mode="json")}
+                made |= {"seed": recipe.seed, **_settings(recipe.generate)}
                 self.generated = Chunks(self.folder / "generated", made, overwrite)
             if recipe.rate is not None:
-                made |= {"rate": recipe.rate.model_dump(mode="json")}
+                made |= _settings(recipe.rate)
                 self.rated = Chunks(self.folder / "rated", made, overwrite)
 
-    def _check_rows(self, kinds: set[str]) -> None:
-        generate = self.recipe.generate
-        if generate is None and kinds == {"text"}:
-            raise UserError(
-                f"{self.recipe.path}: the rows have text alone; add a generate step, or give "
-                "query, positive and negative"
-            )
-        column = generate.opposite_column if generate is not None else None
-        if column is not None:
-            for number, row in enumerate(stream_rows(self.recipe.data)):
-                if not _first_text(row.get(column)):
-                    raise UserError(
-                        f"{self.recipe.path}: generate.opposite_column: row {number} has no text "
-                        f"in {column!r}"
-                    )
-
-    def say(self, text: str, style: str | None = None) -> None:
-        self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
-
-    # -- generate ---------------------------------
-
-    def generate(self) -> None:
-        """Candidates of both sides for every text."""
+    def _counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows, once they are known to suit the steps."""
         step = self.recipe.generate
-        assert step is not None
+        column = None if step is None else step.opposite_column
+        for row in rows:
+            if step is None and "text" in row:
+                raise UserError(
+                    f"{self.recipe.path}: the rows have text alone; add a generate step, or give "
+                    "query, positive and negative"
+                )
+            if column is not None and not first_text(row.get(column)):
+                raise UserError(
+                    f"{self.recipe.path}: generate.opposite_column: row {self.rows} has no text "
+                    f"in {column!r}"
+                )
+            self.rows += 1
+            yield row
+
+    def generate(self, step: GenerateStep) -> None:
+        """Candidates of both sides for every text."""
         todo = [n for n in self._mine() if not self.generated.has(n)]
         if not todo:
             return
@@ -172,19 +166,15 @@ class _Curation:
         prompts = SidePrompts(
             model.tokenizer, step.prompts, step.max_text_tokens, step.chat_template_kwargs
         )
-        with self._progress("generate", todo) as advance:
+        with _bar(self.console, "generate", self._count(todo)) as advance:
             for number, rows in self._source(todo):
-                self.generated.write(
-                    number, write_candidates(rows, model, prompts, step, self.recipe.seed)
-                )
+                written = write_candidates(rows, model, prompts, step, self.recipe.seed)
+                self.generated.write(number, written)
                 advance(len(rows))
 
-    # -- rate ---------------------------------
-
-    def rate(self) -> None:
+    def rate(self, step: RateStep) -> None:
         """A rating for every candidate."""
-        step, generate = self.recipe.rate, self.recipe.generate
-        assert step is not None
+        generate = self.recipe.generate
         todo = [n for n in self._mine() if not self.rated.has(n)]
         if generate is not None:
             todo = [n for n in todo if self.generated.has(n)]
@@ -193,10 +183,10 @@ class _Curation:
         generator = None if generate is None else generate.model_name_or_path
         judge = load_judge(step, generator, self.models)
         if generate is None:
-            chunks = ((n, [_given(row) for row in rows]) for n, rows in self._source(todo))
+            chunks = ((n, list(map(given_candidates, rows))) for n, rows in self._source(todo))
         else:
             chunks = ((n, self.generated.read(n)) for n in todo)
-        with self._progress("rate", todo) as advance:
+        with _bar(self.console, "rate", self._count(todo)) as advance:
             for number, rows in chunks:
                 self.rated.write(number, rate_candidates(rows, judge, step.judge))
                 advance(len(rows))
@@ -205,48 +195,38 @@ class _Curation:
         """Chunks that nobody has rated yet."""
         return sum(not self.rated.has(number) for number in range(self.chunks))
 
-    # -- filter ---------------------------------
-
-    def filter(self) -> Report:
+    def filter(self, step: FilterStep) -> Report:
         """rows.jsonl from all rated chunks, and the report."""
-        step = self.recipe.filter
-        assert step is not None
-        report = Report(step.model_dump())
-        seen: set[int] = set()
-
-        def kept() -> Iterator[Row]:
-            for number in range(self.chunks):
-                for row in self.rated.read(number):
-                    choice = choose(row, step)
-                    key = self._same(row, choice)
-                    if choice.reason is None and key in seen:
-                        choice = type(choice)(
-                            choice.positive, choice.negative, choice.swapped, "duplicate"
-                        )
-                    report.add(row, choice)
-                    if choice.reason is not None:
-                        continue
-                    seen.add(key)
-                    assert choice.positive is not None and choice.negative is not None
-                    yield {
-                        "id": row["id"],
-                        "query": row["query"],
-                        "positive": choice.positive["text"],
-                        "negative": choice.negative["text"],
-                        "score_positive": round(choice.positive["score"], 4),
-                        "score_negative": round(choice.negative["score"], 4),
-                        "swapped": choice.swapped,
-                        **row["columns"],
-                    }
-
-        write_rows(self.folder / ROWS_FILE, kept())
-        write_text(
-            self.folder / "report.json",
-            json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n",
-        )
+        for name in (".", "generated", "rated"):  # all chunks are there: nobody writes any more
+            remove_unfinished(self.folder / name)
+        report = Report(step)
+        write_rows(self.folder / ROWS_FILE, self._kept(step, report))
+        write_json(self.folder / "report.json", report.as_dict())
         write_text(self.folder / "histogram.svg", report.picture())
         self._show(report)
         return report
+
+    def _kept(self, step: FilterStep, report: Report) -> Iterator[Row]:
+        """The rows that stay; the report takes note of all."""
+        seen: set[int] = set()
+        for row in (row for number in range(self.chunks) for row in self.rated.read(number)):
+            choice = choose(row, step)
+            key = self._same(row, choice)
+            if choice.reason is None and key in seen:
+                choice = replace(choice, reason="duplicate")
+            report.add(row, choice)
+            if choice.reason is None and choice.positive and choice.negative:
+                seen.add(key)
+                yield {
+                    "id": row["id"],
+                    "query": row["query"],
+                    "positive": choice.positive["text"],
+                    "negative": choice.negative["text"],
+                    "score_positive": round(choice.positive["score"], 4),
+                    "score_negative": round(choice.negative["score"], 4),
+                    "swapped": choice.swapped,
+                    **row["columns"],
+                }
 
     def _same(self, row: Row, choice: Choice) -> int:
         """A key of what makes a row a duplicate: its text, or all three of a given triplet."""
@@ -256,7 +236,7 @@ class _Curation:
         return text_key("\n".join(" ".join(words(text)) or text for text in texts))
 
     def _show(self, report: Report) -> None:
-        self.say(
+        self.console.print(
             f"kept {report.kept} of {report.rows} rows ({report.kept_share:.1%}), "
             f"{report.swapped} with their sides swapped -> {self.folder / ROWS_FILE}"
         )
@@ -266,7 +246,7 @@ class _Curation:
         ):
             if counts:
                 named = ", ".join(f"{name} {number}" for name, number in counts.most_common())
-                self.say(f"{title}: {named}")
+                self.console.print(f"{title}: {named}")
         truth = report.truth()
         if truth:
             table = Table("precision by the world's truth", "before", "after")
@@ -275,26 +255,20 @@ class _Curation:
                 table.add_row(side, *("-" if s is None else f"{s:.3f}" for s in shares))
             self.console.print(table)
         for warning in report.warnings():
-            self.say(f"warning: {warning}", style="yellow")
+            self.console.print(f"warning: {warning}", style="yellow")
 
-    # -- guide ---------------------------------
-
-    def guide(self) -> None:
+    def guide(self, step: GuideStep) -> None:
         """Every text of the result, embedded; sigma, printed and stored."""
-        step = self.recipe.guide
-        assert step is not None
         filtered = self.recipe.filter is not None
 
         def rows() -> Iterable[Row]:
             return rows_of(self.folder / ROWS_FILE) if filtered else stream_rows(self.recipe.data)
 
         folder = self.folder / "guide"
-        with self._progress("guide", None) as advance:
+        with _bar(self.console, "guide", None) as advance:
             guide = build_guide(folder, rows, step.model_name_or_path, progress=advance)
         sigma = "none (no positives)" if guide.sigma is None else f"{guide.sigma:.4f}"
-        self.say(f"guide: {len(guide)} texts, sigma {sigma} -> {folder}")
-
-    # -- what the steps share ---------------------------------
+        self.console.print(f"guide: {len(guide)} texts, sigma {sigma} -> {folder}")
 
     def _mine(self) -> list[int]:
         return [number for number in range(self.chunks) if self.shard.holds(number)]
@@ -309,163 +283,34 @@ class _Curation:
             if number in chosen:
                 yield number, chunk
 
-    def _progress(self, name: str, todo: Sequence[int] | None) -> Any:
-        total = None
-        if todo is not None:
-            last = self.chunks - 1
-            total = sum(
-                self.rows - last * self.recipe.chunk_rows if n == last else self.recipe.chunk_rows
-                for n in todo
-            )
-        return _Bar(self.console, name, total)
+    def _count(self, chunks: Sequence[int]) -> int:
+        """Rows of some chunks; the last one may be short."""
+        whole = len(chunks) * self.recipe.chunk_rows
+        short = self.chunks * self.recipe.chunk_rows - self.rows
+        return whole - short if self.chunks - 1 in chunks else whole
 
 
-class _Bar:
-    """A progress bar; entering gives the function that moves it."""
-
-    def __init__(self, console: Console, name: str, total: int | None) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            Speed(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task(name, total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._progress.start()
-        return lambda count: self._progress.advance(self._task, count)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+def _settings(step: GenerateStep | RateStep) -> Row:
+    """What a step's rows depend on: its settings, its model's files, its own judge's code."""
+    settings: Row = step.model_dump(mode="json")
+    judge = step.judge if isinstance(step, RateStep) else None
+    for key, name in (("model_content", step.model_name_or_path), ("judge_content", judge)):
+        if digest := named_digest(name or ""):
+            settings[key] = digest
+    return {f"{step.recipe_key}.{key}": value for key, value in settings.items()}
 
 
-def write_candidates(
-    rows: Sequence[Row],
-    model: LanguageModel,
-    prompts: SidePrompts,
-    step: GenerateStep,
-    seed: int = 0,
-) -> list[Row]:
-    """Cleaned candidates of both sides for some rows, all prompts in one call.
+class _Speed(ProgressColumn):
+    """Rows per second."""
 
-    Args:
-        rows: With `id` and `text` (or `query`).
-        model: The language model.
-        prompts: What it is asked.
-        step: How.
-        seed: Of the samples.
-
-    Returns:
-        `{id, query, positives, negatives, dropped, columns}`; a candidate is `{text, prompt}` with
-        the number of its instruction, and `dropped` counts the reasons of those that are gone.
-    """
-    sampling = Sampling(
-        samples=step.candidates,
-        greedy=step.greedy,
-        temperature=step.temperature,
-        top_p=step.top_p,
-        max_tokens=step.max_tokens,
-        one_sentence=step.prompts == "completion",
-        omega=step.omega,
-        seed=seed,
-    )
-    texts = [row.get("text") or row["query"] for row in rows]
-    numbers = [prompts.number(text) for text in texts]
-    asked: dict[str, list[list[int]]] = {}
-    for side in SIDES:
-        shown = texts
-        if side == "negative" and step.opposite_column is not None:
-            shown = [_first_text(row[step.opposite_column]) for row in rows]
-        asked[side] = [prompts.tokens(t, side, n) for t, n in zip(shown, numbers, strict=True)]
-    both = asked["positive"] + asked["negative"]
-    opposites = asked["negative"] + asked["positive"] if step.omega else None
-    written = model.write(both, sampling, opposites)
-
-    made = []
-    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        dropped: dict[str, int] = {}
-        sides: dict[str, list[Row]] = {}
-        for side, candidates in zip(SIDES, (written[i], written[len(rows) + i]), strict=True):
-            kept: list[str] = []
-            for candidate in candidates:
-                cleaned = stripped(candidate.text)
-                reason = "cut off" if not candidate.ended else None
-                reason = reason or reason_to_drop(
-                    cleaned,
-                    text,
-                    side,
-                    kept,
-                    step.length_ratio,
-                    step.max_overlap,
-                )
-                if reason is None:
-                    kept.append(cleaned)
-                else:
-                    dropped[reason] = dropped.get(reason, 0) + 1
-            sides[side] = [{"text": t, "prompt": numbers[i]} for t in kept]
-        made.append(
-            {
-                "id": row["id"],
-                "query": text,
-                "positives": sides["positive"],
-                "negatives": sides["negative"],
-                "dropped": dropped,
-                "columns": _columns(row),
-            }
-        )
-    return made
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} rows/s" if task.speed else "")
 
 
-def rate_candidates(rows: Sequence[Row], judge: Judge, name: str) -> list[Row]:
-    """The rows with `score` and `greedy` in every candidate, all pairs in one call.
-
-    Args:
-        rows: `{query, positives, negatives, ...}`.
-        judge: See `grace_rl.curate.judges`.
-        name: Of the judge, for messages.
-
-    Raises:
-        UserError: The judge's ratings are not ratings.
-    """
-    candidates = [
-        (row["query"], candidate)
-        for row in rows
-        for side in ("positives", "negatives")
-        for candidate in row[side]
-    ]
-    pairs = [(query, candidate["text"]) for query, candidate in candidates]
-    ratings = iter(checked(judge(pairs) if pairs else [], len(pairs), name))
-    rated = []
-    for row in rows:
-        sides = {
-            side: [candidate | next(ratings)._asdict() for candidate in row[side]]
-            for side in ("positives", "negatives")
-        }
-        rated.append(row | sides)
-    return rated
-
-
-def _given(row: Row) -> Row:
-    """A triplet as if it had been generated."""
-    return {
-        "id": row["id"],
-        "query": row["query"],
-        "positives": [{"text": row["positive"]}],
-        "negatives": [{"text": text} for text in row["negative"]],
-        "dropped": {},
-        "columns": _columns(row),
-    }
-
-
-def _columns(row: Row) -> Row:
-    """The row's own other fields."""
-    taken = ("id", "text", "query", "positive", "negative", "negative_positive")
-    return {name: value for name, value in row.items() if name not in taken}
-
-
-def _first_text(value: Any) -> str:
-    found = value[0] if isinstance(value, list) and value else value
-    return found if isinstance(found, str) else ""
+@contextmanager
+def _bar(console: Console, name: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A progress bar; gives the function that moves it."""
+    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, _Speed(), TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda count: progress.advance(task, count)

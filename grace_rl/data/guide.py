@@ -24,6 +24,7 @@ from torch import Tensor
 
 from grace_rl.errors import UserError
 from grace_rl.run.files import whole_file, write_text
+from grace_rl.run.identity import ABSENT, path_digest
 
 VECTORS, KEYS, INFO, BLOCKS = "vectors.npy", "keys.npy", "guide.json", "blocks"
 BLOCK_TEXTS = 4096
@@ -225,6 +226,17 @@ def load_encoder(name: str, batch_size: int = 128) -> Encode:
     return lambda texts: model.encode(
         list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
     )
+
+
+def named_digest(name: str) -> str | None:
+    """The content of what a name stands for: a folder, or the file of `path/to/file.py:name`.
+
+    None where nothing lies on this disk: a hub id, or a name that is imported.
+    """
+    for path in (name, name.rpartition(":")[0]):
+        if path and (found := path_digest(path)) != ABSENT:
+            return found
+    return None
 
 
 def unit_vectors(encode: Encode, texts: Sequence[str]) -> Tensor:

@@ -56,7 +56,7 @@ def test_the_result_is_rows_that_train_reads(whole):
     assert len(rows) == report.kept > 0
     for row in rows:
         assert row["positive"] != row["negative"][0]
-        assert row["score_positive"] - row["score_negative"] >= report.settings["gamma"]
+        assert row["score_positive"] - row["score_negative"] >= report.step.gamma
     done = json.loads((folder / "report.json").read_text())
     assert done["kept"] + sum(done["reasons"].values()) == done["rows"] == 24
     assert sum(map(sum, done["histogram"])) == 24
@@ -104,11 +104,11 @@ def test_shards_that_end_together_filter_one_after_the_other(tmp_path, monkeypat
     inside, most = [], []
     filtering = run_module._Curation.filter
 
-    def watched(self):
+    def watched(self, step):
         inside.append(self)
         time.sleep(0.3)
         most.append(len(inside))
-        report = filtering(self)
+        report = filtering(self, step)
         inside.remove(self)
         return report
 
@@ -135,6 +135,63 @@ def test_other_settings_are_refused_or_start_over(tmp_path):
     with pytest.raises(UserError, match="settings: generate.max_tokens was 32;"):
         curate(load_curation(file, [*small, "--generate.max_tokens", "16"]))
     curate(load_curation(file, [*small, "--generate.max_tokens", "16"]), overwrite=True)
+
+
+def triplets(tmp_path: Path, judge: str = "return [5.0 * (a < b) for a, b in pairs]") -> list[str]:
+    """Arguments of a curation of two given triplets by a judge of one's own."""
+    rows = tmp_path / "rows.jsonl"
+    texts = {"query": "b", "positive": "c", "negative": "a"}
+    rows.write_text("".join(json.dumps(texts | {"id": n}) + "\n" for n in range(2)))
+    (tmp_path / "judge.py").write_text(f"def judge(pairs):\n    {judge}\n")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"dataset_name: {rows}\noutput_dir: {tmp_path / 'out'}\n"
+        f"rate: {{judge: '{tmp_path / 'judge.py'}:judge'}}\nfilter:\n"
+    )
+    return ["curate", str(file)]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "judge.py"])
+def test_work_on_other_inputs_of_the_same_name_and_size_is_not_continued(tmp_path, name, capsys):
+    command = triplets(tmp_path)
+    assert main(command) == 0
+    before, changed = lines(tmp_path), tmp_path / name
+    text = changed.read_text()
+    changed.write_text(text.replace('"c"', '"d"').replace("a < b", "b < a"))
+    assert changed.stat().st_size == len(text)
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert ("rows was" in said) == (name == "rows.jsonl")
+    assert ("rate.judge_content was" in said) == (name == "judge.py")
+    assert lines(tmp_path) == before
+    assert main([*command, "--overwrite"]) == 0
+    assert lines(tmp_path) != before
+    changed.write_text(text)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "00000.jsonl"])
+def test_damaged_work_is_one_line_and_made_again(tmp_path, name, capsys):
+    command = triplets(tmp_path)
+    assert main(command) == 0
+    before, damaged = lines(tmp_path), tmp_path / "out/rated" / name
+    damaged.write_text(damaged.read_text()[:-9])
+    capsys.readouterr()
+    assert main([*command]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(damaged.parent) in line
+    damaged.unlink()
+    assert main([*command, "--overwrite"]) == 0
+    assert lines(tmp_path) == before
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path):
+    command = triplets(tmp_path)
+    (tmp_path / "out/rated").mkdir(parents=True)
+    left = [tmp_path / "out" / folder / ".x.gone-1.writing" for folder in (".", "rated")]
+    for file in left:
+        file.write_text("half")
+    assert main(command) == 0
+    assert not any(file.exists() for file in left)
 
 
 def test_triplets_are_rated_and_filtered_without_generation(tmp_path):

@@ -12,13 +12,13 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from grace_rl.curate.candidates import rate_candidates, write_candidates
 from grace_rl.curate.cleaning import reason_to_drop, stripped
 from grace_rl.curate.filtering import choose, is_gap
 from grace_rl.curate.judges import DigitJudge, EncoderJudge, checked, load_judge
-from grace_rl.curate.models import Models, Sampling, TransformersModel, VLLMModel
+from grace_rl.curate.models import Models, TransformersModel, VLLMModel
 from grace_rl.curate.prompts import RatingPrompts, SidePrompts
 from grace_rl.curate.report import Report
-from grace_rl.curate.run import rate_candidates, write_candidates
 from grace_rl.data import scenes
 from grace_rl.data.guide import load_encoder
 from grace_rl.errors import UserError
@@ -32,6 +32,12 @@ def model() -> TransformersModel:
 
 TEXTS = [row["text"] for row in scenes.rows("train", "unsupervised", 6)]
 
+
+def writing(**values) -> GenerateStep:
+    describe = {"prompts": "describe", "opposite_column": "other", "engine": "transformers"}
+    return GenerateStep(**{"model_name_or_path": "scenes", **describe, **values})
+
+
 # -- models ---------------------------------
 
 
@@ -41,17 +47,17 @@ def describe(model, text: str) -> list[int]:
 
 def test_contrastive_decoding_is_the_intended_logits_minus_omega_times_the_opposite(model):
     prompt, opposite = describe(model, TEXTS[0]), describe(model, TEXTS[1])
-    how = Sampling(0, True, 1.0, 1.0, 12, one_sentence=False, omega=0.4)
-    (written,) = model.write([prompt], how, [opposite])
+    how = writing(candidates=0, max_tokens=12, omega=0.4)
+    (written,) = model.write([prompt], how, 0, [opposite])
     ids: list[int] = []
-    while len(ids) < 12 and (not ids or ids[-1] not in model.end_ids):
+    while len(ids) < 12 and (not ids or ids[-1] not in model.generator.end_ids):
         with torch.no_grad():
             here, there = (
                 model.model(torch.tensor([p + ids])).logits[0, -1] for p in (prompt, opposite)
             )
         ids.append(int((here - 0.4 * there).argmax()))
     assert written[0].text == model.tokenizer.decode(ids, skip_special_tokens=True)
-    plain = Sampling(0, True, 1.0, 1.0, 12, one_sentence=False)
+    plain = writing(candidates=0, max_tokens=12)
     assert written[0].text != model.write([prompt], plain)[0][0].text
 
 
@@ -59,10 +65,8 @@ def test_contrastive_sampling_draws_from_the_same_difference(model):
     prompt, opposite = describe(model, TEXTS[0]), describe(model, TEXTS[1])
     prefix = model.tokenizer("Facts:", add_special_tokens=False)["input_ids"]
     prompt, opposite = prompt + prefix, opposite + prefix
-    how = Sampling(400, False, 0.8, 1.0, 1, one_sentence=False, omega=0.3)
-    model.batch_size, before = 400, model.batch_size
-    (written,) = model.write([prompt], how, [opposite])
-    model.batch_size = before
+    how = writing(candidates=400, greedy=False, temperature=0.8, max_tokens=1, omega=0.3)
+    (written,) = model.write([prompt], how, 0, [opposite])
     with torch.no_grad():
         here, there = (model.model(torch.tensor([p])).logits[0, -1] for p in (prompt, opposite))
     chances = ((here.log_softmax(-1) - 0.3 * there.log_softmax(-1)) / 0.8).softmax(-1)
@@ -90,15 +94,7 @@ def test_padding_and_batches_change_no_logprob(model):
 
 def test_candidates_are_the_same_in_every_run(model):
     rows = [{"id": i, "text": text, "other": TEXTS[i - 1]} for i, text in enumerate(TEXTS)]
-    step = GenerateStep(
-        model_name_or_path="scenes",
-        prompts="describe",
-        opposite_column="other",
-        candidates=2,
-        max_tokens=24,
-        engine="transformers",
-        length_ratio=[0.0, 2.0],
-    )
+    step = writing(candidates=2, max_tokens=24, length_ratio=[0.0, 2.0])
     prompts = SidePrompts(model.tokenizer, "describe", 64, {})
     once, again = (write_candidates(rows, model, prompts, step, seed=3) for _ in range(2))
     assert once == again
@@ -109,7 +105,7 @@ def test_candidates_are_the_same_in_every_run(model):
 def test_vllm_and_transformers_agree(model):
     fast = VLLMModel(str(scenes.COLD_START), "float32")
     prompts = [describe(model, text) for text in TEXTS]
-    how = Sampling(2, True, 0.7, 1.0, 24, one_sentence=False)
+    how = writing(candidates=2, max_tokens=24)
     slow_texts, fast_texts = model.write(prompts, how), fast.write(prompts, how)
     assert [c[0] for c in slow_texts] == [c[0] for c in fast_texts]  # greedy
     assert [len(c) for c in fast_texts] == [3] * 6
@@ -275,7 +271,7 @@ def test_the_pair_with_the_largest_gap_is_taken():
 
 @pytest.mark.parametrize(("kept", "word"), [(0, "only 0.0%"), (5, None), (10, "hardly filters")])
 def test_a_share_that_is_too_small_or_too_large_is_called_out(kept, word):
-    report = Report({"alpha": 3, "beta": 3, "gamma": 1, "rule": "paper"})
+    report = Report(FilterStep())
     for i in range(10):
         row = rated([4.0 if i < kept else 1.0], [0.0]) | {"query": str(i), "columns": {}}
         report.add(row, choose(row, FilterStep()))
