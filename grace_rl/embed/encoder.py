@@ -15,7 +15,6 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,7 +33,8 @@ from grace_rl.embed.writers import (
     Writing,
     vllm_is_installed,
 )
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, reading
+from grace_rl.rollout.policy import load_outlined
 from grace_rl.rollout.prompts import Prompt, PromptTemplate
 
 MODULE = "grace_rl.embed.rationale_embedding.RationaleEmbedding"
@@ -151,15 +151,12 @@ class RationaleEncoder:
         """
         folder = Path(folder)
         own = EncoderSettings.load(folder) if settings is None else settings
-        try:
-            model = AutoModelForCausalLM.from_pretrained(folder, **model_kwargs or {})
-            tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_kwargs or {})
-            frozen = folder / FROZEN_FOLDER
-            stored = own.reader.weights == "frozen" and frozen.is_dir()
-            readers = AutoModelForCausalLM.from_pretrained(frozen) if stored else model
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{folder}: cannot be loaded: {reason}") from error
+        model, tokenizer = load_outlined(folder, model_kwargs or {}, tokenizer_kwargs or {})
+        frozen = folder / FROZEN_FOLDER
+        readers = model
+        if own.reader.weights == "frozen" and frozen.is_dir():
+            with reading(frozen, "the model"):
+                readers = AutoModelForCausalLM.from_pretrained(frozen)
         model.to(device).eval()  # type: ignore[arg-type]  # transformers' wrapper hides the types
         template = PromptTemplate(
             tokenizer, own.instruction, own.max_text_tokens, own.chat_template_kwargs

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from grace_rl.embed.sentence_encoder import SentenceEncoder
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, reading
 from grace_rl.recipe.methods import named
+from grace_rl.rollout.policy import is_language_model, read_config
 
 
 def load_encoder(
@@ -35,29 +36,25 @@ def load_encoder(
     module = _first_module(folder)
     if module.startswith("grace_rl."):
         place, _, name = module.rpartition(".")
-        kind = named(f"{place}:{name}")
+        with reading(folder, "modules.json"):
+            kind = named(f"{place}:{name}")
         if name != "RationaleEmbedding":
             _refuse(options, folder)
             return kind.load_encoder(folder, device)
         return kind.load_encoder(folder, device, **options)
     if not module:
-        from transformers import AutoConfig
-
         from grace_rl.embed.encoder import RationaleEncoder
         from grace_rl.embed.settings import EncoderSettings
 
-        names = AutoConfig.from_pretrained(folder).architectures or []
-        if any(name.endswith("ForCausalLM") for name in names):
+        if is_language_model(read_config(folder)):
             known = (folder / "grace.json").exists()
             settings = None if known else EncoderSettings(instruction=None)
             return RationaleEncoder.from_pretrained(folder, device, settings=settings, **options)
     from sentence_transformers import SentenceTransformer
 
     _refuse(options, folder)
-    try:
+    with reading(folder, "the model"):
         return SentenceEncoder(SentenceTransformer(str(folder), device=device))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def usable_device(told: str | None) -> str:
@@ -83,8 +80,8 @@ def _refuse(options: dict[str, Any], folder: Path) -> None:
 
 def _first_module(folder: Path) -> str:
     """Class of the first module of a sentence-transformers model; "" where there is none."""
-    try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        return str(modules[0]["type"])
-    except (OSError, ValueError, LookupError, TypeError):
+    file = folder / "modules.json"
+    if not file.exists():
         return ""
+    with reading(folder, "modules.json"):
+        return str(json.loads(file.read_text(encoding="utf-8"))[0]["type"])

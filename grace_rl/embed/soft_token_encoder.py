@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grace_rl.embed.encoder import Encoded, check_list
 from grace_rl.embed.soft_tokens import SoftTokens, running_mean, soft_tokens
 from grace_rl.errors import UserError
+from grace_rl.rollout.policy import load_outlined
 from grace_rl.run.files import write_text
 
 SETTINGS_FILE = "gircse.json"
@@ -113,9 +113,9 @@ class SoftTokenEncoder:
             ) from error
         except (ValueError, TypeError) as error:
             raise UserError(f"{file}: is not of this version: {error}") from error
-        model = AutoModelForCausalLM.from_pretrained(folder, **model_kwargs or {})
+        model, tokenizer = load_outlined(folder, model_kwargs or {}, tokenizer_kwargs or {})
         model.to(device).eval()  # type: ignore[arg-type]  # transformers' wrapper hides the types
-        return cls(model, AutoTokenizer.from_pretrained(folder, **tokenizer_kwargs or {}), settings)
+        return cls(model, tokenizer, settings)
 
     def save(self, folder: Path) -> None:
         """Write what `from_pretrained` needs besides the model and the tokenizer."""

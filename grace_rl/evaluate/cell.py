@@ -152,20 +152,22 @@ def _perplexity(
     Scenes: the canonical rationales of test rows, each after its text's prompt. Elsewhere the texts
     of the file `held_out`.
     """
-    from transformers import AutoConfig
-
     from grace_rl.data import scenes
     from grace_rl.data.rows import read_rows
     from grace_rl.recipe.rows import DataConfig
-    from grace_rl.rollout.policy import load_policy, resolve_model
+    from grace_rl.rollout.policy import (
+        is_language_model,
+        load_policy,
+        read_config,
+        resolve_model,
+    )
     from grace_rl.rollout.prompts import PromptTemplate
 
     path = model or resolve_model(
         recipe.model["model_name_or_path"], scratch, recipe.training.get("seed", 0)
     )
-    architectures = AutoConfig.from_pretrained(path).architectures or []
     of_scenes = recipe.data.dataset_name == "scenes"
-    if not any(name.endswith("ForCausalLM") for name in architectures):
+    if not is_language_model(read_config(path)):
         return None
     if not of_scenes and held_out is None:
         return None

@@ -34,7 +34,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
-from transformers import AutoConfig, EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from grace_rl.data.false_negatives import false_negative_config, load_false_negatives
 from grace_rl.data.rows import Row, read_rows
@@ -42,6 +42,7 @@ from grace_rl.embed.hidden_states import decoder_stack
 from grace_rl.embed.sentence_encoder import SentenceEncoder
 from grace_rl.embed.similarity import TIE
 from grace_rl.errors import UserError
+from grace_rl.rollout.policy import is_language_model, read_config
 from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.guided_infonce import CachedGuidedInfoNCE, GuidedInfoNCE, Marks, row_numbers
 from grace_rl.train.infonce_config import InfoNCEConfig
@@ -135,12 +136,7 @@ def is_policy(path: str) -> bool:
     Raises:
         UserError: There is no such model.
     """
-    try:
-        architectures = AutoConfig.from_pretrained(path).architectures or []
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model_name_or_path: cannot load {path!r}: {reason}") from error
-    return any(name.endswith("ForCausalLM") for name in architectures)
+    return is_language_model(read_config(path))
 
 
 def sentence_transformer_of(policy: Any, tokenizer: Any, pooling: str) -> SentenceTransformer:
