@@ -34,8 +34,8 @@ import torch
 from random_policy import save_random_policy
 
 from grace_rl.data import scenes
-from grace_rl.embed.encoder import EncoderSettings, RationaleEncoder
-from grace_rl.embed.reader import ReaderConfig
+from grace_rl.embed.encoder import RationaleEncoder
+from grace_rl.embed.settings import EncoderSettings
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -75,7 +75,9 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     load = partial(
         RationaleEncoder.from_pretrained,
         model,
-        settings=EncoderSettings(ReaderConfig(), None, 1024, options.tokens),
+        settings=EncoderSettings(
+            instruction=None, max_text_tokens=1024, max_rationale_tokens=options.tokens
+        ),
         model_kwargs={"dtype": dtype},
     )
     plain, fast = load(), load(engine="vllm")
@@ -85,8 +87,8 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     texts = [" ".join(islice(words, options.scenes)) for _ in range(options.texts)]
     prompts = [plain.template.render(text).token_ids for text in texts]
     few = texts[:: len(texts) // options.loop_texts][: options.loop_texts]
-    engine = fast.writer._started()  # type: ignore[attr-defined]
-    cached.writer = fast.writer  # one engine in the process
+    engine = fast.writer.generator._started()  # type: ignore[attr-defined]
+    cached.writer.generator = fast.writer.generator  # one engine in the process
     from vllm import SamplingParams, TokensPrompt
 
     params = SamplingParams(
@@ -183,12 +185,10 @@ def loop(encoder: RationaleEncoder, text: str) -> torch.Tensor:
 
 def memory(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = folder / "model"
-    settings = EncoderSettings(ReaderConfig(), None, 128, 8)
+    settings = EncoderSettings(instruction=None, max_text_tokens=128, max_rationale_tokens=8)
     encoder = RationaleEncoder.from_pretrained(scenes.COLD_START, settings=settings)
     some = [row["query"] for row in scenes.rows("train", "triplet", 2000)]
     encoder.fit_centre(some[:256])
-    encoder.model.save_pretrained(model)
-    encoder.tokenizer.save_pretrained(model)
     encoder.save(model)
     peaks = {}
     for count in (options.small, options.large):

@@ -29,11 +29,12 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grace_rl.embed.encoder import RationaleEncoder, end_token_ids
+from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
 from grace_rl.embed.rebuild import right_padded
 from grace_rl.embed.similarity import rank_correlation
 from grace_rl.recipe import load_recipe
+from grace_rl.rollout.generator import end_token_ids
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.run.records import read_metrics, read_status
 from grace_rl.train.run import train
@@ -155,7 +156,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def scores_of(model: Path, shared: Path, writes: bool) -> dict[str, Any]:
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    end_ids = end_token_ids(policy, tokenizer)
+    end_ids = end_token_ids(policy.generation_config, tokenizer)
     reader = Reader(ReaderConfig(**READER), tokenizer, end_ids, policy, batch_size=64)
 
     def texts_alone(texts: list[str], longest: int) -> torch.Tensor:

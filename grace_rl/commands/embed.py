@@ -57,6 +57,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
     from grace_rl.data.texts import TextSource
     from grace_rl.embed.corpus import EmbedJob, embed_file
+    from grace_rl.embed.encoder import RationaleEncoder
     from grace_rl.embed.loading import load_encoder, usable_device
 
     given = bool(options.from_rationales)
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     device = usable_device(options.device)
     encoder = load_encoder(options.model, device, engine=options.engine, cache=options.cache)
     if given:
-        if not hasattr(encoder, "encode_rationales"):
+        if not isinstance(encoder, RationaleEncoder):
             raise UserError(f"{options.model}: reads texts, not rationales; use --input")
         needs = encoder.reader.config.span != "bottleneck"
         text = options.text_column if needs or options.rationales else None
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     if shard[1] > 1:
         output = output.with_name(f"{output.stem}-{shard[0]}-of-{shard[1]}.parquet")
     console = Console(stderr=True)
-    reader = getattr(encoder, "reader", None)
+    reader = encoder.reader if isinstance(encoder, RationaleEncoder) else None
     if reader is not None and reader.config.centre and reader.centre is None:
         console.print(
             f"{options.model} has no centre, so its cosines are all close to 1: "

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,50 +10,26 @@ from typing import Any, TypedDict
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
-from grace_rl.embed.cache import ENCODER_FILES, KeyMaker, RationaleCache, model_fingerprint
-from grace_rl.embed.modules_json import write_modules
-from grace_rl.embed.reader import FROZEN_FOLDER, Reader, Written
-from grace_rl.embed.settings import EncoderSettings
-from grace_rl.embed.writers import (
-    Engine,
-    RationaleMode,
-    TransformersWriter,
-    VLLMWriter,
-    Writer,
-    Writing,
-    vllm_is_installed,
+from grace_rl.embed.encoder_module import (
+    Encoded,
+    EncoderModule,
+    check_list,
+    write_modules,
 )
+from grace_rl.embed.reader import FROZEN_FOLDER, Reader, Written
+from grace_rl.embed.settings import SETTINGS_FILE, EncoderSettings, RationaleMode, Writing
+from grace_rl.embed.writer import RationaleWriter
 from grace_rl.errors import UserError, reading
+from grace_rl.rollout.generator import Engine, end_token_ids
 from grace_rl.rollout.policy import load_outlined
-from grace_rl.rollout.prompts import Prompt, PromptTemplate
+from grace_rl.rollout.prompts import PromptTemplate
 
-MODULE = "grace_rl.embed.rationale_embedding.RationaleEmbedding"
 CHUNK = 1024  # texts that are in memory as prompts at once
 VLLM_CHUNK = 8192  # more, so that its batches seldom run dry
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Texts as an encoder sees them, in their order.
-
-    Attributes:
-        rationales: N strings; the texts themselves where none are written, empty for encoders that
-            never write.
-        vectors: (N, H) float32 on the CPU, unit length; zero for a blank text.
-        lengths: N numbers of tokens, end tokens included.
-    """
-
-    rationales: list[str]
-    vectors: Tensor
-    lengths: list[int] = dataclasses.field(default_factory=list)
 
 
 class Changes(TypedDict, total=False):
@@ -67,18 +41,19 @@ class Changes(TypedDict, total=False):
     instruction: str | None
 
 
-class RationaleEncoder:
+class RationaleEncoder(EncoderModule):
     """Writes a rationale for each text and reads it into a vector.
 
     The attributes `rationale`, `max_rationale_tokens`, `temperature` and `seed` hold for all calls
-    and can be set at any time; every call can be given others. Greedy rationales and seeded samples
-    do not depend on the batch, apart from ties within rounding.
+    and can be set at any time; every call can be given others, also through
+    `SentenceTransformer.encode`. Greedy rationales and seeded samples do not depend on the batch,
+    apart from ties within rounding.
 
     Attributes:
         writes_rationales: True; encoders of other methods embed a text as it is.
         rationale: `greedy`, `sample`, or `none`, which has the text read in the rationale's place.
         temperature, seed: Of `sample`.
-        cache: Remembers rationales and raw vectors; see `use_cache`.
+        writer: Writes the rationales, with `writer.generator`.
 
     Args:
         model: The policy.
@@ -92,6 +67,7 @@ class RationaleEncoder:
     """
 
     writes_rationales = True
+    forward_kwargs = {"rationale", "max_rationale_tokens", "temperature", "seed"}
 
     def __init__(
         self,
@@ -104,20 +80,16 @@ class RationaleEncoder:
         batch_size: int = 256,
         folder: Path | None = None,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.template = template
+        super().__init__(model, tokenizer, folder)
         self.reader = reader
-        self.end_ids = list(end_ids)
+        # Registered, so that `to(device)` moves them too.
+        beside = [reader.frozen_policy, reader.sentence_encoder]
+        self.readers = nn.ModuleList([module for module in beside if module is not None])
         self.max_rationale_tokens = max_rationale_tokens
-        self.folder = folder
         self.rationale: RationaleMode = "greedy"
         self.temperature = 1.0
         self.seed = 0
-        self.cache: RationaleCache | None = None
-        self.writer: Writer = self._transformers_writer(batch_size)
-        self._fingerprint = ""
-        self._templates: dict[str, PromptTemplate] = {}
+        self.writer = RationaleWriter(model, tokenizer, template, end_ids, batch_size, folder)
 
     # -- loading and saving ---------------------------------
 
@@ -153,19 +125,22 @@ class RationaleEncoder:
         own = EncoderSettings.load(folder) if settings is None else settings
         model, tokenizer = load_outlined(folder, model_kwargs or {}, tokenizer_kwargs or {})
         frozen = folder / FROZEN_FOLDER
-        readers = model
+        readers = model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the types
         if own.reader.weights == "frozen" and frozen.is_dir():
             with reading(frozen, "the model"):
                 readers = AutoModelForCausalLM.from_pretrained(frozen)
-        model.to(device).eval()  # type: ignore[arg-type]  # transformers' wrapper hides the types
         template = PromptTemplate(
-            tokenizer, own.instruction, own.max_text_tokens, own.chat_template_kwargs
+            tokenizer,
+            own.instruction,
+            own.max_text_tokens,
+            own.chat_template_kwargs,
+            None if own.prompt is None else (own.prompt[0], own.prompt[1]),
         )
-        end_ids = end_token_ids(model, tokenizer)
+        end_ids = end_token_ids(model.generation_config, tokenizer)
         many = 64 if device == "cpu" else 256  # a CPU's caches like it smaller
         reader = Reader(own.reader, tokenizer, end_ids, readers, device, many)
         if settings is None or (
-            (folder / "grace.json").exists()
+            (folder / SETTINGS_FILE).exists()
             and EncoderSettings.load(folder).reader == settings.reader
         ):
             reader.load(folder)
@@ -173,65 +148,82 @@ class RationaleEncoder:
             model, tokenizer, template, reader, end_ids, own.max_rationale_tokens, folder=folder
         )
         encoder.rationale = own.rationale
-        encoder.use_engine(engine)
+        encoder.writer.use_engine(engine, encoder.max_rationale_tokens)
         if cache is not None:
             encoder.use_cache(cache)
-        return encoder
+        return encoder.eval()
 
-    def save(self, folder: Path) -> None:
-        """Write what `from_pretrained` and sentence-transformers need beside the model."""
+    def save_beside(self, folder: Path) -> None:
+        """Write what `from_pretrained` and sentence-transformers need besides the model's files."""
         settings = EncoderSettings(
             reader=self.reader.config,
             instruction=self.template.instruction,
             max_text_tokens=self.template.max_text_tokens,
             max_rationale_tokens=self.max_rationale_tokens,
             chat_template_kwargs=self.template.chat_template_kwargs,
-            rationale=self.rationale if self.writes_rationales else "none",
+            rationale=self.rationale,
+            prompt=(self.template.prefix, self.template.suffix),
         )
         settings.save(folder)
         self.reader.save(folder)
-        write_modules(folder, MODULE)
+        write_modules(folder, RationaleEncoder)
 
-    def use_engine(self, engine: Engine) -> None:
-        """Write with another engine from now on.
+    @property
+    def template(self) -> PromptTemplate:
+        return self.writer.template
 
-        Raises:
-            UserError: vLLM is not installed, or the model was not loaded from a folder.
-        """
-        if engine == "auto":
-            engine = "vllm" if vllm_is_installed() and torch.cuda.is_available() else "transformers"
-        if engine == "vllm":
-            longest = len(self.template.render("a").token_ids) + self.template.max_text_tokens
-            longest += self.max_rationale_tokens
-            folder = self._own_folder("engine vllm")
-            self.writer = VLLMWriter(folder, self.end_ids, longest, self.model.dtype)
-        elif engine == "transformers":
-            self.writer = self._transformers_writer(256)
-        else:
-            raise UserError(f"engine: must be auto, transformers or vllm, not {engine!r}")
+    @property
+    def end_ids(self) -> list[int]:
+        """Token ids that end a rationale."""
+        return self.writer.end_ids
 
     def use_cache(self, path: str | Path) -> None:
         """Remember rationales and raw vectors in a sqlite file, and take them from there.
 
-        Several processes may share it. The model must not be changed after it was loaded.
+        Several processes and threads may share it. The model must not be changed after it was
+        loaded.
 
         Raises:
             UserError: The model was not loaded from a folder, or the file cannot be used.
         """
-        self._fingerprint = model_fingerprint(self._own_folder("a cache"))
-        if self.reader.sentence_encoder is not None:
-            self._fingerprint += model_fingerprint(Path(self.reader.config.weights), ENCODER_FILES)
-        self.cache = RationaleCache(path)
+        alone = self.reader.config.reads_with_language_model
+        self.writer.use_cache(path, None if alone else Path(self.reader.config.weights))
 
-    def _own_folder(self, what: str) -> Path:
-        if self.folder is None:
-            raise UserError(f"{what} needs a model that was loaded from its folder")
-        return self.folder
+    @property
+    def max_seq_length(self) -> int:
+        """Texts are cut to this many tokens; can be set."""
+        return self.template.max_text_tokens
 
-    def _transformers_writer(self, batch_size: int) -> TransformersWriter:
-        pad = self.tokenizer.pad_token_id
-        pad = self.end_ids[0] if pad is None else pad
-        return TransformersWriter(self.model, pad, self.end_ids, batch_size)
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        own = self.template
+        self.writer.template = PromptTemplate(
+            own.tokenizer, own.instruction, value, own.chat_template_kwargs,
+            (own.prefix, own.suffix),
+        )  # fmt: skip
+
+    def settings_told(self) -> dict[str, Any]:
+        """What decides its vectors besides the files it was loaded from."""
+        centre = self.reader.centre
+        return self.writer.deciding(self._how(None, {})) | {
+            "reader": self._reader_settings,
+            "centre": None if centre is None else centre.tolist(),
+        }
+
+    @property
+    def _reader_settings(self) -> dict[str, Any]:
+        return self.reader.config.model_dump(mode="json", exclude={"centre"})
+
+    def get_embedding_dimension(self) -> int:
+        reader = self.reader.sentence_encoder
+        if reader is not None:
+            return int(reader.get_embedding_dimension())
+        return super().get_embedding_dimension()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        moved = super()._apply(fn, recurse)
+        self.reader.device = torch.device(self.model.device)
+        return moved
 
     # -- writing ---------------------------------
 
@@ -255,25 +247,12 @@ class RationaleEncoder:
             UserError: A setting is wrong.
         """
         check_list(texts)
-        how = self._how(rationale, changes)
-        template = self._template(how.instruction)
-        prompts = [template.render(text) if text.strip() else _NOTHING for text in texts]
-        if how.rationale == "none":
-            return [Written(p, p.token_ids[slice(*p.span)], p.text) for p in prompts]
-        keys = self._keys(texts, how)
-        known = self.cache.rationales(keys) if self.cache is not None else {}
-        unknown = [i for i, p in enumerate(prompts) if keys[i] not in known and p.token_ids]
-        if unknown:
-            ids = self.writer.write([prompts[i].token_ids for i in unknown], how)
-            strings = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            new = {keys[i]: (s, list(t)) for i, s, t in zip(unknown, strings, ids, strict=True)}
-            known |= new
-            if self.cache is not None:
-                self.cache.add_rationales(new)
-        return [
-            Written(p, known[key][1], known[key][0]) if p.token_ids else Written(p, [], "")
-            for p, key in zip(prompts, keys, strict=True)
-        ]
+        with self.lock:
+            return self.writer.write(texts, self._how(rationale, changes))
+
+    def rationales(self, texts: Sequence[str], **settings: Any) -> list[str]:
+        """What is written for texts; takes what `write` takes."""
+        return [item.rationale for item in self.write(texts, **settings)]
 
     def written(
         self, rationales: Sequence[str], texts: Sequence[str] | None = None
@@ -292,16 +271,8 @@ class RationaleEncoder:
             raise UserError(
                 f"reader.span {config.span} reads a rationale in its text's context: give the texts"
             )
-        prompts = [_NOTHING] * len(rationales)
-        if texts is not None:
-            prompts = [self.template.render(t) if t.strip() else _NOTHING for t in texts]
-        ids = self.tokenizer(
-            list(rationales), add_special_tokens=False, return_attention_mask=False
-        )["input_ids"]
-        return [
-            Written(prompt, [*row, self.end_ids[0]] if row or prompt.token_ids else [], rationale)
-            for prompt, row, rationale in zip(prompts, ids, rationales, strict=True)
-        ]
+        with self.lock:
+            return self.writer.given(rationales, texts)
 
     # -- vectors ---------------------------------
 
@@ -310,6 +281,7 @@ class RationaleEncoder:
         texts: Sequence[str],
         rationale: RationaleMode | None = None,
         *,
+        role: str | None = None,
         progress: bool = False,
         **changes: Unpack[Changes],
     ) -> Encoded:
@@ -321,6 +293,7 @@ class RationaleEncoder:
         Args:
             texts: N texts; a blank one gets a vector of zeros.
             rationale, changes: As in `write`.
+            role: Queries and documents are written for alike.
             progress: Show a bar on stderr.
 
         Raises:
@@ -333,7 +306,8 @@ class RationaleEncoder:
         lengths = [0] * len(place)
         vectors: Tensor | None = None
         for chunk in self._chunks(distinct, progress):
-            found, counts, raw = self._raw(chunk, rationale, changes)
+            with self.lock:
+                found, counts, raw = self._raw(chunk, rationale, changes)
             unit = self.reader.finish(raw).float().cpu()
             if vectors is None:
                 vectors = torch.empty(len(place), unit.size(1))
@@ -370,7 +344,9 @@ class RationaleEncoder:
         for start in range(0, len(rationales), VLLM_CHUNK):
             part = slice(start, start + VLLM_CHUNK)
             written = self.written(rationales[part], None if texts is None else texts[part])
-            vectors.append(self.reader.finish(self.reader.read(written)).float().cpu())
+            with self.lock:
+                raw = self.reader.read(written)
+            vectors.append(self.reader.finish(raw).float().cpu())
         return torch.cat(vectors) if vectors else torch.empty(0, 0)
 
     def fit_centre(self, texts: Iterable[str], *, progress: bool = False) -> int:
@@ -389,7 +365,8 @@ class RationaleEncoder:
         total, count = torch.zeros(()), 0
         texts = (text for text in texts if text.strip())
         for chunk in self._chunks(texts, progress):
-            _, _, raw = self._raw(chunk, None, {})
+            with self.lock:
+                _, _, raw = self._raw(chunk, None, {})
             total = total + raw.double().sum(0).cpu()
             count += len(chunk)
         if not count:
@@ -403,25 +380,26 @@ class RationaleEncoder:
         """Rationales, their numbers of tokens and raw vectors (N, H), from the cache if it can."""
         keys: list[bytes] = []
         known: dict[bytes, tuple[str, int, Tensor]] = {}
-        if self.cache is not None:
-            keys = self._keys(texts, self._how(rationale, changes), reads=True)
-            known = self.cache.vectors(keys)
+        if self.writer.cache is not None:
+            how = self._how(rationale, changes)
+            keys = self.writer.keys(texts, how, self._reader_settings)
+            known = self.writer.cache.vectors(keys)
         new = [i for i in range(len(texts)) if not known or keys[i] not in known]
         if new:
             written = self.write([texts[i] for i in new], rationale, **changes)
             strings, counts = [w.rationale for w in written], [len(w.token_ids) for w in written]
             raw = self.reader.read(written)
-            if self.cache is None:
+            if self.writer.cache is None:
                 return strings, counts, raw
             own = [keys[i] for i in new]
-            self.cache.add_vectors(own, strings, counts, raw)
+            self.writer.cache.add_vectors(own, strings, counts, raw)
             values = zip(strings, counts, raw.float().cpu(), strict=True)
             known |= dict(zip(own, values, strict=True))
         found = [known[key] for key in keys]
         return [f[0] for f in found], [f[1] for f in found], torch.stack([f[2] for f in found])
 
     def _chunks(self, texts: Iterable[str], progress: bool) -> Iterator[list[str]]:
-        size = VLLM_CHUNK if isinstance(self.writer, VLLMWriter) else CHUNK
+        size = VLLM_CHUNK if self.writer.generator.name == "vllm" else CHUNK
         known = len(texts) if isinstance(texts, list) else None
         rest = iter(texts)
         with Progress(
@@ -444,47 +422,3 @@ class RationaleEncoder:
             "seed": self.seed,
         }
         return Writing(**own | given)
-
-    def _template(self, instruction: str | None) -> PromptTemplate:
-        if instruction is None or instruction == self.template.instruction:
-            return self.template
-        if instruction not in self._templates:
-            own = self.template
-            self._templates[instruction] = PromptTemplate(
-                self.tokenizer, instruction, own.max_text_tokens, own.chat_template_kwargs
-            )
-        return self._templates[instruction]
-
-    def _keys(self, texts: Sequence[str], how: Writing, reads: bool = False) -> list[bytes]:
-        template = self._template(how.instruction)
-        settings: dict[str, Any] = {
-            "rationale": how.rationale,
-            "dtype": str(self.model.dtype),
-            "instruction": template.instruction,
-            "max_text_tokens": template.max_text_tokens,
-            "chat_template_kwargs": template.chat_template_kwargs,
-        }
-        if how.rationale != "none":
-            settings["max_rationale_tokens"] = how.max_rationale_tokens
-        if how.rationale == "sample":
-            settings |= {"temperature": how.temperature, "seed": how.seed}
-            settings["engine"] = self.writer.name  # they draw differently
-        if reads:
-            settings["reader"] = dataclasses.asdict(self.reader.config) | {"centre": None}
-        return [*map(KeyMaker(self._fingerprint, settings), texts)]
-
-
-_NOTHING = Prompt("", "", [], (0, 0))  # of a blank text
-
-
-def check_list(texts: Sequence[str]) -> None:
-    """Raises UserError for a single text where a list is asked for."""
-    if isinstance(texts, str):  # its characters would be taken for texts
-        raise UserError(f"give a list of texts, not one text: [{texts[:40]!r}]")
-
-
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end a completion: the tokenizer's end token and those the model declares."""
-    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
-    declared = [declared] if isinstance(declared, int) else list(declared or [])
-    return list(dict.fromkeys([tokenizer.eos_token_id, *declared]))

@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
 
+from grace_rl.embed.encoder import RationaleEncoder
+from grace_rl.embed.encoder_module import Encoder
 from grace_rl.embed.sentence_encoder import SentenceEncoder
+from grace_rl.embed.settings import SETTINGS_FILE, EncoderSettings
+from grace_rl.embed.soft_token_encoder import SoftTokenEncoder
 from grace_rl.errors import UserError, reading
-from grace_rl.recipe.methods import named
+from grace_rl.rollout.generator import Engine
 from grace_rl.rollout.policy import is_language_model, read_config
 
 
 def load_encoder(
-    folder: str | Path, device: str = "cpu", engine: str = "transformers", cache: Any = None
-) -> Any:
+    folder: str | Path, device: str = "cpu", engine: Engine = "transformers", cache: Any = None
+) -> Encoder:
     """The encoder of a folder: of this package, a sentence-transformers model, or a bare policy.
 
     Args:
@@ -27,32 +32,29 @@ def load_encoder(
             they are.
 
     Raises:
-        UserError: The folder is none of these.
+        UserError: The folder is none of these, or damaged.
     """
     folder = Path(folder)
-    options = {"engine": engine, "cache": cache}
     if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
         raise UserError(f"{folder}: there is no model (no config.json and no modules.json)")
     module = _first_module(folder)
-    if module.startswith("grace_rl."):
-        place, _, name = module.rpartition(".")
-        with reading(folder, "modules.json"):
-            kind = named(f"{place}:{name}")
-        if name != "RationaleEmbedding":
-            _refuse(options, folder)
-            return kind.load_encoder(folder, device)
-        return kind.load_encoder(folder, device, **options)
-    if not module:
-        from grace_rl.embed.encoder import RationaleEncoder
-        from grace_rl.embed.settings import EncoderSettings
-
-        if is_language_model(read_config(folder)):
-            known = (folder / "grace.json").exists()
-            settings = None if known else EncoderSettings(instruction=None)
-            return RationaleEncoder.from_pretrained(folder, device, settings=settings, **options)
-    from sentence_transformers import SentenceTransformer
-
-    _refuse(options, folder)
+    settings = None
+    if not module and is_language_model(read_config(folder)):
+        module = RationaleEncoder.__name__
+        if not (folder / SETTINGS_FILE).exists():
+            settings = EncoderSettings(instruction=None)
+    elif module.startswith("grace_rl."):
+        module = module.rpartition(".")[2]
+        if module not in (RationaleEncoder.__name__, SoftTokenEncoder.__name__):
+            raise UserError(f"{folder}/modules.json: grace_rl has no encoder {module}")
+    if module == RationaleEncoder.__name__:
+        return RationaleEncoder.from_pretrained(
+            folder, device, settings=settings, engine=engine, cache=cache
+        )
+    if engine not in ("transformers", "auto") or cache is not None:
+        raise UserError(f"{folder}: writes no rationales; leave out --engine vllm and --cache")
+    if module == SoftTokenEncoder.__name__:
+        return SoftTokenEncoder.from_pretrained(folder, device)
     with reading(folder, "the model"):
         return SentenceEncoder(SentenceTransformer(str(folder), device=device))
 
@@ -71,11 +73,6 @@ def usable_device(told: str | None) -> str:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device: {told!r} cannot be used: {reason}") from error
     return told
-
-
-def _refuse(options: dict[str, Any], folder: Path) -> None:
-    if options["engine"] not in ("transformers", "auto") or options["cache"] is not None:
-        raise UserError(f"{folder}: writes no rationales; leave out --engine vllm and --cache")
 
 
 def _first_module(folder: Path) -> str:

@@ -19,16 +19,25 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerBase
 
-from grace_rl.embed.hidden_states import decoder_stack, pool_prefixes, pool_states, tap_layers
+from grace_rl.embed.hidden_states import (
+    decoder_blocks,
+    decoder_stack,
+    layer_numbers,
+    pool_prefixes,
+    pool_states,
+    tap_layers,
+)
 from grace_rl.errors import UserError
+from grace_rl.recipe.schema import Items, Section
 from grace_rl.rollout.prompts import Prompt
 from grace_rl.run.files import whole_file
 from grace_rl.run.zero import outside_zero3, plain_copy
@@ -41,14 +50,13 @@ FROZEN_FOLDER = "reader/frozen"
 CENTRE_MOMENTUM = 0.9  # a mean over about ten batches: steady, yet it follows a policy that moves
 
 
-@dataclass(frozen=True)
-class ReaderConfig:
+class ReaderConfig(Section):
     """What to read, and with which weights.
 
     Args:
         span: `context`, `rationale` or `bottleneck`.
-        layers: Hidden layers, 0 (input embeddings) to -1 (after the final norm). `None` is `(0,
-            -1)` for the bottleneck and `(-1,)` otherwise. Several layers are normalised and added.
+        layers: Hidden layers, 0 (input embeddings) to -1 (after the final norm). Left out they are
+            `(0, -1)` for the bottleneck, else `(-1,)`. Several are normalised and added.
         centre: Subtract the running mean.
         pool: `mean` over the span's tokens, or its `last` token.
         weights: `policy` (the current weights), `frozen` (a copy from before training), or the name
@@ -58,44 +66,30 @@ class ReaderConfig:
         UserError: With every mistake in the values.
     """
 
+    recipe_key = "reader"
+
     span: Span = "bottleneck"
-    layers: tuple[int, ...] | None = None
+    layers: Items[int] = Field(default=(), min_length=1)
     centre: bool = True
     pool: Pool = "mean"
-    weights: str = "policy"
+    weights: str = Field(default="policy", min_length=1)
 
-    def __post_init__(self) -> None:
-        problems = []
-        if self.span not in get_args(Span):
-            problems.append(
-                f"reader.span: must be one of {', '.join(get_args(Span))}, not {self.span!r}"
-            )
-        if self.pool not in get_args(Pool):
-            problems.append(f"reader.pool: must be mean or last, not {self.pool!r}")
-        if not isinstance(self.centre, bool):
-            problems.append(f"reader.centre: must be true or false, not {self.centre!r}")
-        layers = (
-            self.layers
-            if self.layers is not None
-            else ((0, -1) if self.span == "bottleneck" else (-1,))
-        )
-        if (
-            not isinstance(layers, (list, tuple))
-            or not layers
-            or not all(isinstance(i, int) for i in layers)
-        ):
-            problems.append(
-                "reader.layers: must be a list of layer numbers such as [0, -1], "
-                f"not {self.layers!r}"
-            )
+    @model_validator(mode="before")
+    @classmethod
+    def _layers_of_span(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("layers") is not None:
+            return values
+        alone = values.get("span", "bottleneck") == "bottleneck"
+        return values | {"layers": (0, -1) if alone else (-1,)}
+
+    @model_validator(mode="after")
+    def _strings_have_no_span(self) -> Self:
         if not self.reads_with_language_model and self.span == "rationale":
-            problems.append(
-                "reader.span: a sentence encoder cannot read the rationale's tokens with the text "
-                "in view; use bottleneck (the rationale alone) or context (text and rationale)"
+            raise UserError(
+                "span: a sentence encoder cannot read the rationale's tokens with the text in "
+                "view; use bottleneck (the rationale alone) or context (text and rationale)"
             )
-        if problems:
-            raise UserError(problems)
-        object.__setattr__(self, "layers", tuple(layers))
+        return self
 
     @property
     def reads_with_language_model(self) -> bool:
@@ -130,7 +124,8 @@ class Reader:
         batch_size: Rationales per forward.
 
     Raises:
-        UserError: The sentence encoder that `weights` names cannot be loaded.
+        UserError: The model has no such layer, or the sentence encoder that `weights` names cannot
+            be loaded.
     """
 
     def __init__(
@@ -148,6 +143,8 @@ class Reader:
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.centre: Tensor | None = None
+        if config.reads_with_language_model:
+            layer_numbers(config.layers, len(decoder_blocks(decoder_stack(model))))
         self._policy = model
         if config.weights == "frozen":
             self._policy = plain_copy(model).to(self.device).requires_grad_(False).eval()
@@ -212,7 +209,7 @@ class Reader:
             def receive(states: Tensor, span: tuple[Tensor, Tensor | None] = span) -> None:
                 vectors.append(self._pool(states, *span))
 
-            with torch.set_grad_enabled(gradient), tap_layers(stack, self._layers, receive):
+            with torch.set_grad_enabled(gradient), tap_layers(stack, self.config.layers, receive):
                 stack(
                     input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False
                 )
@@ -265,7 +262,7 @@ class Reader:
         def receive(states: Tensor) -> None:
             vectors.append(self._pool(states, *spans(len(vectors))))
 
-        return tap_layers(decoder_stack(model), self._layers, receive)
+        return tap_layers(decoder_stack(model), self.config.layers, receive)
 
     def _read_strings(self, written: Sequence[Written]) -> Tensor:
         if self.config.span == "bottleneck":
@@ -277,11 +274,6 @@ class Reader:
             strings, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False
         )
         return torch.as_tensor(vectors, dtype=torch.float32)
-
-    @property
-    def _layers(self) -> tuple[int, ...]:
-        assert self.config.layers is not None
-        return self.config.layers
 
     @property
     def _padding(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grace_rl.embed.encoder import Encoded
+from grace_rl.embed.encoder_module import Encoded
 
 
 class SentenceEncoder:
@@ -25,7 +25,7 @@ class SentenceEncoder:
         self.batch_size = batch_size
 
     def encode(
-        self, texts: Sequence[str], rationale: str = "none", role: str | None = None
+        self, texts: Sequence[str], rationale: Any = None, *, role: str | None = None
     ) -> Encoded:
         """Unit vectors of texts.
 

@@ -1,22 +1,46 @@
-"""What an encoder must know besides the weights, as a file beside them."""
+"""What an encoder must know besides the weights, as a file beside them; and the ways of writing."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field
 
 from grace_rl.embed.reader import ReaderConfig
-from grace_rl.embed.writers import RationaleMode
 from grace_rl.errors import UserError
+from grace_rl.recipe.schema import Items, Section
 from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION
 from grace_rl.run.files import write_text
 
+RationaleMode = Literal["none", "greedy", "sample"]
+SETTINGS_FILE = "grace.json"
+S = TypeVar("S", bound=Section)
 
-@dataclass(frozen=True)
-class EncoderSettings:
+
+class Writing(Section):
+    """What is written for a text.
+
+    Args:
+        rationale: `greedy`, `sample`, or `none`: the text is read in the rationale's place.
+        max_rationale_tokens: Longest rationale, at least 1.
+        temperature: Of `sample`, above 0; greedy needs none.
+        seed: Of `sample`.
+        instruction: System message in place of the one the policy was trained with; None keeps it.
+
+    Raises:
+        UserError: With every mistake in the values.
+    """
+
+    rationale: RationaleMode
+    max_rationale_tokens: int = Field(ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    seed: int = 0
+    instruction: str | None = None
+
+
+class EncoderSettings(Section):
     """What an encoder must know besides the weights; `grace.json` beside them.
 
     The defaults are for a language model that was not trained here.
@@ -26,18 +50,21 @@ class EncoderSettings:
         instruction, max_text_tokens, chat_template_kwargs: Of the prompt, see `PromptTemplate`.
         max_rationale_tokens: Longest rationale that is written.
         rationale: How rationales are written unless a call says otherwise.
+        prompt: What stood before and after a text in training. A chat template may render
+            something else today, such as the date.
     """
 
-    reader: ReaderConfig = dataclasses.field(default_factory=ReaderConfig)
+    reader: ReaderConfig = Field(default_factory=ReaderConfig)
     instruction: str | None = DEFAULT_INSTRUCTION
-    max_text_tokens: int = 512
-    max_rationale_tokens: int = 64
-    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    max_text_tokens: int = Field(default=512, ge=1)
+    max_rationale_tokens: int = Field(default=64, ge=1)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     rationale: RationaleMode = "greedy"
+    prompt: Items[str] | None = Field(default=None, min_length=2, max_length=2)
 
     def save(self, folder: Path) -> None:
-        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
-        write_text(folder / "grace.json", text + "\n")
+        text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        write_text(folder / SETTINGS_FILE, text + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> EncoderSettings:
@@ -47,11 +74,24 @@ class EncoderSettings:
             UserError: The folder holds no `grace.json`, so it is not known how its rationales are
                 read, or one that was not written here.
         """
-        path = folder / "grace.json"
+        path = folder / SETTINGS_FILE
         if not path.exists():
-            raise UserError(f"{folder}: has no grace.json; give the model/ folder of a run")
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**settings | {"reader": ReaderConfig(**settings["reader"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: is not a grace.json of this version: {error}") from error
+            raise UserError(f"{folder}: has no {SETTINGS_FILE}; give the model/ folder of a run")
+        return load_settings(cls, path)
+
+
+def load_settings(cls: type[S], path: Path) -> S:
+    """A section from a JSON file.
+
+    Raises:
+        UserError: With every mistake, each after the path.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise UserError("is not a mapping")
+        return cls(**content)
+    except UserError as error:
+        raise UserError([f"{path}: {problem}" for problem in error.problems]) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error

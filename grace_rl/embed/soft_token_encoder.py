@@ -6,7 +6,6 @@ The embedding after k steps is the mean of the first k steps' states, L2-normali
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from grace_rl.embed.encoder import Encoded, check_list
+from grace_rl.embed.encoder_module import Encoded, EncoderModule, check_list, write_modules
+from grace_rl.embed.settings import load_settings
 from grace_rl.embed.soft_tokens import SoftTokens, running_mean, soft_tokens
 from grace_rl.errors import UserError
+from grace_rl.recipe.schema import Section
+from grace_rl.rollout.generator import left_padded, like_lengths
 from grace_rl.rollout.policy import load_outlined
 from grace_rl.run.files import write_text
 
@@ -27,8 +30,7 @@ SETTINGS_FILE = "gircse.json"
 CALM_STEPS = 2  # steps in a row that must change little before a text is done
 
 
-@dataclass(frozen=True)
-class SoftTokenSettings:
+class SoftTokenSettings(Section):
     """What the encoder must know besides the weights; `gircse.json` beside them.
 
     Attributes:
@@ -40,9 +42,9 @@ class SoftTokenSettings:
         query_instruction: The same for queries.
     """
 
-    gircse_steps: int = 5
-    soft_temperature: float = 1.0
-    max_text_tokens: int = 512
+    gircse_steps: int = Field(default=5, ge=0)
+    soft_temperature: float = Field(default=1.0, gt=0)
+    max_text_tokens: int = Field(default=512, ge=1)
     instruction: str = ""
     query_instruction: str = ""
 
@@ -64,8 +66,13 @@ class StepWords:
     cosine: list[float | None]
 
 
-class SoftTokenEncoder:
+class SoftTokenEncoder(EncoderModule):
     """Embeds texts by soft tokens, as many as one likes.
+
+        model = SentenceTransformer("runs/<name>/model", trust_remote_code=True)
+        model.encode(texts)                      # as many steps as the model was saved with
+        model.encode(texts, gircse_steps=20)     # more, without training again
+        model.encode(texts, gircse_steps=20, stop_above=0.999)    # until it stops changing
 
     Attributes:
         writes_rationales: False: its tokens are mixtures of words, which cannot be read as a text.
@@ -75,9 +82,11 @@ class SoftTokenEncoder:
         tokenizer: Its tokenizer.
         settings: See there.
         batch_size: Texts per forward.
+        folder: Where the model was loaded from, if it was.
     """
 
     writes_rationales = False
+    forward_kwargs = {"gircse_steps", "stop_above"}
 
     def __init__(
         self,
@@ -85,9 +94,9 @@ class SoftTokenEncoder:
         tokenizer: Any,
         settings: SoftTokenSettings | None = None,
         batch_size: int = 128,
+        folder: Path | None = None,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+        super().__init__(model, tokenizer, folder)
         self.settings = settings or SoftTokenSettings()
         self.batch_size = batch_size
 
@@ -96,6 +105,7 @@ class SoftTokenEncoder:
         cls,
         folder: str | Path,
         device: str = "cpu",
+        *,
         model_kwargs: dict[str, Any] | None = None,
         tokenizer_kwargs: dict[str, Any] | None = None,
     ) -> SoftTokenEncoder:
@@ -104,28 +114,37 @@ class SoftTokenEncoder:
         Raises:
             UserError: The folder is no such model.
         """
-        file = Path(folder) / SETTINGS_FILE
-        try:
-            settings = SoftTokenSettings(**json.loads(file.read_text(encoding="utf-8")))
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder}: has no {SETTINGS_FILE}; give the model/ folder of a refinement run"
-            ) from error
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{file}: is not of this version: {error}") from error
+        folder = Path(folder)
+        if not (folder / SETTINGS_FILE).exists():
+            raise UserError(f"{folder}: has no {SETTINGS_FILE}; give the model/ of a gircse run")
+        settings = load_settings(SoftTokenSettings, folder / SETTINGS_FILE)
         model, tokenizer = load_outlined(folder, model_kwargs or {}, tokenizer_kwargs or {})
-        model.to(device).eval()  # type: ignore[arg-type]  # transformers' wrapper hides the types
-        return cls(model, tokenizer, settings)
+        model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the types
+        return cls(model, tokenizer, settings, folder=folder).eval()
 
-    def save(self, folder: Path) -> None:
-        """Write what `from_pretrained` needs besides the model and the tokenizer."""
-        text = json.dumps(dataclasses.asdict(self.settings), indent=2, ensure_ascii=False)
+    def save_beside(self, folder: Path) -> None:
+        """Write what `from_pretrained` and sentence-transformers need besides the model's files."""
+        text = json.dumps(self.settings_told(), indent=2, ensure_ascii=False)
         write_text(folder / SETTINGS_FILE, text + "\n")
+        write_modules(folder, SoftTokenEncoder, {"query": self.settings.query_instruction})
+
+    def settings_told(self) -> dict[str, Any]:
+        """What decides its vectors besides the files it was loaded from."""
+        return self.settings.model_dump(mode="json")
+
+    @property
+    def max_seq_length(self) -> int:
+        """Texts, what comes before them included, are cut to this many tokens; can be set."""
+        return self.settings.max_text_tokens
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.settings = self.settings.changed(max_text_tokens=value)
 
     def encode(
         self,
         texts: Sequence[str],
-        rationale: str = "none",
+        rationale: str | None = None,
         *,
         instruction: str | None = None,
         gircse_steps: int | None = None,
@@ -136,7 +155,7 @@ class SoftTokenEncoder:
 
         Args:
             texts: N texts.
-            rationale: Can only be `none`.
+            rationale: Nothing is written, whatever is said here.
             instruction: What comes before each text; None takes the settings'.
             role: `query` takes the settings' `query_instruction`.
             gircse_steps: Instead of the settings'.
@@ -219,22 +238,21 @@ class SoftTokenEncoder:
             assert stop_above is not None
             return bool(stopping_steps(running_mean(states), stop_above)[1].all())
 
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         was_training = self.model.training
         self.model.eval()
-        for start in range(0, len(order), self.batch_size):
-            places = order[start : start + self.batch_size]
+        for places in like_lengths(texts, self.batch_size):
             whole = [before + texts[i] for i in places]
-            tokens = tokenize_texts(self.tokenizer, whole, self.settings.max_text_tokens)
-            found = soft_tokens(
-                self.model,
-                tokens["input_ids"].to(self.model.device),
-                tokens["attention_mask"].to(self.model.device),
-                steps,
-                temperature=self.settings.soft_temperature,
-                words=words,
-                until=None if stop_above is None else calm,
-            )
+            with self.lock:
+                tokens = tokenize_texts(self.tokenizer, whole, self.settings.max_text_tokens)
+                found = soft_tokens(
+                    self.model,
+                    tokens["input_ids"].to(self.model.device),
+                    tokens["attention_mask"].to(self.model.device),
+                    steps,
+                    temperature=self.settings.soft_temperature,
+                    words=words,
+                    until=None if stop_above is None else calm,
+                )
             yield places, found
         self.model.train(was_training)
 
@@ -246,12 +264,9 @@ def tokenize_texts(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> dic
     """
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     rows = [ids[:max_tokens] or [tokenizer.eos_token_id] for ids in encoded]
-    width = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {
-        "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
-    }
+    ids, mask = left_padded(rows, pad)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def stopping_steps(vectors: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

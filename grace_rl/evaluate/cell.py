@@ -87,9 +87,10 @@ def _training(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) 
 
 def _untrained_encoder(recipe: Any, scratch: Path) -> Any:
     """The recipe's policy as it is before any training, read as the recipe reads."""
-    from grace_rl.embed.encoder import RationaleEncoder, end_token_ids
+    from grace_rl.embed.encoder import RationaleEncoder
     from grace_rl.embed.reader import Reader, ReaderConfig
     from grace_rl.recipe.keys import trainer_value
+    from grace_rl.rollout.generator import end_token_ids
     from grace_rl.rollout.policy import load_policy, resolve_model
 
     training = recipe.training
@@ -98,7 +99,7 @@ def _untrained_encoder(recipe: Any, scratch: Path) -> Any:
         dtype="float32",
     )
     model.eval()
-    end_ids = end_token_ids(model, tokenizer)
+    end_ids = end_token_ids(model.generation_config, tokenizer)
     reader = Reader(ReaderConfig(**training["reader"]), tokenizer, end_ids, model)
     longest = trainer_value(training, "max_completion_length")
     return RationaleEncoder(

@@ -20,10 +20,10 @@ from torch.nn.functional import normalize
 from grace_rl.data import scenes
 from grace_rl.data.rows import read_rows
 from grace_rl.data.scenes.rationales import RationaleForm
-from grace_rl.embed.encoder import end_token_ids
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
 from grace_rl.embed.similarity import retrieval_scores
 from grace_rl.errors import UserError
+from grace_rl.rollout.generator import end_token_ids
 from grace_rl.rollout.policy import load_policy, resolve_model
 from grace_rl.rollout.prompts import PromptTemplate
 
@@ -90,7 +90,7 @@ def oracle_scores(recipe: Recipe) -> dict[str, dict[str, dict[str, float]]]:
         chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
     )
     prompts = [template.render(text) for text in _texts(rows)]
-    end_ids = end_token_ids(model, tokenizer)
+    end_ids = end_token_ids(model.generation_config, tokenizer)
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for name, rationales in forced.items():
         ids = tokenizer(rationales, add_special_tokens=False)["input_ids"]

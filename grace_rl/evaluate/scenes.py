@@ -8,8 +8,9 @@ from typing import Any
 from torch.nn.functional import normalize
 
 from grace_rl.data import scenes
-from grace_rl.embed.encoder import RationaleEncoder, RationaleMode
+from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Written
+from grace_rl.embed.settings import RationaleMode
 from grace_rl.embed.similarity import rank_correlation, retrieval_scores
 
 SIMILARITY_SCORES = ("recall_at_1", "triplet_accuracy", "spearman")

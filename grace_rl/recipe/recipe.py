@@ -306,7 +306,7 @@ def _check_deepspeed(source: RecipeSource, given: Any) -> None:
 def _check_reader(source: RecipeSource, reader: dict[str, Any]) -> None:
     from grace_rl.embed.reader import ReaderConfig
 
-    known = [f.name for f in dataclasses.fields(ReaderConfig)]
+    known = list(ReaderConfig.model_fields)
     unknown = [key for key in reader if key not in known]
     for key in unknown:
         message = f"unknown key{nearest(key, known)}; a reader has {', '.join(known)}"

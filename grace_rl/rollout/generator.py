@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.util import find_spec
@@ -346,7 +346,7 @@ def left_padded(rows: Sequence[Tokens], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def like_lengths(rows: Sequence[Tokens], size: int) -> Iterator[list[int]]:
+def like_lengths(rows: Sequence[Sized], size: int) -> Iterator[list[int]]:
     """Numbers of rows of like length, at most `size` at a time, the short ones first.
 
     >>> [*like_lengths([[1, 1, 1], [2], [3, 3]], 2)]

@@ -49,6 +49,8 @@ class PromptTemplate:
             the text.
         max_text_tokens: Texts are cut to this many tokens, at least 1.
         chat_template_kwargs: Passed on to the template, e.g. `{"enable_thinking": False}`.
+        surroundings: What stands before and after a text, as an earlier template has rendered it
+            (its `prefix` and `suffix`): a template that prints the date gives another one today.
 
     Raises:
         UserError: The tokenizer is slow, or its template changes with the text it is given.
@@ -60,6 +62,7 @@ class PromptTemplate:
         instruction: str | None = DEFAULT_INSTRUCTION,
         max_text_tokens: int = 512,
         chat_template_kwargs: dict[str, Any] | None = None,
+        surroundings: tuple[str, str] | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
@@ -73,7 +76,25 @@ class PromptTemplate:
         self.max_text_tokens = max_text_tokens
         self.chat_template_kwargs = chat_template_kwargs or {}
         self._special = [token for token in tokenizer.get_added_vocab() if token.strip()]
-        self.prefix, self.suffix = self._surroundings()
+        self.prefix, self.suffix = surroundings or self._surroundings()
+
+    def with_instruction(self, instruction: str) -> PromptTemplate:
+        """The same prompt with another instruction; whatever else it has rendered stays."""
+        pinned = None
+        if self.instruction and self.prefix.count(self.instruction) == 1:
+            pinned = (self.prefix.replace(self.instruction, instruction), self.suffix)
+        return PromptTemplate(
+            self.tokenizer, instruction, self.max_text_tokens, self.chat_template_kwargs, pinned
+        )
+
+    def changes_with(self) -> list[str]:
+        """What the chat template's prompt depends on besides its arguments: `date`, `chance`."""
+        now, found = self._surroundings(), []
+        if self._surroundings(strftime_now=lambda form: f"<{form}>") != now:
+            found.append("date")
+        if any(self._surroundings() != now for _ in range(8)):
+            found.append("chance")
+        return found
 
     def render(self, text: str) -> Prompt:
         """The prompt for one text.
@@ -115,18 +136,18 @@ class PromptTemplate:
             string, add_special_tokens=False, return_offsets_mapping=True, **kwargs
         )
 
-    def _surroundings(self) -> tuple[str, str]:
+    def _surroundings(self, **extra: Any) -> tuple[str, str]:
         """What stands before and after the text.
 
         Two different texts show where the template stops depending on it.
         """
         if self.tokenizer.chat_template is None:
             return self._plain_surroundings()
-        first, second = self._fill("a"), self._fill("b")
+        first, second = self._fill("a", extra), self._fill("b", extra)
         prefix = os.path.commonprefix([first, second])
         suffix = os.path.commonprefix([first[::-1], second[::-1]])[::-1]
         if prefix + "a" + suffix != first or prefix + "some longer text" + suffix != self._fill(
-            "some longer text"
+            "some longer text", extra
         ):
             raise UserError(
                 f"{self.tokenizer.name_or_path}: the chat template does not insert a user message "
@@ -134,21 +155,22 @@ class PromptTemplate:
             )
         return prefix, suffix
 
-    def _fill(self, text: str) -> str:
+    def _fill(self, text: str, extra: dict[str, Any]) -> str:
         user = {"role": "user", "content": text}
         if self.instruction is None:
-            return self._apply([user])
+            return self._apply([user], extra)
         try:
-            filled = self._apply([{"role": "system", "content": self.instruction}, user])
+            filled = self._apply([{"role": "system", "content": self.instruction}, user], extra)
             if self.instruction in filled:
                 return filled
         except TemplateError:  # how templates refuse a system role
             pass
-        return self._apply([{"role": "user", "content": f"{self.instruction}\n\n{text}"}])
+        return self._apply([{"role": "user", "content": f"{self.instruction}\n\n{text}"}], extra)
 
-    def _apply(self, messages: list[dict[str, str]]) -> str:
+    def _apply(self, messages: list[dict[str, str]], extra: dict[str, Any]) -> str:
+        given = extra | self.chat_template_kwargs
         rendered = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+            messages, add_generation_prompt=True, tokenize=False, **given
         )
         return str(rendered)
 

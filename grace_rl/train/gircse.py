@@ -30,7 +30,6 @@ from trl.models.utils import _ForwardRedirection
 from grace_rl.data.false_negatives import false_negative_config, load_false_negatives
 from grace_rl.data.guide import text_key
 from grace_rl.data.rows import Row
-from grace_rl.embed.modules_json import write_modules
 from grace_rl.embed.soft_token_encoder import SoftTokenEncoder, SoftTokenSettings, tokenize_texts
 from grace_rl.embed.soft_tokens import soft_tokens
 from grace_rl.errors import UserError
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
 
 WORDS_FILE = "soft_tokens.jsonl"
-MODULE = "grace_rl.embed.soft_token_embedding.SoftTokenEmbedding"
 LENGTH_GROUPS, GROUP_TEXTS = 4, 16  # texts of like length share a forward: less padding
 
 # --- rows -> texts ---------------------------------------------------------------------------
@@ -334,5 +332,4 @@ class GIRCSETrainer(TokenCount, CheckpointMixin, Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        self.encoder().save(folder)
-        write_modules(folder, MODULE, {"query": self._prompt("query_prompt")})
+        self.encoder().save_beside(folder)

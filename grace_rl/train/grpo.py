@@ -577,7 +577,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        self.encoder().save(Path(output_dir or self.args.output_dir))
+        self.encoder().save_beside(Path(output_dir or self.args.output_dir))
 
     def save_extra_state(self, folder: Path) -> None:
         (folder / "rewards.json").write_text(

@@ -31,9 +31,11 @@ from transformers import (
 )
 
 from grace_rl.data.rows import read_rows
-from grace_rl.embed.encoder import RationaleEncoder, RationaleMode, end_token_ids
+from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
+from grace_rl.embed.settings import RationaleMode
 from grace_rl.errors import UserError
+from grace_rl.rollout.generator import end_token_ids
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.reconstruction_config import ReconstructionConfig
@@ -166,9 +168,8 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
         )
         if peft_config is not None:
             model = get_peft_model(model, peft_config)  # type: ignore[assignment]
-        end_ids = end_token_ids(model, processing_class)
+        end_ids = end_token_ids(model.generation_config, processing_class)
         self.reader = Reader(self.reader_config, processing_class, end_ids, model, args.device)
-        assert self.reader_config.layers is not None
         add_reconstruction(
             model,
             Objective(
@@ -254,7 +255,7 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
             tokenizer,
             self.template,
             self.reader,
-            end_token_ids(policy, tokenizer),
+            end_token_ids(policy.generation_config, tokenizer),
             LONGEST_RATIONALE,
         )
         encoder.rationale, encoder.collator = "none", self.collator
@@ -262,7 +263,7 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        self.encoder().save(Path(output_dir or self.args.output_dir))
+        self.encoder().save_beside(Path(output_dir or self.args.output_dir))
 
     def save_extra_state(self, folder: Path) -> None:
         (folder / "gains.json").write_text(json.dumps(self._gains), encoding="utf-8")

@@ -21,9 +21,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
-from grace_rl.embed.encoder import RationaleEncoder, end_token_ids
+from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader, ReaderConfig
 from grace_rl.errors import UserError
+from grace_rl.rollout.generator import end_token_ids
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.sft_config import GraceSFTConfig
@@ -175,7 +176,7 @@ class GraceSFTTrainer(TokenCount, CheckpointMixin, SFTTrainer):
             peft_config=peft_config,
         )
         policy = self.accelerator.unwrap_model(self.model)
-        self.end_ids = end_token_ids(policy, processing_class)
+        self.end_ids = end_token_ids(policy.generation_config, processing_class)
         self.reader = Reader(
             reader_config, processing_class, self.end_ids, policy, self.accelerator.device
         )
@@ -195,4 +196,4 @@ class GraceSFTTrainer(TokenCount, CheckpointMixin, SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        self.encoder().save(Path(output_dir or self.args.output_dir))
+        self.encoder().save_beside(Path(output_dir or self.args.output_dir))

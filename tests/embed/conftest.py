@@ -24,20 +24,22 @@ def save_model(folder: Path, settings: EncoderSettings) -> Path:
     encoder = RationaleEncoder.from_pretrained(scenes.COLD_START, settings=settings)
     if settings.reader.centre:
         encoder.fit_centre(TEXTS)
-    folder.mkdir(exist_ok=True)
-    encoder.model.save_pretrained(folder)
-    encoder.tokenizer.save_pretrained(folder)
     encoder.save(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings = EncoderSettings(ReaderConfig(), None, 128, 32)
+    settings = EncoderSettings(instruction=None, max_text_tokens=128, max_rationale_tokens=32)
     return save_model(tmp_path_factory.mktemp("model"), settings)
 
 
 @pytest.fixture(scope="session")
 def context_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings = EncoderSettings(ReaderConfig(span="context"), None, 128, 32)
+    settings = EncoderSettings(
+        reader=ReaderConfig(span="context"),
+        instruction=None,
+        max_text_tokens=128,
+        max_rationale_tokens=32,
+    )
     return save_model(tmp_path_factory.mktemp("context"), settings)

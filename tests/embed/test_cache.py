@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -16,20 +15,21 @@ from grace_rl.embed.cache import ENCODER_FILES, RationaleCache, model_fingerprin
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import ReaderConfig
 from grace_rl.embed.settings import EncoderSettings
-from grace_rl.embed.writers import Writing
 from grace_rl.errors import UserError
+from grace_rl.rollout.generator import Continuation, Sampling, Tokens
 
 
 class Counting:
     """Counts the prompts that are really written."""
 
     def __init__(self, encoder: RationaleEncoder) -> None:
-        self.inner, self.count, self.name = encoder.writer, 0, encoder.writer.name
-        encoder.writer = self
+        self.inner, self.count = encoder.writer.generator, 0
+        self.name, self.end_ids = self.inner.name, self.inner.end_ids
+        encoder.writer.generator = self
 
-    def write(self, prompts: Sequence[list[int]], how: Writing) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Tokens], how: Sampling) -> list[list[Continuation]]:
         self.count += len(prompts)
-        return self.inner.write(prompts, how)
+        return self.inner.generate(prompts, how)
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def test_written_rationales_serve_another_reader(
     encoder, counting = cached
     encoder.encode(texts)
     own = EncoderSettings.load(model_folder)
-    context = dataclasses.replace(own, reader=ReaderConfig(span="context"))
+    context = own.changed(reader=ReaderConfig(span="context"))
     other = RationaleEncoder.from_pretrained(model_folder, settings=context)
-    other.use_cache(encoder.cache.path)  # type: ignore[union-attr]
+    other.use_cache(encoder.writer.cache.path)  # type: ignore[union-attr]
     again = Counting(other)
     assert not torch.allclose(other.encode(texts).vectors, encoder.encode(texts).vectors, atol=0.1)
     assert (counting.count, again.count) == (len(texts), 0)

@@ -15,7 +15,7 @@ from grace_rl.embed.diagnostics import (
     prefix_scores,
     uniformity,
 )
-from grace_rl.embed.encoder import Encoded
+from grace_rl.embed.encoder_module import Encoded
 from grace_rl.embed.loading import load_encoder
 from grace_rl.embed.similarity import rank_correlation
 

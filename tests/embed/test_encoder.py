@@ -149,26 +149,26 @@ def test_centre_is_the_mean_of_the_corpus_and_is_kept(model_folder: Path, texts:
 
 
 def test_no_centre_is_fitted_where_none_was_trained(tmp_path: Path) -> None:
-    settings = EncoderSettings(ReaderConfig(centre=False), None)
+    settings = EncoderSettings(reader=ReaderConfig(centre=False), instruction=None)
     encoder = RationaleEncoder.from_pretrained(scenes.COLD_START, settings=settings)
     with pytest.raises(UserError, match=r"reader\.centre is false"):
         encoder.fit_centre(["a"])
 
 
 def test_another_reader_leaves_the_centre_out(model_folder: Path) -> None:
-    other = EncoderSettings(ReaderConfig(span="context"), None)
+    other = EncoderSettings(reader=ReaderConfig(span="context"), instruction=None)
     assert RationaleEncoder.from_pretrained(model_folder).reader.centre is not None
     assert RationaleEncoder.from_pretrained(model_folder, settings=other).reader.centre is None
 
 
 def test_frozen_weights_are_saved_with_the_model(tmp_path: Path, texts: list[str]) -> None:
-    settings = EncoderSettings(ReaderConfig(weights="frozen"), None, 128, 16)
+    settings = EncoderSettings(
+        reader=ReaderConfig(weights="frozen"), instruction=None, max_rationale_tokens=16
+    )
     encoder = RationaleEncoder.from_pretrained(scenes.COLD_START, settings=settings)
     encoder.fit_centre(texts)
     with torch.no_grad():  # training moves the policy, not the frozen reader
         encoder.model.model.norm.weight.mul_(torch.linspace(0.5, 2, 128))
-    encoder.model.save_pretrained(tmp_path)
-    encoder.tokenizer.save_pretrained(tmp_path)
     encoder.save(tmp_path)
     assert (tmp_path / FROZEN_FOLDER / "config.json").exists()
     again = RationaleEncoder.from_pretrained(tmp_path)

@@ -73,7 +73,7 @@ def test_saved_and_loaded_again(
     second = SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True)
     np.testing.assert_allclose(second.encode(texts), first.encode(texts), atol=1e-6)
     type_ = json.loads((tmp_path / "modules.json").read_text())[0]["type"]
-    assert type_ == "grace_rl.embed.rationale_embedding.RationaleEmbedding"
+    assert type_ == "grace_rl.embed.encoder.RationaleEncoder"
 
 
 def test_without_consent_it_is_refused_not_embedded_wrongly(model_folder: Path) -> None:

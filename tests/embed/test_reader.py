@@ -65,7 +65,6 @@ def naive(model: Qwen3ForCausalLM, config: ReaderConfig, item: Written) -> torch
         first = item.prompt.span[0] if config.span == "context" else len(item.prompt.token_ids)
     with torch.no_grad():
         hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
-    assert config.layers is not None
     states = [hidden[layer][0, first:] for layer in config.layers]
     if len(states) > 1:
         states = [layer_norm(state, state.shape[-1:]) for state in states]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grace_rl.embed.encoder import Encoded
+from grace_rl.embed.encoder_module import Encoded
 from grace_rl.embed.loading import load_encoder
 from grace_rl.errors import UserError
 from grace_rl.evaluate.tasks import LocalTask, load_tasks
@@ -34,7 +34,7 @@ class WordEncoder:
         self.calls = 0
         self.left: int | None = None  # calls before it is interrupted
 
-    def encode(self, texts, rationale="none"):
+    def encode(self, texts, rationale=None, *, role=None):
         if self.left is not None:
             self.left -= 1
             if self.left < 0:

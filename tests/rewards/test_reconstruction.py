@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from grace_rl.data import scenes
-from grace_rl.embed.encoder import EncoderSettings
-from grace_rl.embed.reader import CENTRE_FILE, ReaderConfig
+from grace_rl.embed.reader import CENTRE_FILE
 from grace_rl.embed.rebuild import rebuild_logps
+from grace_rl.embed.settings import EncoderSettings
 from grace_rl.errors import UserError
 from grace_rl.reward import RewardRuntime, RewardSpec, load_rewards
 from grace_rl.reward.example import batch_of_pool, example_batch
@@ -32,7 +32,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A policy of scenes with a reader's settings and a centre, as a stage would leave it."""
     folder = tmp_path_factory.mktemp("decoder") / "model"
     shutil.copytree(scenes.COLD_START, folder)
-    EncoderSettings(ReaderConfig(), instruction=None).save(folder)
+    EncoderSettings(instruction=None).save(folder)
     (folder / "reader").mkdir()
     centre = torch.randn(128, generator=torch.Generator().manual_seed(0))
     save_file({"centre": centre}, folder / CENTRE_FILE)

@@ -106,3 +106,23 @@ def test_blank_text_is_refused() -> None:
 def test_template_that_changes_the_text_is_refused() -> None:
     with pytest.raises(UserError, match="chat template"):
         PromptTemplate(byte_tokenizer(CHATML.replace("m['content']", "m['content'] | upper")))
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+
+
+def test_what_a_template_depends_on_is_told() -> None:
+    assert PromptTemplate(byte_tokenizer(CHATML), "Think.").changes_with() == []
+    dated = byte_tokenizer(DATED)
+    assert PromptTemplate(dated, "Think.").changes_with() == ["date"]
+    fixed = {"strftime_now": lambda form: "1 Jan 2026"}
+    assert PromptTemplate(dated, "Think.", 9, fixed).changes_with() == []
+    assert PromptTemplate(byte_tokenizer(None), "Think.").changes_with() == []
+
+
+def test_a_pinned_prompt_keeps_its_day_under_another_instruction() -> None:
+    pinned = ("26 Nov 2026\nThink.\n", "\nGo:")
+    template = PromptTemplate(byte_tokenizer(DATED), "Think.", surroundings=pinned)
+    assert template.render("A dog barks.").string == "26 Nov 2026\nThink.\nA dog barks.\nGo:"
+    told = template.with_instruction("Say who it is.")
+    assert told.prefix == "26 Nov 2026\nSay who it is.\n" and told.suffix == "\nGo:"

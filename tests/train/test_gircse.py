@@ -306,7 +306,7 @@ def test_a_run_leaves_a_model_that_sentence_transformers_loads(root, tmp_path, c
     model = SentenceTransformer(str(run / "model"), trust_remote_code=True)
     texts = ["A tall farmer was painting a fence.", "It rained.", "A dog ran."]
     vectors = model.encode(texts, convert_to_tensor=True)
-    encoder = model[0].encoder
+    encoder = model[0]
     assert encoder.settings.gircse_steps == 4
     every = encoder.every_step(texts, 6, instruction="Say: ")
     assert torch.allclose(vectors.cpu(), every[:, 3], atol=1e-5)
