@@ -14,8 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grace_rl.evaluate.comparison import overriding
-from grace_rl.run.files import write_text
+from grace_rl.data.rows import read_rows
+from grace_rl.evaluate.comparison import Score, overriding
+from grace_rl.recipe import load_recipe
+from grace_rl.run.files import write_json
+from grace_rl.run.records import read_metrics, read_status
 
 Train = Callable[[Any, Mapping[str, float]], int]
 """(recipe, budget) -> exit code: a whole training in the recipe's output directory."""
@@ -31,11 +34,6 @@ def run_cell(folder: Path, train: Train) -> int:
     Returns:
         Exit code: 0 done, 130 interrupted with a checkpoint saved.
     """
-    from grace_rl.data.rows import read_rows
-    from grace_rl.embed.loading import load_encoder
-    from grace_rl.recipe import load_recipe
-    from grace_rl.run.records import read_metrics, read_status
-
     spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
     result: dict[str, Any] = {"spec": spec}
     recipe, model = None, spec["model"]
@@ -58,7 +56,8 @@ def run_cell(folder: Path, train: Train) -> int:
     if recipe is not None and not spec["train"]:
         encoder = _untrained_encoder(recipe, folder)
     else:
-        assert model is not None
+        from grace_rl.embed.loading import load_encoder
+
         encoder = load_encoder(model)
     writes = encoder.writes_rationales and spec["rationale"] != "none"
     started = time.perf_counter()
@@ -67,7 +66,7 @@ def run_cell(folder: Path, train: Train) -> int:
     result["writes_rationales"] = writes
     if recipe is not None:
         result["perplexity"] = _perplexity(recipe, model, spec["held_out"], folder)
-    write_text(folder / "cell.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / "cell.json", result)
     return 0
 
 
@@ -117,11 +116,11 @@ def _template(recipe: Any, tokenizer: Any) -> Any:
 
 
 def _scores(encoder: Any, spec: Mapping[str, Any], model: str | None) -> dict[str, Any]:
-    score = spec["score"]
-    if "tasks" not in score:
+    score = Score(**spec["score"])
+    if score.tasks is None:
         from grace_rl.evaluate.scenes import score_policy
 
-        rows, splits = score.get("rows", 200), score["dataset_splits"]
+        rows, splits = score.rows, score.dataset_splits
         started = time.perf_counter()
         scores = score_policy(encoder, splits, rows, spec["rationale"])
         seconds = time.perf_counter() - started
@@ -132,7 +131,7 @@ def _scores(encoder: Any, spec: Mapping[str, Any], model: str | None) -> dict[st
     from grace_rl.evaluate.tasks import load_tasks
 
     results = evaluate_tasks(
-        MtebEncoder(encoder, rationale=spec["rationale"]), load_tasks(score["tasks"])
+        MtebEncoder(encoder, rationale=spec["rationale"]), load_tasks(score.tasks)
     )
     seconds = sum(task["encode_seconds"] for task in results)
     texts = sum(task["texts"] for task in results)

@@ -23,9 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from grace_rl.evaluate.comparison import Cell, ComparedRow, Comparison, cells_of
 from grace_rl.evaluate.comparison_table import write_tables
 from grace_rl.run.files import held, write_text
+from grace_rl.run.screen import Screen
 
 Result = dict[str, Any]
-DONE, FAILED, INTERRUPTED = 0, 1, 130
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 
 def compare(comparison: Comparison, *, only_table: bool = False) -> int:
@@ -36,9 +37,10 @@ def compare(comparison: Comparison, *, only_table: bool = False) -> int:
         only_table: Run nothing; the tables show what is finished.
 
     Returns:
-        Exit code: 0 done, 1 a run failed (its log is named), 130 interrupted and saved.
+        Exit code: 0 done, 130 interrupted and saved; where runs failed (their logs are named) 2 if
+        each ended with a mistake of the user's, else 1.
     """
-    console = Console()
+    console = Screen()
     runner = _Runner(comparison, console)
     code = DONE
     if not only_table:
@@ -65,7 +67,7 @@ def compare(comparison: Comparison, *, only_table: bool = False) -> int:
             if cell.choice in (None, chosen[cell.row].get(cell.labels or 0))
         ]
         for path in write_tables(comparison, kept, results):
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+            console.print(f"wrote {path}")
     return code
 
 
@@ -74,7 +76,7 @@ class _Runner:
         self.comparison = comparison
         self.console = console
         self.running: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = {}
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, int] = {}  # name of a cell -> its exit code
         self.chosen_by_name: dict[str, dict[int, int]] = {row.name: {} for row in comparison.rows}
 
     def folder(self, cell: Cell) -> Path:
@@ -84,9 +86,9 @@ class _Runner:
         """What a finished cell found; None where it is not finished, or was of other settings."""
         try:
             result = json.loads((self.folder(cell) / "cell.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            same = result["spec"] == json.loads(json.dumps(cell.spec))
+        except (OSError, ValueError, KeyError, TypeError):  # damaged is not finished
             return None
-        same = result["spec"] == json.loads(json.dumps(cell.spec))
         return result if same else None
 
     def chosen(self, row: ComparedRow) -> Mapping[int, int]:
@@ -117,7 +119,7 @@ class _Runner:
     def expected(self) -> int:
         """Cells in all, those too whose setting is still to be chosen."""
         rows = self.comparison.rows
-        counts = self.comparison.labels
+        counts = self.comparison.file.labels
         every = dict.fromkeys([0, *counts], 0)
         return sum(len(cells_of(self.comparison, row, every)) for row in rows)
 
@@ -143,7 +145,7 @@ class _Runner:
             began, before = time.monotonic(), total - len(self.waiting())
             while True:
                 waiting = self.waiting()
-                while waiting and len(self.running) < self.comparison.jobs:
+                while waiting and len(self.running) < self.comparison.file.jobs:
                     self.start(waiting.pop(0))
                 if not self.running:
                     break
@@ -156,9 +158,17 @@ class _Runner:
                     seconds = (time.monotonic() - began) / (done - before) * (total - done)
                     progress.update(bar, left=f"about {seconds / 60:.0f} min left")
                 progress.update(bar, completed=done)
-        for name, log in self.failed.items():
-            self.console.print(f"{name} failed: {log}", style="bold red", soft_wrap=True)
-        return FAILED if self.failed else DONE
+        return self.verdict()
+
+    def verdict(self) -> int:
+        """Say which runs failed, and give the exit code."""
+        for name, code in self.failed.items():
+            log = self.comparison.output_dir / "cells" / name / "log.txt"
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+            reason = lines[-1] if code == MISTAKE else f"exit code {code}"
+            self.console.print(f"{name} failed, see {log}: {reason}", style="bold red")
+        codes = frozenset(self.failed.values())
+        return DONE if not codes else MISTAKE if codes == {MISTAKE} else FAILED
 
     def finished(self) -> int:
         return sum(
@@ -176,7 +186,7 @@ class _Runner:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(spec, text)
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-        environment.setdefault("OMP_NUM_THREADS", str(_threads(self.comparison.jobs)))
+        environment.setdefault("OMP_NUM_THREADS", str(_threads(self.comparison.file.jobs)))
         command = [sys.executable, "-m", "grace_rl", "compare", "--cell", str(folder)]
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
@@ -192,13 +202,13 @@ class _Runner:
         code = self.running.pop(cell.name)[1].returncode
         result = self.result(cell)
         if result is None:
-            self.failed[cell.name] = f"exit code {code}, see {self.folder(cell) / 'log.txt'}"
+            self.failed[cell.name] = code
             return
         shown = "  ".join(
             f"{name} {value:.3f}" for name, value in list(result["scores"].items())[:2]
         )
         seconds = result.get("training", {}).get("seconds", 0)
-        console.print(f"{cell.name}: {shown}  ({seconds:.0f} s)", highlight=False, soft_wrap=True)
+        console.print(f"{cell.name}: {shown}  ({seconds:.0f} s)")
 
     def stop(self) -> None:
         """Tell every run to save a checkpoint and end, and wait for them."""

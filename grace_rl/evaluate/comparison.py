@@ -23,71 +23,165 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from grace_rl.embed.cache import ENCODER_FILES, model_fingerprint
+from pydantic import Field, model_validator
+
 from grace_rl.errors import UserError
+from grace_rl.evaluate.tasks import load_tasks, tasks_digest
 from grace_rl.recipe import Recipe, load_recipe
-from grace_rl.recipe.keys import nearest
+from grace_rl.recipe.schema import FilePath, Items, Section, validated
 from grace_rl.recipe.source import RecipeSource, read_source
-from grace_rl.run.identity import digest
+from grace_rl.run.identity import digest, input_digests, path_digest
 
-CHOOSE = ("eval_recall_at_1", "eval_triplet_accuracy")
-BUDGETS = {"budget_seconds": "seconds", "budget_tokens": "tokens"}
-KEYS = ("output_dir", "seeds", "labels", *BUDGETS, "jobs", "score", "held_out", "rows")
-ROW_KEYS = ("name", "recipe", "model", "set", "grid", "choose", "train", "labels", "rationale")
-OF_RECIPES = ("set", "grid", "choose", "train", "labels")
+NO_BASELINE = (
+    "no row is plain InfoNCE, and without it nobody knows what rationales are worth; add a row "
+    "with a recipe of method: infonce, such as recipes/scenes/infonce.yaml"
+)
 
 
-@dataclass(frozen=True)
-class ComparedRow:
+class ComparedRow(Section):
     """One row of the table.
 
-    Attributes:
+    Args:
         name: As shown.
-        recipe: Path of its recipe; None for a finished model.
+        recipe: Path of its recipe, for all but finished models.
         model: A sentence-transformers model that is only scored.
-        changes: Keys of the recipe and the values to set.
+        set: Keys of the recipe and the values to set.
         grid: Further changes to choose among, on validation rows with the first seed.
         choose: The metric of metrics.jsonl that chooses, higher is better; ties go to the lower
             `eval_loss`.
         train: Whether the recipe's policy is trained, or scored as it is.
         labels: Whether the number of labelled rows is set; False leaves the recipe's own rows.
-        rationale: `greedy` or `none`.
-        content: A digest of what the recipe says, or of the model's files.
+        rationale: `none` has the text read in the rationale's place.
     """
 
     name: str
     recipe: str | None = None
-    model: str | None = None
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    grid: Sequence[Mapping[str, Any]] = ()
-    choose: str = "eval_recall_at_1"
+    model: FilePath | None = None
+    set: dict[str, Any] = {}
+    grid: Items[dict[str, Any]] = ()
+    choose: Literal["eval_recall_at_1", "eval_triplet_accuracy"] = "eval_recall_at_1"
     train: bool = True
     labels: bool = True
-    rationale: str = "greedy"
-    content: str = ""
+    rationale: Literal["greedy", "none"] = "greedy"
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        problems = []
+        if not folder_name(self.name):
+            problems.append("name: has no letter that a folder could be called by")
+        if (self.recipe is None) == (self.model is None):
+            problems.append("give a recipe, or a finished model to score; one of the two")
+        elif self.model is not None:
+            told = self.model_fields_set & {"set", "grid", "choose", "train", "labels"}
+            if told:
+                keys = ", ".join(sorted(told))
+                problems.append(f"model: a finished model is only scored; leave out {keys}")
+            if not self.model.is_dir():
+                problems.append(f"model: there is no folder {self.model}")
+        if problems:
+            raise UserError(problems)
+        return self
+
+    def changes(self, choice: int | None, labels: int | None) -> dict[str, Any]:
+        """Keys of the recipe and their values: of one setting of the grid, with so many rows."""
+        changes = self.set if choice is None else self.set | self.grid[choice]
+        return changes if labels is None else changes | {"dataset_rows": labels}
+
+    def choices(self) -> Sequence[int | None]:
+        """The numbers of the grid's settings; None where there is no grid."""
+        return range(len(self.grid)) if self.grid else [None]
+
+
+class Score(Section):
+    """What every row is scored on: splits of scenes, or tasks.
+
+    Args:
+        dataset_splits: Of scenes.
+        rows: Of each split, at least 2.
+        tasks: A task file (docs/evaluation.md).
+    """
+
+    dataset_splits: Items[Literal["train", "validation", "test", "transfer"]] = ()
+    rows: int = Field(200, ge=2)
+    tasks: FilePath | None = None
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if bool(self.dataset_splits) == (self.tasks is not None):
+            raise UserError("give {dataset_splits: [test, transfer], rows: 200} or {tasks: FILE}")
+        return self
+
+
+class ComparisonFile(Section):
+    """What the file says beside its rows; see the module's text.
+
+    Args:
+        output_dir: None is `runs/<name of the file>`.
+        seeds: Of every training.
+        labels: Numbers of labelled rows.
+        budget_seconds, budget_tokens: That every training may take; one of the two at least.
+        jobs: Processes at once.
+        score: See `Score`.
+        held_out: A file of texts whose perplexity is measured.
+    """
+
+    output_dir: FilePath | None = None
+    seeds: Items[Annotated[int, Field(ge=0)]] = Field((0, 1, 2), min_length=1)
+    labels: Items[Annotated[int, Field(ge=1)]] = ()
+    budget_seconds: float | None = Field(None, gt=0)
+    budget_tokens: int | None = Field(None, ge=1)
+    jobs: int = Field(1, ge=1)
+    score: Score
+    held_out: FilePath | None = None
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        problems = [
+            f"{key}: a number is there twice: {list(values)}"
+            for key, values in (("seeds", self.seeds), ("labels", self.labels))
+            if len(frozenset(values)) < len(values)
+        ]
+        if not self.budget():
+            problems.append(
+                "budget_seconds: is missing; give the seconds (or budget_tokens) that every "
+                "training may take"
+            )
+        if self.held_out is not None and not self.held_out.is_file():
+            problems.append(
+                f"held_out: there is no file {self.held_out}; paths start at {Path.cwd()}"
+            )
+        if problems:
+            raise UserError(problems)
+        return self
+
+    def budget(self) -> dict[str, float]:
+        """Keywords of `grace_rl.train.callbacks.Budget`."""
+        limits = {"seconds": self.budget_seconds, "tokens": self.budget_tokens}
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A checked comparison; see the module's text for the keys of the file.
+    """A checked comparison.
 
-    `budget` are keywords of `grace_rl.train.callbacks.Budget`; `score_content` is a digest of the
-    tasks' files.
+    Attributes:
+        file: What the file says.
+        rows: Its rows.
+        output_dir: Where everything goes.
+        contents: Name of a row -> for each setting of its grid (or once) a digest of what its
+            recipe says and of the files that it names, or of the model's files.
+        score_content: A digest of the files that rows are scored on.
     """
 
+    file: ComparisonFile
+    rows: Sequence[ComparedRow]
     output_dir: Path
-    rows: list[ComparedRow]
-    seeds: list[int]
-    labels: list[int]
-    budget: Mapping[str, float]
-    jobs: int
-    score: Mapping[str, Any]
-    held_out: str | None
-    score_content: str = ""
+    contents: Mapping[str, Sequence[str]]
+    score_content: str
 
 
 @dataclass(frozen=True)
@@ -111,16 +205,16 @@ class Cell:
     @property
     def name(self) -> str:
         """Its folder's name."""
-        words = [_folder_name(self.row)]
+        words = [folder_name(self.row)]
         for word, value in (("labels", self.labels), ("choice", self.choice), ("seed", self.seed)):
             words += [] if value is None else [f"{word}{value}"]
         return "_".join(words)
 
 
-def _folder_name(row: str) -> str:
+def folder_name(row: str) -> str:
     """A row's name in lower case, without what folders may not like.
 
-    >>> _folder_name("GRACE, as published (2,000)"), _folder_name("Ours: größer")
+    >>> folder_name("GRACE, as published (2,000)"), folder_name("Ours: größer")
     ('grace-as-published-2-000', 'ours-größer')
     """
     return re.sub(r"[\W_]+", "-", row.lower()).strip("-")
@@ -133,171 +227,87 @@ def load_comparison(path: str | Path) -> Comparison:
         UserError: With every mistake: where, the key, what to do.
     """
     source = read_source(path)
-    tree, problems = source.tree, source.problems
-
-    def problem(key: str, message: str) -> None:
-        problems.append(source.problem((key,), message))
-
-    for key in tree:
-        if key not in KEYS:
-            problem(key, f"unknown key{nearest(key, KEYS)}; there are {', '.join(KEYS)}")
-    seeds, labels = tree.get("seeds", [0, 1, 2]), tree.get("labels", [])
-    for key, values, least in (("seeds", seeds, 0), ("labels", labels, 1)):
-        if not _wholes(values, least):
-            problem(key, f"must be a list of whole numbers from {least} on, not {values!r}")
-        elif len(set(values)) < len(values):
-            problem(key, f"a number is there twice: {values}")
-    if not seeds:
-        problem("seeds", "give at least one, better three")
-    jobs = tree.get("jobs", 1)
-    if not _whole(jobs, 1):
-        problem("jobs", f"must be a whole number from 1 on, not {jobs!r}")
-    budget = {word: tree[key] for key, word in BUDGETS.items() if key in tree}
-    for word, value in budget.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            problem(f"budget_{word}", f"must be a number above 0, not {value!r}")
-    if not budget:
-        message = "is missing; give the seconds (or budget_tokens) that every training may take"
-        problem("budget_seconds", message)
-    output, held_out = tree.get("output_dir", f"runs/{Path(path).stem}"), tree.get("held_out")
-    if not isinstance(output, str):
-        problem("output_dir", f"must be a folder, not {output!r}")
-    if held_out is not None and not (isinstance(held_out, str) and Path(held_out).is_file()):
-        problem("held_out", f"there is no file {held_out}; paths start at {Path.cwd()}")
-    score, score_content = tree.get("score"), ""
-    if not isinstance(score, dict) or not (_of_tasks(score) or _of_scenes(score)):
-        problem("score", "give {dataset_splits: [test, transfer], rows: 200} or {tasks: FILE}")
-    elif "tasks" in score:
-        from grace_rl.evaluate.tasks import load_tasks, tasks_digest
-
-        tasks = _collected(problems, load_tasks, score["tasks"]) or []
-        score_content = tasks_digest(tasks)
-    rows = _rows(source, tree.get("rows"), labels if _wholes(labels, 1) else [])
-    if problems:
-        raise UserError(problems)
-    assert score is not None  # or it was a problem
-    return Comparison(
-        Path(output), rows, seeds, labels, budget, jobs, score, held_out, score_content
-    )
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _wholes(values: Any, least: int) -> bool:
-    return isinstance(values, list) and all(_whole(value, least) for value in values)
-
-
-def _of_tasks(score: Mapping[str, Any]) -> bool:
-    return set(score) == {"tasks"} and isinstance(score["tasks"], str)
-
-
-def _of_scenes(score: Mapping[str, Any]) -> bool:
-    from grace_rl.recipe.rows import SCENES_SPLITS
-
-    splits = score.get("dataset_splits")
-    return (
-        set(score) <= {"dataset_splits", "rows"}
-        and isinstance(splits, list)
-        and bool(splits)
-        and all(split in SCENES_SPLITS for split in splits)
-        and _whole(score.get("rows", 200), 2)
-    )
-
-
-def _rows(source: RecipeSource, entries: Any, labels: Sequence[int]) -> list[ComparedRow]:
-    """The checked rows; what is wrong goes to `source.problems`."""
-    found: list[ComparedRow] = []
-    baseline = False
+    entries = source.tree.pop("rows", None)
+    file = validated(ComparisonFile, source.tree, source)
+    score_content = ""
+    if file is not None and file.score.tasks is not None:
+        score_content = tasks_digest(_collected(source, load_tasks, file.score.tasks) or [])
     if not isinstance(entries, list) or not entries:
         source.problems.append(source.problem(("rows",), "give a list of rows"))
-        return found
+        entries = []
+    labels = () if file is None else file.labels
+    rows: list[ComparedRow] = []
+    contents: dict[str, list[str]] = {}
+    baseline = not entries
     for i, entry in enumerate(entries):
-
-        def problem(message: str, *key: str, i: int = i) -> None:
-            source.problems.append(source.problem(("rows", i, *key), message))
-
-        if not isinstance(entry, dict):
-            problem("must be a mapping with name and recipe")
+        row = validated(ComparedRow, entry, source, ("rows", i))
+        if row is None:
             continue
-        for key in entry:
-            if key not in ROW_KEYS:
-                message = f"unknown key{nearest(key, ROW_KEYS)}; there are {', '.join(ROW_KEYS)}"
-                problem(message, key)
-        name = entry.get("name")
-        if not isinstance(name, str) or not _folder_name(name):
-            problem("has no name")
-        elif name in [row.name for row in found]:
-            problem(f"there are two rows {name!r}; give each a name of its own")
-        elif other := [r.name for r in found if _folder_name(r.name) == _folder_name(name)]:
-            problem(f"{name!r} and {other[0]!r} would share a folder; change a letter", "name")
-        if ("recipe" in entry) == ("model" in entry):
-            problem("give a recipe, or a finished model to score; one of the two")
+        for other in rows:
+            if folder_name(other.name) == folder_name(row.name):
+                message = f"there are two rows {row.name!r}; give each a name of its own"
+                if other.name != row.name:
+                    message = f"{row.name!r} and {other.name!r} would share a folder; change one"
+                source.problems.append(source.problem(("rows", i, "name"), message))
+        rows.append(row)
+        if row.model is not None:
+            contents[row.name] = [path_digest(row.model)]
             continue
-        what = "recipe" if "recipe" in entry else "model"
-        if not isinstance(entry[what], str):
-            problem(f"must be a path, not {entry[what]!r}", what)
-            continue
-        if entry.get("rationale", "greedy") not in ("greedy", "none"):
-            problem("must be greedy or none", "rationale")
-        for key in ("train", "labels"):
-            if not isinstance(entry.get(key, True), bool):
-                problem(f"must be true or false, not {entry[key]!r}", key)
-        if entry.get("choose", CHOOSE[0]) not in CHOOSE:
-            problem(f"must be one of {', '.join(CHOOSE)}", "choose")
-        grid = entry.get("grid", [])
-        if not isinstance(grid, list) or not all(isinstance(one, dict) for one in grid):
-            problem("must be a list of mappings, each some keys and values of the recipe", "grid")
-            continue
-        changes = entry.get("set", {})
-        if not isinstance(changes, dict):
-            problem("must be a mapping of keys and values of the recipe", "set")
-            continue
-        known = {key: entry[key] for key in ROW_KEYS if key in entry and key != "set"}
-        known |= {"name": str(name), "changes": changes}
-        if what == "model":
-            if told := [key for key in OF_RECIPES if key in entry]:
-                problem(f"a finished model is only scored; leave out {', '.join(told)}")
-            if Path(entry["model"]).is_dir():
-                known["content"] = model_fingerprint(Path(entry["model"]), ENCODER_FILES)
-            else:
-                problem(f"there is no folder {entry['model']}", "model")
-            found.append(ComparedRow(**known))
-            continue
-        trains = entry.get("train", True)
-        counts = labels if trains and entry.get("labels", True) else []
-        rows = [{"dataset_rows": count} for count in counts] or [{}]
-        recipes: list[Recipe | None] = [
-            _collected(
-                source.problems, load_recipe, entry["recipe"], overriding(changes | one | some)
-            )
-            for one in grid or [{}]
-            for some in rows
-        ]
-        baseline |= not all(recipes)  # nobody knows what the row will be
-        if all(recipes) and (recipe := recipes[0]) is not None:
-            baseline |= trains and recipe.method == "infonce"
-            known["content"] = digest(recipe.resolved())
-            if not trains and "reader" not in recipe.training:
-                problem(f"method {recipe.method} has no policy to score untrained", "train")
-            if grid and any(one and one.training.get("validation") is None for one in recipes):
-                problem("is chosen on validation rows; the recipe needs validation: {...}", "grid")
-        found.append(ComparedRow(**known))
-    if not baseline:
-        message = (
-            "no row is plain InfoNCE, and without it nobody knows what rationales are worth; add "
-            "a row with a recipe of method: infonce, such as recipes/scenes/infonce.yaml"
-        )
-        source.problems.append(source.problem(("rows",), message))
-    return found
+        counts = labels if row.train and row.labels else ()
+        recipes = [_recipes(source, row, choice, counts) for choice in row.choices()]
+        # Where one cannot be read, nobody knows what the row will be.
+        broken = any(None in some for some in recipes)
+        baseline |= broken or (row.train and recipes[0][0].method == "infonce")
+        if not broken:
+            problems = _row_problems(row, [one for some in recipes for one in some])
+            source.problems += [source.problem(("rows", i, key), m) for key, m in problems]
+            contents[row.name] = [_content(some[0], bool(counts)) for some in recipes]
+    if not baseline and len(rows) == len(entries):
+        source.problems.append(source.problem(("rows",), NO_BASELINE))
+    if source.problems or file is None:
+        raise UserError(source.problems)
+    output_dir = file.output_dir or Path("runs") / Path(path).stem
+    if file.held_out is not None:
+        score_content += path_digest(file.held_out)
+    return Comparison(file, rows, output_dir, contents, score_content)
 
 
-def _collected(problems: list[str], load: Any, *arguments: Any) -> Any:
+def _recipes(
+    source: RecipeSource, row: ComparedRow, choice: int | None, labels: Sequence[int]
+) -> list[Any]:
+    """The row's recipe with one setting of its grid, for every number of labels; None if broken."""
+    changes = [row.changes(choice, count) for count in labels] or [row.changes(choice, None)]
+    return [_collected(source, load_recipe, row.recipe, overriding(one)) for one in changes]
+
+
+def _row_problems(row: ComparedRow, recipes: Sequence[Recipe]) -> list[tuple[str, str]]:
+    """What would fail, or silently do something else, after hours: (key, message)."""
+    problems = []
+    if not row.train and "reader" not in recipes[0].training:
+        problems.append(("train", f"method {recipes[0].method} has no policy to score untrained"))
+    if row.grid and any(one.training.get("validation") is None for one in recipes):
+        message = "is chosen on validation rows; the recipe needs validation: {...}"
+        problems.append(("grid", message))
+    return problems
+
+
+def _content(recipe: Recipe, labelled: bool) -> str:
+    """What a recipe says, and what lies in the files that it names.
+
+    Where the number of labels is set, it is a cell's own and no part of this.
+    """
+    resolved = recipe.resolved()
+    if labelled:
+        resolved.pop("dataset_rows", None)
+    return digest([resolved, input_digests(resolved, ignore=("output_dir",))])
+
+
+def _collected(source: RecipeSource, load: Any, *arguments: Any) -> Any:
     try:
         return load(*arguments)
     except UserError as error:
-        problems += [problem for problem in error.problems if problem not in problems]
+        new = [problem for problem in error.problems if problem not in source.problems]
+        source.problems += new
         return None
 
 
@@ -322,20 +332,15 @@ def cells_of(comparison: Comparison, row: ComparedRow, chosen: Mapping[int, int]
         chosen: Number of labels (0 for none) -> the setting of the row's grid that was chosen.
             Without an answer yet, the cells are those that find it: every setting, first seed.
     """
-    trains = row.recipe is not None and row.train
-    if not trains:
+    if row.recipe is None or not row.train:
         return [_cell(comparison, row, None, None, None)]
-    counts: list[int | None] = list(comparison.labels) if row.labels else []
+    first, *others = comparison.file.seeds
     cells = []
-    for labels in counts or [None]:
-        if not row.grid:
-            cells += [_cell(comparison, row, labels, seed, None) for seed in comparison.seeds]
-            continue
-        first, *others = comparison.seeds
-        cells += [_cell(comparison, row, labels, first, i) for i in range(len(row.grid))]
-        if (labels or 0) in chosen:
-            i = chosen[labels or 0]
-            cells += [_cell(comparison, row, labels, seed, i) for seed in others]
+    for labels in (comparison.file.labels if row.labels else ()) or [None]:
+        cells += [_cell(comparison, row, labels, first, choice) for choice in row.choices()]
+        decided = chosen.get(labels or 0) if row.grid else None
+        if decided is not None or not row.grid:
+            cells += [_cell(comparison, row, labels, seed, decided) for seed in others]
     return cells
 
 
@@ -346,22 +351,16 @@ def _cell(
     seed: int | None,
     choice: int | None,
 ) -> Cell:
-    changes = dict(row.changes)
-    if choice is not None:
-        changes |= row.grid[choice]
-    if labels is not None:
-        changes["dataset_rows"] = labels
-    if seed is not None:
-        changes["seed"] = seed
+    file = comparison.file
     spec = {
         "recipe": row.recipe,
-        "model": row.model,
-        "content": [row.content, comparison.score_content],
-        "changes": changes,
+        "model": row.model and str(row.model),
+        "content": [comparison.contents[row.name][choice or 0], comparison.score_content],
+        "changes": row.changes(choice, labels) | ({} if seed is None else {"seed": seed}),
         "train": row.train,
         "rationale": row.rationale,
-        "score": dict(comparison.score),
-        "budget": dict(comparison.budget),
-        "held_out": comparison.held_out,
+        "score": file.score.given(),
+        "budget": file.budget(),
+        "held_out": file.held_out and str(file.held_out),
     }
     return Cell(row.name, labels, seed, choice, spec)

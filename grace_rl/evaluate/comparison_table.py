@@ -37,8 +37,8 @@ def write_tables(comparison: Comparison, results: Results, tried: Results) -> li
     folder = comparison.output_dir
     lines = table_lines(comparison, results)
     content = {
-        "budget": dict(comparison.budget),
-        "seeds": comparison.seeds,
+        "budget": comparison.file.budget(),
+        "seeds": list(comparison.file.seeds),
         "rows": lines,
         "cells": [
             {"row": cell.row, "labels": cell.labels, "seed": cell.seed, "choice": cell.choice}
