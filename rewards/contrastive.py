@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-from grace_rl.reward import RewardBatch, RewardOutput
+from grace_rl.reward import RewardBatch, RewardOutput, contrast_texts
 
 Score = Literal["log_softmax", "probability", "margin"]
 
@@ -75,37 +75,21 @@ class Contrastive:
         self.score = score
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        texts = batch.pool.by_text
-        similarity = batch.embeddings @ texts.centroids.T  # (B, G)
-        positive = batch.positives()[:, texts.rows]  # (B, G)
-        weights = batch.negative_weights()[:, texts.rows]  # (B, G), 0 where it is no negative
-        negative = weights > 0
-
-        siblings, count = batch.siblings_mean()
-        siblings = torch.nn.functional.normalize(siblings, dim=1)
-        counterpart = torch.where(
-            positive.any(dim=1),
-            (similarity * positive).sum(dim=1) / positive.sum(dim=1).clamp(min=1),
-            (batch.embeddings * siblings).sum(dim=1),
-        )  # (B,)
-        hardest = similarity.masked_fill(~negative, -torch.inf)
-        logits = torch.cat([counterpart[:, None], hardest], dim=1) / self.temperature
-        logits[:, 1:] += weights.log()
-        values = logits.log_softmax(dim=1)[:, 0]
-        if self.clip is not None:
-            values = values.clamp(min=self.clip)
-        if self.score == "probability":
-            values = values.exp()
-        elif self.score == "margin":
-            total = weights.sum(dim=1).where(negative.any(dim=1), 1.0)
-            values = counterpart - (similarity * weights).sum(dim=1) / total
-
-        scored = negative.any(dim=1) & (positive.any(dim=1) | (count > 0))
-        hardest = hardest.amax(dim=1)
+        contrast = contrast_texts(batch)
+        weights, scored = contrast.weights, contrast.scored
+        if self.score == "margin":
+            total = weights.sum(dim=1).where((weights > 0).any(dim=1), 1.0)
+            values = contrast.counterpart - (contrast.similarity * weights).sum(dim=1) / total
+        else:
+            values = contrast.log_softmax(self.temperature)
+            if self.clip is not None:
+                values = values.clamp(min=self.clip)
+            if self.score == "probability":
+                values = values.exp()
         components = {
-            "counterpart": counterpart,
-            "hardest_negative": hardest,
-            "accuracy": (counterpart > hardest).float(),
+            "counterpart": contrast.counterpart,
+            "hardest_negative": contrast.hardest,
+            "accuracy": contrast.accuracy,
         }
         return RewardOutput(
             values=values.where(scored, torch.nan),

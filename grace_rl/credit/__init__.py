@@ -1,1 +1,1 @@
-"""Scores become advantages: by group, by segment, by critic."""
+"""Scores -> advantages: by group, by segment, by critic."""

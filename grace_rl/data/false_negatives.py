@@ -164,6 +164,18 @@ class FalseNegatives:
         highest = own - self.margin if self.config.mode == "margin" else own * (1 - self.margin)
         return (cosine <= highest).float()
 
+    def trust_labels(self, weights: Tensor, same_meaning: Tensor, same_row: Tensor) -> Tensor:
+        """The guide's weights, but 1 where the labels decide.
+
+        Args:
+            weights: (N, M) of texts and candidates.
+            same_meaning: (N, M) bool, the candidate is the text itself or means the same by its
+                label: a guide has no say in positives.
+            same_row: (N, M) bool, both are of one row: the labels decide with `own_negatives: false`.
+        """
+        labelled = same_meaning if self.config.own_negatives else same_meaning | same_row
+        return weights.masked_fill(labelled, 1.0)
+
     def watch(self, share: float) -> str | None:
         """Take note of a batch's share of masked candidates; after ten, say what is wrong."""
         self._shares.append(share)

@@ -8,13 +8,13 @@ from grace_rl.reward.batch import (
     PoolTexts,
     RewardBatch,
     RewardOutput,
-    Rollouts,
-    group_means,
-    group_stds,
 )
+from grace_rl.reward.infonce import TextContrast, contrast_texts
 from grace_rl.reward.loading import LoadedReward, RewardSpec, available_rewards, load_rewards
 from grace_rl.reward.outputs import score_prefixes
 from grace_rl.reward.runtime import RewardError, RewardRuntime, Scored
+from grace_rl.rollout.groups import group_means, group_stds
+from grace_rl.rollout.rollouts import Rollouts
 
 __all__ = [
     "LoadedReward",
@@ -27,7 +27,9 @@ __all__ = [
     "RewardSpec",
     "Rollouts",
     "Scored",
+    "TextContrast",
     "available_rewards",
+    "contrast_texts",
     "group_means",
     "group_stds",
     "load_rewards",

@@ -7,84 +7,19 @@ texts, not with single rollouts: `pool.by_text` has one centroid per text, which
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
+from grace_rl.rollout.rollouts import Rollouts, row_fields
+
 if TYPE_CHECKING:
     from grace_rl.data.false_negatives import FalseNegatives
-
-
-def _check_lists(owner: object, names: tuple[str, ...], length: int) -> None:
-    for name in names:
-        found = len(getattr(owner, name))
-        if found != length:
-            raise ValueError(
-                f"{type(owner).__name__}.{name} has {found} entries, expected {length}"
-            )
-
-
-def _check_tensor(
-    owner: object, name: str, shape: tuple[int | None, ...], dtype: torch.dtype
-) -> None:
-    """`None` in `shape` allows any size."""
-    tensor = getattr(owner, name)
-    fits = tensor.dim() == len(shape) and all(
-        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits or tensor.dtype != dtype:
-        wanted = tuple("any" if size is None else size for size in shape)
-        raise ValueError(
-            f"{type(owner).__name__}.{name} has shape {tuple(tensor.shape)} and {tensor.dtype}, "
-            f"expected {wanted} and {dtype}"
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Rollouts:
-    """N rationales with the texts that they were written for, and their embeddings.
-
-    Args:
-        texts: the user's texts.
-        rationales: what the policy wrote for them.
-        roles: query, positive, negative, negative_positive, text or anchor.
-        token_ids: the rationale's token ids, up to and including the first end token.
-        example: (N,) long, the row's number in the data set.
-        group: (N,) long; the rollouts of one text of one row share it, on every process.
-        side: (N,) long; texts of one example with the same side mean the same. Query, positive,
-            text and anchor are 0; the i-th negative and its paraphrase are 1 + i.
-        embeddings: (N, D) float32, L2-normalised, of the policy that wrote the rationales.
-        truncated: (N,) bool, True where the rationale was cut off before its end token.
-
-    Raises:
-        ValueError: a field has the wrong length, shape or dtype.
-    """
-
-    texts: list[str]
-    rationales: list[str]
-    roles: list[str]
-    token_ids: list[list[int]]
-    example: Tensor
-    group: Tensor
-    side: Tensor
-    embeddings: Tensor
-    truncated: Tensor
-
-    def __post_init__(self) -> None:
-        count = len(self.texts)
-        _check_lists(self, ("rationales", "roles", "token_ids"), count)
-        for name in ("example", "group", "side"):
-            _check_tensor(self, name, (count,), torch.long)
-        _check_tensor(self, "embeddings", (count, None), torch.float32)
-        _check_tensor(self, "truncated", (count,), torch.bool)
-
-    def __len__(self) -> int:
-        return len(self.texts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +47,7 @@ class PoolTexts:
     index: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Pool(Rollouts):
     """Every process's trained rollouts in world order, then every process's anchors: P in all.
 
@@ -121,6 +56,10 @@ class Pool(Rollouts):
     """
 
     false_negatives: FalseNegatives | None = None
+
+    def apart(self) -> Self:
+        """The same pool in memory of its own."""
+        return dataclasses.replace(self, **_copies(self))
 
     @cached_property
     def by_text(self) -> PoolTexts:
@@ -185,57 +124,38 @@ class Pool(Rollouts):
         ]
         weights = guide.weights([own for own, _ in asked], list(known), counterparts)
         weights = weights[[asked[key] for key in mine]][:, [known[text] for text in self.texts]]
-        weights = weights.to(self.embeddings)
         same_example = batch.example[:, None] == self.example[None, :]
         same_side = same_example & (batch.side[:, None] == self.side[None, :])
-        trusted = same_side if guide.config.own_negatives else same_example
-        return weights.masked_fill(trusted, 1.0)
+        return guide.trust_labels(weights.to(self.embeddings), same_side, same_example)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class RewardBatch(Rollouts):
     """This process's trained rollouts, B of them, and the pool to compare them with.
 
+    Has the columns of `Rollouts` up to `prefix_ends`, and `step` and `seed` for schedules and for
+    rewards that sample; what rewards say and what follows from it is not in it.
+
     Args:
-        prompts: the rendered prompts, as the policy read them.
-        columns: the other fields of the data row, each a list of B.
         pool: the rollouts and anchors of all processes; contains this batch.
-        step: the trainer's global step.
-        seed: for rewards that sample.
-        prefix_embeddings: (B, K+1, D) float32, or None where no reward asks for them: the embedding
-            without any rationale, then after each of K segments; the last is `embeddings`. A reader
-            that sees the rationale only has zeros without one.
-        prefix_ends: (B, K+1) long, or None: the number of rationale tokens in each prefix, from 0
-            to all. A rationale too short for K segments is one: 0, n, ..., n.
     """
 
-    prompts: list[str]
-    columns: dict[str, list]
     pool: Pool
-    step: int
-    seed: int
-    prefix_embeddings: Tensor | None = None
-    prefix_ends: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        count, dim = self.embeddings.shape
-        _check_lists(self, ("prompts",), count)
-        for name, values in self.columns.items():
-            if len(values) != count:
-                raise ValueError(
-                    f"RewardBatch.columns['{name}'] has {len(values)} entries, expected {count}"
-                )
+        dim = self.embeddings.shape[1]
         if self.pool.embeddings.shape[1] != dim:
             raise ValueError(
                 f"RewardBatch.pool.embeddings has {self.pool.embeddings.shape[1]} dimensions, "
                 f"expected {dim} like RewardBatch.embeddings"
             )
-        if (self.prefix_embeddings is None) != (self.prefix_ends is None):
-            raise ValueError("RewardBatch.prefix_embeddings and prefix_ends come together or not")
-        if self.prefix_embeddings is not None:
-            _check_tensor(self, "prefix_embeddings", (count, None, dim), torch.float32)
-            _check_tensor(self, "prefix_ends", (count, self.prefix_embeddings.shape[1]), torch.long)
+
+    def apart(self) -> RewardBatch:
+        """The same batch in memory of its own: whatever a reward does to it, no other sees it."""
+        alone = dataclasses.replace(self, **_copies(self), pool=self.pool.apart())
+        alone.__dict__["_source"] = self
+        return alone
 
     def prefix(self, number: int) -> RewardBatch:
         """The batch as if every rollout had been embedded after that many of its segments.
@@ -303,6 +223,9 @@ class RewardBatch(Rollouts):
     @cached_property
     def _relations(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Positives, hard negatives, others, and the weights of the two kinds of negatives."""
+        if source := self.__dict__.get("_source"):
+            positives, hard, others, weights = source._relations
+            return positives.clone(), hard.clone(), others.clone(), weights.clone()
         same_example = self.example[:, None] == self.pool.example[None, :]
         same_side = same_example & (self.side[:, None] == self.pool.side[None, :])
         other_text = self.group[:, None] != self.pool.group[None, :]
@@ -346,46 +269,33 @@ class RewardOutput:
             raise ValueError(f"RewardOutput.margin is {self.margin}; it must be above 0")
 
 
+def reward_batch(
+    world: Rollouts, rows: slice, false_negatives: FalseNegatives | None = None
+) -> RewardBatch:
+    """What the rewards of one process see.
+
+    Args:
+        world: every process's rollouts and anchors.
+        rows: the process's own among them.
+        false_negatives: see `Pool`.
+    """
+
+    def columns(of: Rollouts) -> dict[str, object]:
+        return {f.name: getattr(of, f.name) for f in dataclasses.fields(Rollouts)}
+
+    pool = Pool(**columns(world), false_negatives=false_negatives)  # type: ignore[arg-type]
+    return RewardBatch(**columns(world.take(rows)), pool=pool)  # type: ignore[arg-type]
+
+
+def _copies(rollouts: Rollouts) -> dict[str, object]:
+    """Every column, copied: what is in lists and mappings too."""
+    seen: dict[int, object] = {}  # rollouts of a row share its values, and so do their copies
+    values = {name: getattr(rollouts, name) for name in row_fields(rollouts)}
+    return {
+        name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value, seen)
+        for name, value in values.items()
+    }
+
+
 def _sides(rollouts: Rollouts) -> list[tuple[int, int]]:
     return list(zip(rollouts.example.tolist(), rollouts.side.tolist(), strict=True))
-
-
-def _group_index(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) long, the place of each row's group, and how many rows of it are scored, per column."""
-    _, index = torch.unique(group, return_inverse=True)
-    groups = int(index.max()) + 1 if len(index) else 0
-    scored = (~values.isnan()).to(values.dtype)
-    return index, values.new_zeros(groups, *values.shape[1:]).index_add_(0, index, scored)
-
-
-def group_means(values: Tensor, group: Tensor) -> Tensor:
-    """The mean of each row's group, without the NaN entries: (N,) or (N, R) like `values`.
-
-    NaN where the whole group is NaN.
-
-    >>> group_means(torch.tensor([1.0, 3.0, float("nan"), 5.0]), torch.tensor([7, 7, 7, 2]))
-    tensor([2., 2., 2., 5.])
-    """
-    index, counts = _group_index(values, group)
-    sums = torch.zeros_like(counts).index_add_(0, index, values.nan_to_num())
-    return (sums / counts)[index]
-
-
-def group_stds(values: Tensor, group: Tensor) -> Tensor:
-    """The sample standard deviation of each row's group, like `group_means`.
-
-    NaN where fewer than two rows of the group are scored.
-
-    >>> group_stds(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([7, 7, 2]))
-    tensor([1.4142, 1.4142,    nan])
-    """
-    index, counts = _group_index(values, group)
-    squares = (values - group_means(values, group)).nan_to_num() ** 2
-    sums = torch.zeros_like(counts).index_add_(0, index, squares)
-    return torch.where(counts > 1, (sums / (counts - 1)).sqrt(), torch.nan)[index]
-
-
-def row_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The rows' own fields as columns; a field that a row lacks is None there."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}

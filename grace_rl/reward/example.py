@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from grace_rl.reward.batch import Pool, RewardBatch, Rollouts
+from grace_rl.reward.batch import Pool, RewardBatch
+from grace_rl.rollout.rollouts import row_fields
 from grace_rl.rollout.segments import Segmenter
 
 FORMS: dict[str, dict[str, bool]] = {  # role -> is it trained
@@ -138,14 +139,9 @@ def with_prefixes(batch: RewardBatch, segments: int = 4, seed: int = 0) -> Rewar
 
 def batch_of_pool(pool: Pool, rows: torch.Tensor) -> RewardBatch:
     """The batch of some rows of a pool: (B,) long -> B rollouts, with the pool shared."""
-    numbers = rows.tolist()
-    chosen: dict[str, Any] = {}
-    for field in dataclasses.fields(Rollouts):
-        values = getattr(pool, field.name)
-        is_list = isinstance(values, list)
-        chosen[field.name] = [values[i] for i in numbers] if is_list else values[rows]
+    chosen = {name: getattr(pool.take(rows), name) for name in row_fields(pool)}
     prompts = [f"Describe: {text}" for text in chosen["texts"]]
-    return RewardBatch(**chosen, prompts=prompts, columns={}, pool=pool, step=0, seed=0)
+    return RewardBatch(**chosen | {"prompts": prompts}, pool=pool)
 
 
 def split_batch(batch: RewardBatch, processes: int) -> list[RewardBatch]:
@@ -161,13 +157,4 @@ def split_batch(batch: RewardBatch, processes: int) -> list[RewardBatch]:
 
 def take_rows(batch: RewardBatch, rows: torch.Tensor) -> RewardBatch:
     """Some rollouts of a batch in some order: (N,) long -> N rollouts, with the same pool."""
-    numbers = rows.tolist()
-    taken: dict[str, Any] = {}
-    for field in dataclasses.fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, torch.Tensor):
-            taken[field.name] = value[rows]
-        elif isinstance(value, list):
-            taken[field.name] = [value[i] for i in numbers]
-    columns = {name: [values[i] for i in numbers] for name, values in batch.columns.items()}
-    return dataclasses.replace(batch, **taken, columns=columns)
+    return batch.take(rows)

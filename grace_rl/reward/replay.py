@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from grace_rl.reward.batch import group_means, group_stds
 from grace_rl.reward.loading import LoadedReward
 from grace_rl.reward.runtime import RewardRuntime, weighted_totals
 from grace_rl.reward.stored import StoredStep, group_ranks
+from grace_rl.rollout.groups import group_means, group_stds
 from grace_rl.run.files import whole_file
 
 Scale = Literal["group", "batch", "none"]

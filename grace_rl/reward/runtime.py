@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from grace_rl.errors import UserError
-from grace_rl.reward.batch import RewardBatch, group_means, group_stds
+from grace_rl.reward.batch import RewardBatch
 from grace_rl.reward.loading import LoadedReward, describe_error
 from grace_rl.reward.outputs import (
     CheckedOutput,
@@ -30,6 +30,7 @@ from grace_rl.reward.outputs import (
     read_output,
     unscored_output,
 )
+from grace_rl.rollout.groups import fill_unscored, group_stds
 from grace_rl.run.zero import outside_zero3
 
 FAILURES = (Exception, SystemExit, asyncio.CancelledError)  # of a reward; Ctrl-C is none
@@ -134,7 +135,7 @@ class RewardRuntime:
         group = self._gather(batch.group)
         components = self._gather_components(outputs, reports, len(batch))
         weights = self.weights.to(values.device)
-        rewards = _fill_unscored(values, group)
+        rewards = fill_unscored(values, group)
         metrics = self._counts(reports, values)
         if self.gates:
             failed = self._gather(torch.stack([failed_margin(o) for o in outputs], dim=1))
@@ -183,7 +184,7 @@ class RewardRuntime:
         with torch.no_grad():
             for reward in self.rewards:
                 try:
-                    raw.append(reward(batch, trainer_arguments))
+                    raw.append(reward(batch.apart(), trainer_arguments))
                 except FAILURES as error:
                     raw.append(error)
         waiting = [i for i, result in enumerate(raw) if inspect.isawaitable(result)]
@@ -375,12 +376,3 @@ def apply_gates(rewards: Tensor, failed: Tensor, weights: Tensor, group: Tensor)
     lowered = (wanted != totals) & ~wanted.isnan()
     corrected = rewards.nan_to_num() + change[:, None] / weights
     return torch.where((failed > 0) & lowered[:, None], corrected, rewards)
-
-
-def _fill_unscored(values: Tensor, group: Tensor) -> Tensor:
-    """Give a row that other rewards scored the group's mean of the reward that did not score it.
-
-    TRL would count it as 0, which is far above or below its siblings for most rewards.
-    """
-    other = ~values.isnan().all(dim=1, keepdim=True)
-    return torch.where(values.isnan() & other, group_means(values, group), values)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from grace_rl.embed.similarity import rank_correlation
-from grace_rl.reward.batch import RewardBatch, group_means, group_stds
+from grace_rl.reward.batch import RewardBatch
 from grace_rl.reward.example import (
     batch_of_pool,
     random_batch,
@@ -27,6 +27,7 @@ from grace_rl.reward.example import (
 )
 from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
 from grace_rl.reward.runtime import RewardError, RewardRuntime, Scored
+from grace_rl.rollout.groups import group_means, group_stds
 
 TOLERANCE = 1e-5  # relative; float32 sums in another order
 PEERS = ("contrastive", "consistency", "hard_negative", "length")

@@ -273,12 +273,9 @@ class GIRCSETrainer(TokenCount, CheckpointMixin, Trainer):
         candidates = [text for part in parts for text in part[batch:]]
         places = positives.tolist()
         weights = guide.weights(queries, candidates, [candidates[place] for place in places])
-        weights = weights.scatter(1, positives.cpu().unsqueeze(1), 1.0)
-        if not guide.config.own_negatives:
-            place = torch.arange(len(candidates))
-            row = place // (width - batch) * batch + place % batch
-            own = row[None] == torch.arange(len(queries))[:, None]
-            weights = weights.masked_fill(own, 1.0)
+        place, row = torch.arange(len(candidates))[None], torch.arange(len(queries))[:, None]
+        same_row = place // (width - batch) * batch + place % batch == row
+        weights = guide.trust_labels(weights, positives.cpu()[:, None] == place, same_row)
         share = float((weights == 0).float().mean())
         self._found["false_negatives/masked_share"].append(torch.tensor(share))
         advice = guide.watch(share)

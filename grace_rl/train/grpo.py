@@ -60,11 +60,11 @@ from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader, ReaderConfig, Written
 from grace_rl.errors import UserError
 from grace_rl.reward import Pool, RewardBatch
-from grace_rl.reward.batch import row_columns
 from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
 from grace_rl.reward.runtime import RewardRuntime, weighted_totals
 from grace_rl.rollout.engines import GRPOTrainer, repair_weight_push, vllm_start
 from grace_rl.rollout.prompts import PromptTemplate
+from grace_rl.rollout.rollouts import row_columns
 from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.rollout.server import keep_server
 from grace_rl.rollout.store import write_rollouts

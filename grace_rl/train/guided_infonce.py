@@ -72,10 +72,10 @@ class Marks:
         guide = first[:, :-MARKS] @ second[:, :-MARKS].T
         weights = self.false_negatives.of_cosines(guide, first[:, -MARKS].unsqueeze(1))
         same_example = first[:, -3].unsqueeze(1) == second[:, -3]
-        trusted = same_example & (second[:, -1] > 0)  # the own positive
-        if not self.false_negatives.config.own_negatives:
-            trusted |= first[:, -2].unsqueeze(1) == second[:, -2]
-        return cosine + weights.masked_fill(trusted, 1.0).log() / scale
+        own_positive = same_example & (second[:, -1] > 0)
+        same_row = first[:, -2].unsqueeze(1) == second[:, -2]
+        weights = self.false_negatives.trust_labels(weights, own_positive, same_row)
+        return cosine + weights.log() / scale
 
 
 class GuidedInfoNCE(MultipleNegativesRankingLoss):

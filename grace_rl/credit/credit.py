@@ -1,0 +1,58 @@
+"""Credit: scores -> advantages, one interface for groups, segments and a critic.
+
+A credit sees the trained rollouts of all processes with their scores, and returns an advantage for
+each, (N,), or for each of its tokens, (N, T). It is a function of the table alone, so the same
+credit on the same stored table gives the same advantages: `notes` says what to build it from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_rl.rollout.rollouts import Rollouts
+
+
+class Credit:
+    """See the module."""
+
+    def __call__(self, rollouts: Rollouts, progress: float = 0.0) -> Tensor:
+        """Advantages on the CPU.
+
+        Args:
+            rollouts: the N trained rollouts of all processes, with their scores.
+            progress: the share of training that is over, 0 to 1.
+
+        Returns:
+            (N,) or (N, T) float32, T the longest rationale; 0 where nothing was scored.
+        """
+        raise NotImplementedError
+
+    def notes(self, progress: float) -> dict[str, Any]:
+        """What `grace_rl.credit.restored` builds this credit from, as it is now."""
+        raise NotImplementedError
+
+    def learn(self, rollouts: Rollouts) -> str | None:
+        """Take in a batch after it was used; what to tell the user, if anything."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+
+
+def with_advantages(rollouts: Rollouts, advantages: Tensor) -> Rollouts:
+    """The table with its advantages, (N,) or (N, T); those of tokens also as their mean."""
+    if advantages.dim() == 1:
+        return dataclasses.replace(rollouts, advantages=advantages)
+    lengths = torch.tensor([len(ids) for ids in rollouts.token_ids])
+    written = torch.arange(advantages.shape[1]) < lengths[:, None]
+    means = (advantages * written).sum(1) / lengths.clamp(min=1)
+    return dataclasses.replace(rollouts, advantages=means, token_advantages=advantages)
