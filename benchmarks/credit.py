@@ -37,7 +37,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from grace_rl.credit.segments import Calibration, shape_advantages, to_tokens
+from grace_rl.credit.by_segment import prefix_columns
+from grace_rl.credit.calibration import Calibration
+from grace_rl.credit.segments import shape_advantages, to_tokens
 from grace_rl.data.rows import read_rows
 from grace_rl.errors import UserError
 from grace_rl.evaluate.scenes import score_policy
@@ -361,15 +363,15 @@ def noise(options: argparse.Namespace, console: Console) -> int:
         for _ in range(max(options.after, 1)):  # at least one batch to calibrate with
             step(learn=options.after > 0)
         tables = []
-        trainer._assign_credit = lambda batch, _: tables.append(batch.steps)
+        trainer._give_credit = lambda rollouts, _: tables.append(rollouts.trained_rows) or rollouts
         batches = iter(trainer.get_train_dataloader())
         for _ in range(options.batches):
             output = trainer._generate_and_score_completions(next(batches))
-            scores, ends, totals, group = tables[-1]
+            (scores, ends, group), totals = prefix_columns(tables[-1]), tables[-1].totals.cpu()
             width = output["completion_mask"].size(1)
             for name, kind in KINDS.items():
                 if kind is not None:
-                    fitted = trainer.calibration if kind[1] else Calibration()
+                    fitted = trainer.credit.calibration if kind[1] else Calibration()
                     credit = shape_advantages(
                         scores, ends, totals, group,
                         gae_lambda=kind[0], slopes=fitted.slopes, intercepts=fitted.intercepts,
@@ -378,7 +380,7 @@ def noise(options: argparse.Namespace, console: Console) -> int:
                 halves[name].append(
                     half_batch_gradients(trainer, trainer._compute_loss, trainer.model, output)
                 )
-            trainer.calibration.update(scores, ends, group)
+            trainer.credit.learn(tables[-1])
     table = Table(
         title=f"{options.batches} batches of rollouts of the policy after {options.after} steps, "
         "halves of 96; mean and standard error",

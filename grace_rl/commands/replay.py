@@ -13,17 +13,15 @@ if TYPE_CHECKING:
 
 HELP = "score the rollouts of a run again with other rewards, and show what would have changed"
 RECIPE_OVERRIDES = False
-UNLIKE = {
-    "multi_objective_aggregation": "advantages are replayed from the sum of the rewards",
-    "false_negatives": "a replay has no guide, and leaves out only negatives of the same words",
-}
-"""Keys of a run whose advantages a replay of the very same rewards does not give."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run directory")
     parser.add_argument(
-        "--rewards", metavar="FILE", required=True, help="a recipe, or YAML with its `rewards`"
+        "--rewards",
+        metavar="FILE",
+        help="a recipe, or YAML with its `rewards`; what it names is run. The default: the run's "
+        "own rewards, where they are installed ones by name",
     )
     parser.add_argument("--steps", metavar="N", type=int, nargs="+", help="only these steps")
     parser.add_argument(
@@ -35,35 +33,30 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from grace_rl.recipe import load_recipe, read_rewards
-    from grace_rl.recipe.keys import trainer_value
+    from grace_rl.recipe import read_rewards
     from grace_rl.reward import load_rewards
-    from grace_rl.reward.replay import replay, write_replay
-    from grace_rl.reward.stored import run_rows, stored_steps
+    from grace_rl.reward.consent import run_rewards
+    from grace_rl.reward.replay import replay, replay_table, replayed_groups, write_replay
     from grace_rl.rollout.store import rollout_files
 
-    path, folder = Path(options.rewards), Path(options.run)
+    folder = Path(options.run)
     steps = sorted(set(options.steps or rollout_files(folder)))
     if options.show < 0:
         raise UserError("--show: must be at least 0")
-    rewards = load_rewards(read_rewards(path), path.parent)
-    scale = "group"
+    if options.rewards is None:
+        rewards, name = load_rewards(run_rewards(folder), folder), "own"
+    else:
+        path = Path(options.rewards)
+        rewards, name = load_rewards(read_rewards(path), path.parent), path.stem
     console = Console()
-    if (folder / "recipe.yaml").is_file():
-        training = load_recipe(folder / "recipe.yaml").training
-        scale = trainer_value(training, "scale_rewards")
-        for name, meaning in UNLIKE.items():
-            if trainer_value(training, name) not in (None, "sum_then_normalize"):
-                console.print(f"the run has {name}: {meaning}", style="yellow", soft_wrap=True)
     tables, groups = [], []
-    stored = stored_steps(folder, steps, run_rows(folder))
-    replayed = replay(stored, rewards, scale)  # type: ignore[arg-type]
-    for table, some in track(replayed, "replaying", total=len(steps), console=console):
-        tables.append(table)
-        groups += some
+    replayed = replay(folder, rewards, steps)
+    for before, after in track(replayed, "replaying", total=len(steps), console=console):
+        tables.append(replay_table(before, after))
+        groups += replayed_groups(before, after)
     if not groups:
         raise UserError(f"{folder}: no rollouts are stored there yet")
-    kept = write_replay(folder, path.stem, tables)
+    kept = write_replay(folder, name, tables)
     _show(console, groups, options.show)
     console.print(f"every rollout is in {kept}", highlight=False, soft_wrap=True)
     return 0

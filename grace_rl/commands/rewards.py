@@ -110,7 +110,7 @@ def _check(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from grace_rl.reward import RewardSpec, load_rewards
-    from grace_rl.reward.stored import run_rows, stored_steps
+    from grace_rl.reward.stored import stored_batch, stored_steps
     from grace_rl.reward.trial import canned_batches, try_reward
     from grace_rl.rollout.store import rollout_files
 
@@ -125,8 +125,10 @@ def _check(options: argparse.Namespace) -> int:
     if options.rollouts:
         steps = sorted(rollout_files(options.rollouts))
         chosen = sorted({steps[0], steps[-1]})[:STEPS_TRIED] if steps else None
-        for stored in stored_steps(options.rollouts, chosen, run_rows(options.rollouts)):
-            batches[f"step {stored.step} of {options.rollouts}"] = stored.batch
+        for stored in stored_steps(options.rollouts, chosen):
+            batches[f"step {stored.step} of {options.rollouts}"] = stored_batch(
+                stored, options.rollouts
+            )
     about = (
         f"{options.name}: no answer for {PATIENCE} s; a call that waits needs a time limit (Ctrl-C)"
     )

@@ -115,7 +115,7 @@ class CriticCredit(Credit):
     def notes(self, progress: float) -> dict[str, Any]:
         names = ("gamma", "lam", "whiten", "steps", "penalty", "margin", "kl_coefficient")
         return {
-            "credit": "critic",
+            "kind": "critic",
             "progress": progress,
             **{name: getattr(self, name) for name in names},
         }

@@ -25,11 +25,6 @@ class GroupCredit(Credit):
             `normalize_then_sum` (GDPO) normalises each reward inside its groups first.
         weights: of the rewards, in their order; only for `normalize_then_sum`.
 
-    >>> table = dict(texts=["a", "a"], rationales=["b", "c"], roles=["text"] * 2)
-    >>> table |= dict(token_ids=[[1], [2]], example=torch.tensor([0, 0]), group=torch.tensor([0, 0]))
-    >>> table |= dict(side=torch.tensor([0, 0]), truncated=torch.tensor([False, False]))
-    >>> GroupCredit("none")(Rollouts(**table, totals=torch.tensor([1.0, 3.0])))
-    tensor([-1.,  1.])
     """
 
     def __init__(
@@ -65,7 +60,7 @@ class GroupCredit(Credit):
 
     def notes(self, progress: float) -> dict[str, Any]:
         return {
-            "credit": "group",
+            "kind": "group",
             "scale": self.scale,
             "aggregation": self.aggregation,
             "weights": self.weights,

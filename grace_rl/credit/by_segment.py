@@ -52,7 +52,7 @@ class SegmentCredit(Credit):
 
     def notes(self, progress: float) -> dict[str, Any]:
         return {
-            "credit": "segments",
+            "kind": "segments",
             "scale": self.scale,
             "shaping": dataclasses.asdict(self.shaping),
             "calibration": self.calibration.state_dict(),

@@ -7,11 +7,9 @@ credit on the same stored table gives the same advantages: `notes` says what to 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from grace_rl.rollout.rollouts import Rollouts
@@ -46,13 +44,3 @@ class Credit:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
-
-
-def with_advantages(rollouts: Rollouts, advantages: Tensor) -> Rollouts:
-    """The table with its advantages, (N,) or (N, T); those of tokens also as their mean."""
-    if advantages.dim() == 1:
-        return dataclasses.replace(rollouts, advantages=advantages)
-    lengths = torch.tensor([len(ids) for ids in rollouts.token_ids])
-    written = torch.arange(advantages.shape[1]) < lengths[:, None]
-    means = (advantages * written).sum(1) / lengths.clamp(min=1)
-    return dataclasses.replace(rollouts, advantages=means, token_advantages=advantages)

@@ -11,17 +11,17 @@ from grace_rl.credit.by_segment import SegmentCredit
 from grace_rl.credit.credit import Credit
 from grace_rl.credit.segments import ShapingConfig
 
-KEYS = ("credit", "progress")
+KEYS = ("kind", "progress")
 
 
 def restored_credit(notes: Mapping[str, Any]) -> tuple[Credit, float]:
-    """The credit and the progress of a step, from `Credit.notes`; GRPO's where there are none."""
+    """The credit and the progress of a step, from `Credit.notes`."""
     settings = {name: value for name, value in notes.items() if name not in KEYS}
     progress = float(notes.get("progress", 0.0))
-    if notes.get("credit") == "segments":
+    if notes.get("kind") == "segments":
         credit = SegmentCredit(ShapingConfig(**settings["shaping"]), settings["scale"])
         credit.load_state_dict(settings["calibration"])
         return credit, progress
-    if notes.get("credit") == "critic":
+    if notes.get("kind") == "critic":
         return CriticCredit(**settings), progress
     return GroupCredit(**settings), progress

@@ -9,7 +9,7 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +158,44 @@ class Bundles:
                 found.append(("negative_positive", row["negative_positive"], 1))
             found += [("negative", negative, 1 + i) for i, negative in enumerate(negatives)]
         return [text for text in found if text[0] in wanted]
+
+    def anchors_of(self, examples: Iterable[int]) -> list[RoleText]:
+        """The anchors of these rows, each as often as it is written."""
+        return [
+            text
+            for example in examples
+            for text, samples in self.anchors[example]
+            for _ in range(samples)
+        ]
+
+    def sampler(
+        self, key: str, batch_size: int, samples: int, repeat_count: int = 1, **order: Any
+    ) -> BundleSampler:
+        """Prompt numbers of batches of whole bundles.
+
+        Args:
+            key: What the user sets `batch_size` by.
+            batch_size: Rollouts of a batch, on all processes.
+            samples: Rollouts of each text.
+            repeat_count, order: As in `BundleSampler`.
+
+        Raises:
+            UserError: Whole bundles do not fill a batch.
+        """
+        bundle = len(self.trained) * samples
+        if batch_size % bundle:
+            raise UserError(
+                f"{key} = {batch_size} must be a multiple of trained roles x samples = "
+                f"{len(self.trained)} x {samples} = {bundle}"
+            )
+        return BundleSampler(
+            rows=len(self.rows),
+            texts_per_row=len(self.trained),
+            samples=samples,
+            rows_per_batch=batch_size // bundle,
+            repeat_count=repeat_count,
+            **order,
+        )
 
     def dataset(self) -> Dataset:
         """One item per trained text, the texts of a row next to each other."""

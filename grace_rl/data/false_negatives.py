@@ -171,7 +171,7 @@ class FalseNegatives:
             weights: (N, M) of texts and candidates.
             same_meaning: (N, M) bool, the candidate is the text itself or means the same by its
                 label: a guide has no say in positives.
-            same_row: (N, M) bool, both are of one row: the labels decide with `own_negatives: false`.
+            same_row: (N, M) bool, both are of one row, whose labels `own_negatives: false` trusts.
         """
         labelled = same_meaning if self.config.own_negatives else same_meaning | same_row
         return weights.masked_fill(labelled, 1.0)

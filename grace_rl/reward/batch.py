@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ from grace_rl.rollout.rollouts import Rollouts, row_fields
 
 if TYPE_CHECKING:
     from grace_rl.data.false_negatives import FalseNegatives
+
+
+SEEN = {
+    *("texts", "rationales", "roles", "token_ids", "example", "group", "side", "truncated"),
+    *("embeddings", "prompts", "columns", "prefix_embeddings", "prefix_ends", "step", "seed"),
+}
+"""Columns that a reward sees; what rewards say and what follows from it is not among them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,11 +287,11 @@ def reward_batch(
         false_negatives: see `Pool`.
     """
 
-    def columns(of: Rollouts) -> dict[str, object]:
-        return {f.name: getattr(of, f.name) for f in dataclasses.fields(Rollouts)}
+    def seen(of: Rollouts) -> dict[str, Any]:
+        return {f.name: getattr(of, f.name) for f in dataclasses.fields(of) if f.name in SEEN}
 
-    pool = Pool(**columns(world), false_negatives=false_negatives)  # type: ignore[arg-type]
-    return RewardBatch(**columns(world.take(rows)), pool=pool)  # type: ignore[arg-type]
+    pool = Pool(**seen(world), false_negatives=false_negatives)
+    return RewardBatch(**seen(world.take(rows)), pool=pool)
 
 
 def _copies(rollouts: Rollouts) -> dict[str, object]:

@@ -1,8 +1,14 @@
 """Other rewards on rollouts that a run has kept: what would have been learned from them?
 
-Totals and advantages are those that `GRPOTrainer` would have computed: gates applied, weighted sum,
-minus the group's mean, divided as `scale_rewards` says. With step-wise credit or a critic the run's
-own advantages were shaped further; a replay is compared with their means over a rationale.
+Scores, totals and advantages are those that training would have had: the same batch, gates and
+mask of false negatives, and the credit of that step as it was then (by group, by segment with its
+calibration, by critic with its values). The run's own rewards give its own numbers again, to the
+last bit where it was one process on a CPU; else matrices were multiplied in other shapes, and the
+last digits differ. What cannot be replayed: a reward that answers otherwise each time (a judge, a
+clock), that needs what the store does not keep (`trainer_state`, row fields that are no JSON), or
+that starts from the policy's weights; and where segments are cut, which the run decided. Rewards
+without steps, on a run whose credit was by segment, are given credit by group, and the other way
+round; a critic foresaw the run's own total, whatever rewards are replayed.
 
 A replay is kept beside the run, in `replays/<name>.parquet`, a row for each trained rollout:
 `step example group role text rationale advantage replayed_advantage total rank replayed_rank` and
@@ -14,19 +20,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
+from grace_rl.credit.by_group import GroupCredit
+from grace_rl.credit.by_segment import SegmentCredit
+from grace_rl.credit.credit import Credit
+from grace_rl.credit.restored import restored_credit
+from grace_rl.credit.segments import ShapingConfig, step_labels
 from grace_rl.reward.loading import LoadedReward
-from grace_rl.reward.runtime import RewardRuntime, weighted_totals
-from grace_rl.reward.stored import StoredStep, group_ranks
-from grace_rl.rollout.groups import group_means, group_stds
+from grace_rl.reward.runtime import RewardRuntime
+from grace_rl.reward.scores import with_scores
+from grace_rl.reward.stored import stored_batch, stored_steps
+from grace_rl.rollout.groups import in_groups
+from grace_rl.rollout.rollouts import Rollouts
 from grace_rl.run.files import whole_file
-
-Scale = Literal["group", "batch", "none"]
 
 
 @dataclass(frozen=True)
@@ -58,58 +70,72 @@ class ReplayedGroup:
 
 
 def replay(
-    steps: Iterable[StoredStep], rewards: Sequence[LoadedReward], scale_rewards: Scale = "group"
-) -> Iterator[tuple[pa.Table, list[ReplayedGroup]]]:
+    run: str | Path, rewards: Sequence[LoadedReward], steps: Iterable[int] | None = None
+) -> Iterator[tuple[Rollouts, Rollouts]]:
     """Score stored steps again, one at a time.
 
     Args:
-        steps: From `grace_rl.reward.stored.stored_steps`.
+        run: The run directory.
         rewards: The rewards to replay with.
-        scale_rewards: As in TRL's `GRPOConfig`.
+        steps: Only these; the default is all.
 
     Yields:
-        The rows of one step as above, and its groups.
+        The trained rollouts of a step as they were, and as they would have been.
 
     Raises:
+        UserError: There is no such run or step, or no rollouts are stored.
         RewardError: A reward with `on_error: raise` failed.
     """
     runtime = RewardRuntime(rewards)
-    for stored in steps:
-        batch, before = stored.batch, stored.advantages
-        scored = runtime.score(batch)
-        totals = weighted_totals(scored.rewards, runtime.weights)
-        after = advantages(totals, batch.group, scale_rewards)
-        columns: dict[str, Any] = {
-            "step": [stored.step] * len(batch),
-            "example": batch.example.tolist(),
-            "group": batch.group.tolist(),
-            "role": batch.roles,
-            "text": batch.texts,
-            "rationale": batch.rationales,
-            "advantage": before.tolist(),
-            "replayed_advantage": after.tolist(),
-            "total": totals.tolist(),
-            "rank": group_ranks(before, batch.group).tolist(),
-            "replayed_rank": group_ranks(after, batch.group).tolist(),
-        }
-        for i, label in enumerate(runtime.labels):
-            columns[f"reward/{label}"] = scored.values[:, i].tolist()
-        yield pa.table(columns), _groups(stored, after)
+    for stored in stored_steps(run, steps):
+        scored = runtime.score(stored_batch(stored, run))
+        again = with_scores(stored, rewards, scored)
+        credit, progress = credit_of(stored, rewards)
+        after = again.with_advantages(credit(again.trained_rows, progress))
+        yield stored.trained_rows, after.trained_rows
 
 
-def advantages(totals: Tensor, group: Tensor, scale_rewards: Scale) -> Tensor:
-    """(B,) GRPO's advantages from (B,) totals; 0 where a rollout has no reward at all.
+def credit_of(stored: Rollouts, rewards: Sequence[LoadedReward]) -> tuple[Credit, float]:
+    """The credit of a stored step for these rewards, and the share of training that was over."""
+    credit, progress = restored_credit(stored.notes.get("credit", {}))
+    steps = bool(step_labels(rewards)) and stored.prefix_embeddings is not None
+    if isinstance(credit, SegmentCredit) and not steps:
+        return GroupCredit(credit.scale), progress
+    if isinstance(credit, GroupCredit):
+        if steps:
+            return SegmentCredit(ShapingConfig(), credit.scale), progress
+        credit.weights = [reward.weight for reward in rewards]
+    return credit, progress
 
-    >>> import torch
-    >>> advantages(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]), "none")
-    tensor([-1.,  1.])
+
+def replay_table(before: Rollouts, after: Rollouts) -> pa.Table:
+    """The rows of one step as they are kept beside the run."""
+    columns: dict[str, Any] = {
+        "step": [before.step] * len(before),
+        "example": before.example.tolist(),
+        "group": before.group.tolist(),
+        "role": before.roles,
+        "text": before.texts,
+        "rationale": before.rationales,
+        "advantage": before.advantages.numpy(),
+        "replayed_advantage": after.advantages.numpy(),
+        "total": after.totals.numpy(),
+        "rank": group_ranks(before.advantages, before.group).tolist(),
+        "replayed_rank": group_ranks(after.advantages, after.group).tolist(),
+    }
+    columns |= {f"reward/{label}": values.numpy() for label, values in after.scores.items()}
+    return pa.table(columns)
+
+
+def group_ranks(values: Tensor, group: Tensor) -> Tensor:
+    """(B,) rank of each rollout in its group by value, 0 the best; NaN ranks last, ties by place.
+
+    >>> group_ranks(torch.tensor([1.0, 3.0, 2.0, 5.0]), torch.tensor([7, 7, 7, 2]))
+    tensor([2, 0, 1, 0])
     """
-    centred = totals - group_means(totals, group)
-    if scale_rewards == "group":
-        centred = centred / (group_stds(totals, group) + 1e-4)
-    elif scale_rewards == "batch":
-        centred = centred / (totals[~totals.isnan()].std() + 1e-4)
-    return centred.nan_to_num()
+    lines, back = in_groups(values.nan_to_num(nan=-torch.inf), group)
+    order = lines.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
+    return back(order.argsort(dim=1))
 
 
 def write_replay(run: str | Path, name: str, tables: Sequence[pa.Table]) -> Path:
@@ -122,20 +148,22 @@ def write_replay(run: str | Path, name: str, tables: Sequence[pa.Table]) -> Path
     return path
 
 
-def _groups(stored: StoredStep, after: Tensor) -> list[ReplayedGroup]:
-    batch, before = stored.batch, stored.advantages
+def replayed_groups(before: Rollouts, after: Rollouts) -> list[ReplayedGroup]:
+    """The groups of one step."""
     groups = []
-    for number in batch.group.unique().tolist():
-        members = (batch.group == number).nonzero()[:, 0].tolist()
+    for number in before.group.unique().tolist():
+        members = (before.group == number).nonzero()[:, 0]
+        then, now = before.advantages[members], after.advantages[members]
+        rows = members.tolist()
         groups.append(
             ReplayedGroup(
-                step=stored.step,
-                text=batch.texts[members[0]],
-                role=batch.roles[members[0]],
-                rationales=[batch.rationales[i] for i in members],
-                before=before[members].tolist(),
-                after=after[members].tolist(),
-                order_kept=order_kept(before[members], after[members]),
+                step=before.step,
+                text=before.texts[rows[0]],
+                role=before.roles[rows[0]],
+                rationales=[before.rationales[i] for i in rows],
+                before=then.tolist(),
+                after=now.tolist(),
+                order_kept=order_kept(then, now),
             )
         )
     return groups

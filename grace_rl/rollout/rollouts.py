@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from grace_rl.data.bundles import RoleText
 from grace_rl.rollout.store import NOTES, REWARD, arrow_table
 
 
@@ -137,6 +138,68 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @classmethod
+    def to_write(
+        cls, texts: Sequence[RoleText], anchors: Sequence[RoleText], device: torch.device
+    ) -> Self:
+        """A table of texts for which nothing is written yet: those to train on, then anchors."""
+        rows = [*texts, *anchors]
+
+        def column(name: str) -> Tensor:
+            numbers = [getattr(row, name) for row in rows]
+            return torch.tensor(numbers, dtype=torch.long, device=device)
+
+        return cls(
+            texts=[row.text for row in rows],
+            rationales=[""] * len(rows),
+            roles=[row.role for row in rows],
+            token_ids=[[]] * len(rows),
+            example=column("example"),
+            group=column("group"),
+            side=column("side"),
+            truncated=torch.zeros(len(rows), dtype=torch.bool, device=device),
+            trained=torch.tensor([i < len(texts) for i in range(len(rows))], device=device),
+        )
+
+    def with_scores(
+        self, scores: Mapping[str, Tensor], totals: Tensor, step_scores: Tensor | None
+    ) -> Self:
+        """The table with what rewards say of its W trained rollouts, which come first.
+
+        Args:
+            scores: label -> (W,).
+            totals: (W,).
+            step_scores: (W, K+1), where a reward scores steps.
+        """
+        return dataclasses.replace(
+            self,
+            scores={label: self._column(values) for label, values in scores.items()},
+            totals=self._column(totals),
+            step_scores=None if step_scores is None else self._column(step_scores),
+        )
+
+    def with_advantages(self, advantages: Tensor) -> Self:
+        """The table with the advantages of its W trained rollouts, which come first.
+
+        Args:
+            advantages: (W,), or (W, T) where tokens differ; then `advantages` is their mean.
+        """
+        if advantages.dim() == 1:
+            return dataclasses.replace(
+                self, advantages=self._column(advantages), token_advantages=None
+            )
+        lengths = torch.tensor([len(ids) for ids in self.token_ids[: len(advantages)]])
+        written = torch.arange(advantages.shape[1]) < lengths[:, None]
+        means = (advantages * written).sum(1) / lengths.clamp(min=1)
+        return dataclasses.replace(
+            self, advantages=self._column(means), token_advantages=self._column(advantages)
+        )
+
+    def _column(self, values: Tensor) -> Tensor:
+        """A column of which the anchors, which come last, have nothing."""
+        more = values.new_full((len(self) - len(values), *values.shape[1:]), torch.nan)
+        return torch.cat([values, more])
+
     def take(self, rows: slice | Tensor) -> Self:
         """Some rows in some order; those of a slice are views."""
         numbers = torch.arange(len(self))[rows if isinstance(rows, slice) else rows.cpu()].tolist()
@@ -214,7 +277,7 @@ class Rollouts:
             "rationale": self.rationales,
             "token_ids": self.token_ids,
             "truncated": self.truncated.tolist(),
-            "advantage": self.advantages.cpu(),
+            "advantage": self.advantages.cpu().numpy(),
             "step_scores": _lists(self.step_scores, trained),
             "step_ends": _lists(self.prefix_ends, trained),
             **{name: self._by_token(getattr(self, name), trained) for name in TOKENS},
@@ -222,10 +285,10 @@ class Rollouts:
             "side": self.side.tolist(),
             "prompt": self.prompts or None,
             "row_columns": _row_texts(self.columns, count),
-            "total": self.totals.cpu(),
+            "total": self.totals.cpu().numpy(),
             "prefix_embeddings": _lists(self.prefix_embeddings, trained),
         }
-        columns |= {REWARD + label: values.cpu() for label, values in self.scores.items()}
+        columns |= {REWARD + label: values.cpu().numpy() for label, values in self.scores.items()}
         return arrow_table(columns, {"seed": self.seed, **self.notes})
 
     def _by_token(self, values: Tensor | None, there: Tensor) -> list[list[float] | None] | None:
@@ -249,6 +312,8 @@ class Rollouts:
         embeddings = _matrix(data["embedding"])
         if embeddings is None or embeddings.isnan().any():
             raise ValueError("they were stored without embeddings")
+        if data["side"].null_count:
+            raise ValueError("they were stored without sides, by an older version")
         notes = json.loads((table.schema.metadata or {}).get(NOTES, b"{}"))
         whole: dict[str, Any] = {name: data[name].to_pylist() for name in _PLAIN}
         prefixes = _prefixes(data, whole["token_ids"], embeddings)
@@ -257,7 +322,7 @@ class Rollouts:
             **prefixes,
             example=torch.tensor(whole["example"]),
             group=torch.tensor(whole["group"]),
-            side=torch.tensor([side or 0 for side in whole["side"]]),
+            side=torch.tensor(whole["side"]),
             truncated=torch.tensor(whole["truncated"]),
             embeddings=embeddings,
             prompts=[] if None in whole["prompt"] else whole["prompt"],

@@ -20,8 +20,8 @@ The file of step 10 is `<run>/rollouts/step-000010.parquet`.
 | `row_columns` | string | the data row's other fields, as JSON |
 | `total` | float32 | of all rewards, gates applied |
 | `token_values` | list of float32 | what the critic of PPO said before each token |
-| `token_kl` | list of float32 | the KL to the reference that each token pays for (`kl_in: reward`) |
-| `prefix_embeddings` | list of float32 | (K+1, D) of each prefix, row by row; null like `step_ends` |
+| `token_kl` | list of float32 | the KL to the reference, of each token |
+| `prefix_embeddings` | list of float32 | (K+1, D), prefix by prefix; null like `step_ends` |
 | `reward/<label>` | float32 | null: not scored |
 
 What belongs to a whole step (how credit was given, the seed) is JSON in the file's metadata. With

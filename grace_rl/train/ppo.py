@@ -20,32 +20,26 @@ The terms themselves are in train/ppo_terms.py.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
+from grace_rl.credit.by_critic import CriticCredit, Estimate
+from grace_rl.credit.credit import Credit
 from grace_rl.credit.critic import (
     adapted_kl_coefficient,
     clipped_value_losses,
     explained_variance,
-    gae,
     moments,
-    place_rewards,
-    whiten,
 )
-from grace_rl.credit.segments import (
-    faded_penalty,
-    one_segment,
-    prefix_values,
-    regressions,
-    segment_rewards,
-    step_labels,
-)
+from grace_rl.credit.segments import step_labels
 from grace_rl.credit.value_model import (
     attach_value_model,
     is_value_parameter,
@@ -53,9 +47,8 @@ from grace_rl.credit.value_model import (
     without_value_model,
 )
 from grace_rl.errors import UserError
-from grace_rl.reward.runtime import weighted_totals
-from grace_rl.train.generation_batch import GenerationBatch
-from grace_rl.train.grpo import GraceGRPOTrainer
+from grace_rl.rollout.rollouts import Rollouts
+from grace_rl.train.grpo import GraceGRPOTrainer, like_completions
 from grace_rl.train.ppo_config import GracePPOConfig
 
 VALUE_MODEL_FILE = "value_model.safetensors"
@@ -75,6 +68,7 @@ class GracePPOTrainer(GraceGRPOTrainer):
     """
 
     args: GracePPOConfig
+    credit: CriticCredit
 
     def __init__(self, model: Any, args: GracePPOConfig, *others: Any, **keywords: Any) -> None:
         _check_deepspeed(args)
@@ -111,13 +105,9 @@ class GracePPOTrainer(GraceGRPOTrainer):
             # The value before token t comes, as its logits do, from position t - 1.
             values = torch.cat(self._received)[:, -logits_to_keep - 1 : -1]
             self._forward = (output[0], output[1], values)
-            if self._batch is not None and self._rollout_values is None:
+            if self._rollouts is not None and self._rollout_values is None:
                 self._rollout_values = values
         return output
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rollout_values = None
-        return super()._generate_and_score_completions(inputs)
 
     def _values_of_rollouts(self, output: dict[str, Any]) -> Tensor:
         """(B, T) values by the policy that wrote the rollouts.
@@ -128,7 +118,7 @@ class GracePPOTrainer(GraceGRPOTrainer):
         if "old_per_token_logps" not in output:
             ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
             attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-            self._rollout_values = None
+            self._rollout_values = None  # a reference model that is the policy without its adapter
             with (
                 torch.no_grad(),
                 # TRL passes it the same two: a wrapped model, and kwargs that are a dict by now.
@@ -144,88 +134,75 @@ class GracePPOTrainer(GraceGRPOTrainer):
                     output["completion_ids"].size(1),
                     batch_size=self.args.per_device_train_batch_size,
                 )
-        assert self._rollout_values is not None
-        return self._rollout_values
+        values, self._rollout_values = self._rollout_values, None
+        if values is None:
+            raise RuntimeError("no forward of the policy has given the critic's values")
+        return values
 
     # -- credit ---------------------------------
 
-    def _assign_credit(self, batch: GenerationBatch, output: dict[str, Any]) -> None:
-        """Rewards, advantages and returns per token, (B, T) each."""
+    def _make_credit(self) -> Credit:
         args = self.args
-        values = self._values_of_rollouts(output)
-        earned, ends = self._segment_rewards(batch)
+        return CriticCredit(
+            args.gamma,
+            args.lam,
+            args.whiten_advantages,
+            steps=bool(step_labels(self.rewards)),
+            penalty=self.shaping.penalty,
+            margin=self.shaping.margin,
+        )
+
+    def _give_credit(self, world: Rollouts, output: dict[str, Any]) -> Rollouts:
+        """Values and KL per token for all processes; then advantages and returns, (B, T) each."""
         written = output["completion_mask"].bool()
-        scored = ~earned.isnan().any(dim=1) & written.any(dim=1)  # (B,)
-        mask = written & scored[:, None]
-        rewards = place_rewards(earned.nan_to_num(), ends, mask)
-        scores = rewards.sum(1)
-        kl = torch.zeros_like(rewards)
+        values = self._values_of_rollouts(output).where(written, torch.nan)
+        kl = None
         if "ref_per_token_logps" in output:
             kl = (output["old_per_token_logps"] - output["ref_per_token_logps"]) * written
-        if args.kl_in == "reward":
-            rewards = rewards - self.beta * kl * mask
-        advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-        self._log_rollouts(values, returns, mask, scores, rewards.sum(1), kl.sum(1), scored)
-        if args.whiten_advantages:
-            advantages = whiten(advantages, mask, self._add_up)
-        output |= {"advantages": advantages, "returns": returns, "old_values": values}
-        output["value_mask"] = mask
+        world = dataclasses.replace(
+            world,
+            token_values=self._of_all(values, world, torch.nan),
+            token_kl=None if kl is None else self._of_all(kl, world, 0.0),
+        )
+        self.credit.kl_coefficient = self.beta if self.args.kl_in == "reward" else 0.0
+        estimate = self.credit.estimate(world.trained_rows, self._progress)
+        own = self._own_rows(world)
+        output["returns"] = like_completions(estimate.returns[own], output)
+        output["old_values"] = like_completions(estimate.values[own], output)
+        output["value_mask"] = like_completions(estimate.mask[own], output)
+        world = super()._give_credit(world, output)
+        self._log_rollouts(estimate, world.trained_rows)
+        return world
 
-    def _segment_rewards(self, batch: GenerationBatch) -> tuple[Tensor, Tensor]:
-        """(B, K) rewards, NaN in rows that no reward scored, and (B, K) exclusive ends.
+    def _of_all(self, own: Tensor, world: Rollouts, empty: float) -> Tensor:
+        """(B, T) of this process -> (N, T) of all, `empty` for anchors and after the end."""
+        longest = max(len(ids) for ids in world.token_ids)
+        padded = self.accelerator.pad_across_processes(own, dim=1, pad_index=empty)
+        values = gather(padded)[:, :longest].float()
+        missing = (0, longest - values.size(1), 0, len(world) - len(values))
+        return torch.nn.functional.pad(values, missing, value=empty)
 
-        Where a reward scores steps, each segment earns what it adds to the score; they sum to the
-        total less s_0, which is the same for a whole group. Otherwise the total is one segment's.
-        """
-        assert batch.scored is not None
-        device, own = batch.scored.rewards.device, self._own_rows(batch)
-        if not step_labels(self.rewards):
-            weights = self.runtime.weights.to(device)
-            totals = weighted_totals(batch.scored.rewards, weights)[own]
-            ends = torch.tensor([len(ids) for ids in batch.token_ids], device=device)
-            return totals[:, None], ends[:, None]
-        assert batch.steps is not None
-        scores, ends, totals, group = batch.steps
-        ends = torch.where(scores.isnan().any(1, keepdim=True), one_segment(ends), ends)
-        earned = segment_rewards(prefix_values(scores, ends, totals, group))
-        progress = self.state.global_step / max(1, self.state.max_steps)
-        penalty = faded_penalty(self.shaping.penalty, progress)
-        earned = earned - penalty * regressions(scores, self.shaping.margin).nan_to_num()
-        return earned[own].to(device), ends[own, 1:].to(device)
-
-    def _log_rollouts(
-        self,
-        values: Tensor,
-        returns: Tensor,
-        mask: Tensor,
-        scores: Tensor,
-        paid: Tensor,
-        kl: Tensor,
-        scored: Tensor,
-    ) -> None:
+    def _log_rollouts(self, estimate: Estimate, rollouts: Rollouts) -> None:
         """Metrics of a batch of rollouts; in training, adapt the KL coefficient to it."""
-        mode = "train" if self.model.training else "eval"
-        rows = torch.stack([scores * scored, paid * scored, kl, scored, torch.ones_like(kl)])
-        score, reward, spent, rated, count = self._add_up(rows.double().sum(1)).tolist()
-        mean, _ = moments(values, mask, self._add_up)
+        scored, count = estimate.scored, len(rollouts)
+        rated = max(int(scored.sum()), 1)
+        mean, _ = moments(estimate.values, estimate.mask)
         metrics = {
-            "objective/scores": score / max(rated, 1),
-            "objective/rlhf_reward": reward / max(rated, 1),
+            "objective/scores": float((estimate.scores * scored).double().sum()) / rated,
+            "objective/rlhf_reward": float((estimate.paid * scored).double().sum()) / rated,
             "val/mean": float(mean),
-            "val/explained_variance": explained_variance(values, returns, mask, self._add_up),
+            "val/explained_variance": explained_variance(
+                estimate.values, estimate.returns, estimate.mask
+            ),
         }
-        if self.beta != 0.0:
-            metrics |= {"objective/kl": spent / count, "objective/kl_coefficient": self.beta}
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
-        if mode == "train" and self.args.kl_target is not None:
-            self.beta = adapted_kl_coefficient(
-                self.beta, spent / count, self.args.kl_target, int(count), self.args.kl_horizon
-            )
-
-    def _add_up(self, sums: Tensor) -> Tensor:
-        total: Tensor = self.accelerator.reduce(sums, reduction="sum")
-        return total
+        if self.beta != 0.0 and rollouts.token_kl is not None:
+            kl = float(rollouts.token_kl.sum(1).double().sum()) / count
+            metrics |= {"objective/kl": kl, "objective/kl_coefficient": self.beta}
+            if self._mode == "train" and self.args.kl_target is not None:
+                self.beta = adapted_kl_coefficient(
+                    self.beta, kl, self.args.kl_target, count, self.args.kl_horizon
+                )
+        self._log_all(metrics)
 
     # -- loss ---------------------------------
 
@@ -238,16 +215,15 @@ class GracePPOTrainer(GraceGRPOTrainer):
             policy_loss: Tensor = super()._compute_loss(model, inputs)
         finally:
             self.beta = coefficient
-        assert self._forward is not None
-        logps, entropies, values = self._forward
-        self._forward = None
+        if self._forward is None:
+            raise RuntimeError("TRL's loss has made no forward")
+        (logps, entropies, values), self._forward = self._forward, None
         mask = inputs["value_mask"]
         value_losses, value_clipped = clipped_value_losses(
             values, inputs["old_values"], inputs["returns"], self.args.value_clip
         )
         # A mean over the tokens of one optimizer step on all processes; `num_items_in_batch` counts
         # those of the whole batch of rollouts.
-        assert self.args.steps_per_generation is not None  # TRL's config has worked it out
         accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
         share = accumulated / self.args.steps_per_generation if self.model.training else 1.0
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) * share
@@ -283,12 +259,11 @@ class GracePPOTrainer(GraceGRPOTrainer):
         }
         mask = inputs["value_mask"]
         sums = [(column * mask).sum() for column in columns.values()] + [mask.sum()]
-        *totals, count = self._add_up(torch.stack([s.double() for s in sums])).tolist()
+        sums = torch.stack([total.double() for total in [*sums, policy_loss / processes]])
+        *totals, count, loss = self.accelerator.reduce(sums, reduction="sum").tolist()
         for name, total in zip(columns, totals, strict=True):
             self._metrics[mode][name].append(total / max(count, 1))
-        self._metrics[mode]["loss/policy_avg"].append(
-            self._add_up(policy_loss).item() / self.accelerator.num_processes
-        )
+        self._metrics[mode]["loss/policy_avg"].append(loss)
 
     # -- optimizer and checkpoints ---------------------------------
 

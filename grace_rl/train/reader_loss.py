@@ -1,8 +1,8 @@
 """A contrastive loss beside the rewards: the policy learns to read what it learns to write.
 
 Rewards move the words that are written; nothing moves how they are read, except by accident. This
-loss is the shipped reward `contrastive` once more, of the same rollouts, masks and negatives, but
-with a gradient through the reader: minus the log-softmax at the counterpart.
+loss is InfoNCE as the shipped reward `contrastive` has it, of the same rollouts, masks and
+negatives, but with a gradient through the reader: minus the log-softmax at the counterpart.
 
 The rollouts of a mini-batch are read with the weights as they are now. What they are compared with
 is the pool of the batch, as it was read when it was written: so one mini-batch has every text of
@@ -16,13 +16,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from grace_rl_rewards.contrastive import Contrastive
 from torch import Tensor
 
 from grace_rl.embed.reader import Reader, Written
 from grace_rl.errors import UserError
 from grace_rl.recipe.keys import unknown_keys
-from grace_rl.reward import RewardBatch
+from grace_rl.reward import RewardBatch, contrast_texts
 
 KEY = "reader_loss"
 
@@ -105,7 +104,7 @@ class ReaderLoss:
         batch: RewardBatch,
     ) -> None:
         self._reader = reader
-        self._score = Contrastive(temperature=config.temperature)
+        self._temperature = config.temperature
         self._batch = batch
         self.weight = config.weight
         self.written = written
@@ -125,9 +124,8 @@ class ReaderLoss:
         """
         known = self._batch.embeddings
         vectors = self._reader.finish(raw).to(known)
-        scored = self._score(self._batch.read_as(known.index_copy(0, rows, vectors)))
-        assert isinstance(scored.values, Tensor)
-        values, hits = scored.values[rows], scored.components["accuracy"][rows].detach()
-        counts = usable & ~values.isnan()
+        contrast = contrast_texts(self._batch.read_as(known.index_copy(0, rows, vectors)))
+        values = contrast.log_softmax(self._temperature)[rows]
+        hits, counts = contrast.accuracy[rows].detach(), usable & contrast.scored[rows]
         loss = -values.where(counts, 0.0).sum() / len(rows)
         return loss, hits.where(counts, torch.nan).nanmean()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grace_rl.embed.reader import Reader, Written
+from grace_rl.rollout.prompts import Prompt
+from grace_rl.rollout.rollouts import Rollouts
 
 
 class RolloutReader:
@@ -17,16 +21,83 @@ class RolloutReader:
     Args:
         reader: What to read.
         policy: The unwrapped policy.
+        render: A text's prompt.
 
     Attributes:
         shares_forwards: The reader sees prompt and rationale together with the policy's own
             weights, so TRL's forward has the states that it needs.
     """
 
-    def __init__(self, reader: Reader, policy: nn.Module) -> None:
+    def __init__(self, reader: Reader, policy: nn.Module, render: Callable[[str], Prompt]) -> None:
         self.reader = reader
         self.policy = policy
+        self.render = render
         self.shares_forwards = reader.config.in_context and reader.config.weights == "policy"
+        self._overheard: Tensor | None = None  # raw vectors of the rollouts under way
+
+    @property
+    def has_overheard(self) -> bool:
+        """Whether the rollouts under way have been read along with a forward of TRL's."""
+        return self._overheard is not None
+
+    def written(self, rollouts: Rollouts) -> list[Written]:
+        """The rows of a table as a reader takes them."""
+        rows = zip(rollouts.texts, rollouts.token_ids, rollouts.rationales, strict=True)
+        return [Written(self.render(text), ids, rationale) for text, ids, rationale in rows]
+
+    @contextmanager
+    def overhearing(
+        self, rollouts: Rollouts, input_ids: Tensor, logits_to_keep: int, chunk: int | None
+    ) -> Iterator[None]:
+        """Within it, TRL's forward over the trained rollouts reads them for `read`."""
+        own = rollouts.trained_rows
+        with self.during_forward(
+            self.written(own), input_ids, logits_to_keep, own.prefix_ends, chunk
+        ) as vectors:
+            yield
+        self._overheard = torch.cat(vectors)
+
+    def read(self, rollouts: Rollouts) -> Rollouts:
+        """The table with raw vectors, neither centred nor normalised, in its vector columns.
+
+        Those of trained rollouts that a forward has been overheard on are taken from there.
+        """
+        overheard, self._overheard = self._overheard, None
+        ends = rollouts.prefix_ends
+        if overheard is None:
+            raw = self.reader.read(self.written(rollouts), ends)
+        else:
+            anchors = self.written(rollouts.take(~rollouts.trained))
+            raw = overheard
+            if anchors:
+                more = self.reader.read(anchors)
+                if ends is not None:  # an anchor has no prefixes but itself
+                    more = more[:, None].expand(-1, ends.size(1), -1)
+                raw = torch.cat([raw, more])
+        if ends is None:
+            return dataclasses.replace(rollouts, embeddings=raw)
+        return dataclasses.replace(rollouts, embeddings=raw[:, -1], prefix_embeddings=raw)
+
+    def read_for_loss(
+        self,
+        written: Sequence[Written],
+        inputs: dict[str, Any],
+        loss: Callable[[], Any],
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> tuple[Any, Tensor]:
+        """The policy's loss, and (b, H) raw vectors with a gradient.
+
+        An in-context reader takes the hidden states from the forward that TRL makes for the loss;
+        the bottleneck needs one more, over the rationales alone.
+        """
+        if not self.shares_forwards:
+            value = loss()
+            with autocast():
+                return value, self.reader.read(written, gradient=True)
+        tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        with self.during_forward(written, tokens, inputs["completion_ids"].size(1)) as vectors:
+            value = loss()
+        return value, torch.cat(vectors)
 
     @contextmanager
     def during_forward(
@@ -65,16 +136,3 @@ class RolloutReader:
         vectors: list[Tensor] = []
         with self.reader.tap(self.policy, span, vectors):
             yield vectors
-
-    def apart(
-        self, written: list[Written], anchors: list[Written], ends: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Raw vectors of rollouts, (B, H), or with their prefixes (B, K+1, H), and of anchors, (A,
-        H), in one reading of all."""
-        if ends is None:
-            both = self.reader.read(written + anchors)
-            return both[: len(written)], both[len(written) :]
-        whole = torch.tensor([len(item.token_ids) for item in anchors], dtype=torch.long)
-        ends = torch.cat([ends, whole[:, None].expand(-1, ends.size(1))])
-        both = self.reader.read(written + anchors, ends)
-        return both[: len(written)], both[len(written) :, -1]

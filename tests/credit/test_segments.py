@@ -8,10 +8,9 @@ import math
 import pytest
 import torch
 
+from grace_rl.credit.calibration import Calibration, beta_advice, shaping_metrics
 from grace_rl.credit.segments import (
-    Calibration,
     ShapingConfig,
-    beta_advice,
     check_shaping,
     discounted_sums,
     has_tokens,
@@ -19,7 +18,6 @@ from grace_rl.credit.segments import (
     regressions,
     segment_rewards,
     shape_advantages,
-    shaping_metrics,
     to_tokens,
 )
 from grace_rl.errors import UserError

@@ -41,6 +41,7 @@ def write_step(run: Path, step: int, rationales: list[str] | None = None) -> Non
         {
             "example": [i // 2 for i in range(8)] + [0],
             "group": [i // 2 for i in range(8)] + [9],
+            "side": [0] * 8 + [1],
             "role": ["query", "positive"] * 4 + ["negative"],
             "text": [*texts, "an anchor"],
             "rationale": [*said, "of an anchor"],

@@ -18,8 +18,7 @@ import pytest
 
 from grace_rl.inspect import Run
 from grace_rl.reward import load_rewards
-from grace_rl.reward.replay import replay, write_replay
-from grace_rl.reward.stored import stored_steps
+from grace_rl.reward.replay import replay, replay_table, write_replay
 from grace_rl.run.checkpoints import mark_complete
 
 pytestmark = pytest.mark.slow
@@ -68,8 +67,8 @@ def settled(page: Any) -> None:
 def views(trained: list[Path]) -> dict[str, tuple[str, str]]:
     """Each view's address, and what shows that it is complete."""
     run = Run(trained[1])
-    steps, rewards = stored_steps(run.path), load_rewards(["consistency"], ".")
-    write_replay(run.path, "consistency", [table for table, _ in replay(steps, rewards)])
+    pairs = replay(run.path, load_rewards(["consistency"], "."))
+    write_replay(run.path, "consistency", [replay_table(*pair) for pair in pairs])
     text = run.texts()["text"][0]
     best = run.group(3, int(run.groups(step=3)["group"][0])).iloc[0]
     return {
@@ -250,8 +249,8 @@ def test_an_edited_rationale_moves_the_neighbours(
 
 
 def test_hostile_rationales_are_text(browser: Any, page_of_written: str, written: Path) -> None:
-    steps, rewards = stored_steps(written), load_rewards(["consistency"], ".")
-    write_replay(written, "consistency", [table for table, _ in replay(steps, rewards)])
+    pairs = replay(written, load_rewards(["consistency"], "."))
+    write_replay(written, "consistency", [replay_table(*pair) for pair in pairs])
     hostile = Run(written).rollouts(step=3)
     pages = [
         "/rollouts?step=3",

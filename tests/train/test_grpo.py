@@ -72,11 +72,9 @@ def test_embeddings_come_from_the_forward_that_trl_makes(
         return own_read(written)
 
     def compare(inputs: Any, prompts: Any, completions: Any, ids: Any) -> torch.Tensor:
-        batch = trainer._batch
-        written = [
-            Written(*item) for item in zip(batch.prompts, batch.token_ids, completions, strict=True)
-        ]
-        compared.append(float((batch.raw - own_read(written)).abs().max()))
+        reader = trainer._rollout_reader
+        written = reader.written(trainer._rollouts.trained_rows)
+        compared.append(float((reader._overheard - own_read(written)).abs().max()))
         return score(inputs, prompts, completions, ids)
 
     trainer.reader.read = counted

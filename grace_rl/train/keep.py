@@ -1,0 +1,82 @@
+"""What becomes of a batch of rollouts: stored, printed, and looked at once for the worst."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from grace_rl.reward.loading import LoadedReward
+from grace_rl.reward.runtime import RewardError
+from grace_rl.rollout.rollouts import Rollouts
+from grace_rl.rollout.store import write_rollouts
+from grace_rl.train.callbacks import print_group
+
+
+class RolloutKeeper:
+    """Stores the rollouts and anchors of logged steps; now and then prints a group.
+
+    Args:
+        run_folder: The run directory; None stores nothing.
+        console: Where to print.
+        print_steps: Print every so many steps, and the first; 0 never prints.
+        main_process: Only this one stores and prints.
+    """
+
+    def __init__(
+        self, run_folder: Path | None, console: Console, print_steps: int, main_process: bool
+    ) -> None:
+        self.run_folder = run_folder
+        self.console = console
+        self.print_steps = print_steps
+        self.main_process = main_process
+
+    def keep(self, rollouts: Rollouts, state: Any, rewards: Sequence[LoadedReward]) -> None:
+        """Keep those of all processes.
+
+        Args:
+            rollouts: With scores and advantages.
+            state: The trainer's.
+            rewards: In the order to print them.
+        """
+        if not self.main_process:
+            return
+        step = rollouts.step
+        logged = step % max(1, int(state.logging_steps)) == 0
+        if self.run_folder is not None and (logged or (step == 1 and state.logging_first_step)):
+            write_rollouts(self.run_folder, step, rollouts.to_arrow())
+        if self.print_steps > 0 and (step % self.print_steps == 0 or step == 1):
+            group = rollouts.take(rollouts.trained & (rollouts.group == rollouts.group[0]))
+            print_group(self.console, group.to_arrow().to_pylist(), [r.label for r in rewards])
+
+
+def check_totals(rollouts: Rollouts) -> None:
+    """Raises RewardError, on every process alike, where rewards are too large for a deviation.
+
+    Their squares overflow float32 then: the deviation is infinite and every advantage 0.
+    """
+    totals = rollouts.totals[~rollouts.totals.isnan()]
+    if not len(totals) or bool(((totals - totals.mean()) ** 2).sum().isfinite()):
+        return
+    sizes = {label: float(s.nan_to_num().abs().max()) for label, s in rollouts.scores.items()}
+    label = max(sizes, key=lambda name: sizes[name])
+    raise RewardError(
+        f"the rewards are too large to compare: their total reaches {float(totals.abs().max()):.3g}"
+        f" at step {rollouts.step}, mostly by {label!r}; advantages divide by its deviation, which "
+        "is no number then; scale the reward down"
+    )
+
+
+def check_first_batch(advantages: Tensor) -> str | None:
+    """A sentence if the first batch teaches nothing."""
+    if bool(torch.any(advantages)):
+        return None
+    return (
+        "every advantage of the first batch is 0: no text has two rollouts that the rewards tell "
+        "apart, so this step changes nothing. If this goes on, look at temperature, "
+        "rewards/<name>/within_group_std and the weights (docs/rewards.md)"
+    )
