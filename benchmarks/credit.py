@@ -400,7 +400,7 @@ def noise(options: argparse.Namespace, console: Console) -> int:
         ratio = f"{share / shares['GRPO']:.2f}"
         table.add_row(name, f"{share:.4f} +- {error:.4f}", ratio, f"{float(direction):.3f}")
     console.print(table)
-    betas = ", ".join(f"{slope:.2f}" for slope in trainer.calibration.slopes.tolist())
+    betas = ", ".join(f"{slope:.2f}" for slope in trainer.credit.calibration.slopes.tolist())
     console.print(f"beta_2 ...: {betas}", highlight=False)
     return 0
 

@@ -62,6 +62,10 @@ class SegmentCredit(Credit):
     def learn(self, rollouts: Rollouts) -> str | None:
         """After use: no rollout has a say in its own baseline."""
         self.calibration.update(*prefix_columns(rollouts))
+        return self.advice()
+
+    def advice(self) -> str | None:
+        """Once, when the calibration has settled: whether prefixes predict too little."""
         slopes = self.calibration.slopes
         if slopes is None or self.calibration.batches != ADVICE_BATCHES:
             return None

@@ -258,12 +258,12 @@ class GracePPOTrainer(GraceGRPOTrainer):
             "val/clipfrac_avg": value_clipped,
         }
         mask = inputs["value_mask"]
-        sums = [(column * mask).sum() for column in columns.values()] + [mask.sum()]
-        sums = torch.stack([total.double() for total in [*sums, policy_loss / processes]])
-        *totals, count, loss = self.accelerator.reduce(sums, reduction="sum").tolist()
+        sums = [(column * mask).sum() for column in columns.values()] + [mask.sum(), policy_loss]
+        sums = self.accelerator.reduce(torch.stack([s.double() for s in sums]), reduction="sum")
+        *totals, count, loss = sums.tolist()
         for name, total in zip(columns, totals, strict=True):
             self._metrics[mode][name].append(total / max(count, 1))
-        self._metrics[mode]["loss/policy_avg"].append(loss)
+        self._metrics[mode]["loss/policy_avg"].append(loss / self.accelerator.num_processes)
 
     # -- optimizer and checkpoints ---------------------------------
 

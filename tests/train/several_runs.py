@@ -41,7 +41,7 @@ def interrupting(step: int | None) -> Any:
 
 def given_rollouts(self: Any, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
     """Random words in the place of samples: of rollouts by place, of anchors by text."""
-    own, process = len(self._batch.texts), self.accelerator.process_index
+    own, process = int(self._rollouts.trained.sum()), self.accelerator.process_index
     words = self._tokenizer(" ".join(["", *sorted(FACT_OF_WORD)]))["input_ids"]
     written = []
     for i, prompt in enumerate(prompt_ids):

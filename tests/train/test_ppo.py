@@ -194,14 +194,14 @@ def test_the_kl_is_paid_by_token_or_in_the_loss(build: Any, tmp_path: Path) -> N
             tmp_path, [lambda completions, **_: [0.0] * len(completions)],
             beta=0.5, kl_in=place, lam=1.0, whiten_advantages=False,
         )  # fmt: skip
-        assign = trainer._assign_credit
+        values = trainer._values_of_rollouts
 
-        def shifted(batch: Any, output: Any, assign: Any = assign, trainer: Any = trainer) -> None:
-            trainer._values_of_rollouts(output)
+        def shifted(output: Any, values: Any = values) -> Any:
+            own = values(output)
             output["ref_per_token_logps"] = output["old_per_token_logps"] - 1.0
-            assign(batch, output)
+            return own
 
-        trainer._assign_credit = shifted
+        trainer._values_of_rollouts = shifted
         batch = one_batch(trainer)
         left = batch["completion_mask"].flip(1).cumsum(1).flip(1) * batch["completion_mask"]
         returns[place] = (batch["returns"], left)
@@ -217,14 +217,14 @@ def test_segments_are_paid_where_they_end(build: Any, tmp_path: Path) -> None:
     settings = {"segments": 2, "segment_min_tokens": 2, "lam": 1.0, "whiten_advantages": False}
     trainer = build(tmp_path, ["stepwise", "length"], **settings)
     seen: list[Any] = []
-    assign = trainer._assign_credit
+    give = trainer._give_credit
 
-    def spy(batch: Any, output: Any) -> None:
-        assign(batch, output)
-        scores = batch.scored.steps["stepwise"]
-        seen.append((scores, batch.ends, batch.scored.rewards.sum(1), output))
+    def spy(world: Any, output: Any) -> Any:
+        rollouts = world.trained_rows
+        seen.append((rollouts.step_scores, rollouts.prefix_ends, rollouts.totals, output))
+        return give(world, output)
 
-    trainer._assign_credit = spy
+    trainer._give_credit = spy
     trainer.train()
     for scores, ends, totals, output in seen:
         first = scores[:, 0].reshape(-1, 2).mean(1).repeat_interleave(2)  # the same in a group

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from grace_rl.data import scenes
 from grace_rl.errors import UserError
 from grace_rl.recipe import load_recipe
+from grace_rl.rollout.engines import GRPOTrainer
 from grace_rl.train.grpo import GraceGRPOTrainer
 from grace_rl.train.grpo_config import GraceGRPOConfig
 from grace_rl.train.ppo import GracePPOTrainer
@@ -102,7 +103,9 @@ def test_without_it_nothing_is_read_again(
 
 
 @pytest.mark.parametrize("span", ["bottleneck", "context"])
-def test_mini_batches_sum_to_the_whole(build: Any, tmp_path: Path, span: str) -> None:
+def test_mini_batches_sum_to_the_whole(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: str
+) -> None:
     """Two halves, accumulated, move the weights as one whole does."""
     ends = []
     for parts in (1, 2):
@@ -116,23 +119,18 @@ def test_mini_batches_sum_to_the_whole(build: Any, tmp_path: Path, span: str) ->
             optim="sgd",
             learning_rate=0.1,
         )
-        trainer._generate_single_turn = as_if_written(trainer)
+        monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", as_if_written)
         trainer.train()
         ends.append([p.detach() for p in trainer.model.parameters()])
     for one, two in zip(*ends, strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
 
 
-def as_if_written(trainer: Any) -> Any:
+def as_if_written(trainer: Any, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
     """Rationales that depend on their place in the batch alone."""
-
-    def generate(prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
-        batch = trainer._batch
-        batch.token_ids = [[5 + i % 7, 9, 11 + i] for i in range(len(prompt_ids))]
-        batch.anchor_token_ids = [[20 + i, 21] for i in range(len(batch.anchors))]
-        return batch.token_ids, None
-
-    return generate
+    own = int(trainer._rollouts.trained.sum())
+    anchors = [[20 + i, 21] for i in range(len(prompt_ids) - own)]
+    return [[5 + i % 7, 9, 11 + i] for i in range(own)] + anchors, None
 
 
 def test_rollouts_that_are_cut_off_and_masked_do_not_count(

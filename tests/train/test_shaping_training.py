@@ -17,12 +17,13 @@ from peft import LoraConfig
 from rich.console import Console
 from transformers import TrainerCallback
 
+from grace_rl.credit.by_segment import ADVICE_BATCHES
 from grace_rl.data import scenes
 from grace_rl.embed.hidden_states import decoder_stack
 from grace_rl.errors import UserError
 from grace_rl.reward import RewardBatch, RewardOutput
 from grace_rl.rollout.store import read_rollouts
-from grace_rl.train.grpo import ADVICE_BATCHES, GraceGRPOTrainer
+from grace_rl.train.grpo import GraceGRPOTrainer
 from grace_rl.train.grpo_config import GraceGRPOConfig
 
 ROWS = scenes.rows("train", "quad", 12)
@@ -216,9 +217,9 @@ def test_advice_about_beta_comes_once(build: Any, tmp_path: Path) -> None:
 
     def step(slope: float) -> None:
         moments = [[value] * (K - 1) for value in (0.0, 0.0, slope, 1.0)]
-        batches = trainer.calibration.batches + 1
-        trainer.calibration.load_state_dict({"moments": moments, "batches": batches})
-        trainer._advise()
+        batches = trainer.credit.calibration.batches + 1
+        trainer.credit.load_state_dict({"moments": moments, "batches": batches})
+        trainer._say(trainer.credit.advice())
 
     for _ in range(ADVICE_BATCHES + 5):
         step(0.2)
@@ -249,7 +250,7 @@ trainer = GraceGRPOTrainer(
 )
 trainer.train()
 weights = sum(float(p.detach().double().sum()) for p in trainer.model.parameters())
-found = gather_object([(weights, trainer.calibration.state_dict(), trainer.segmenter.state_dict())])
+found = gather_object([(weights, trainer.credit.state_dict(), trainer.segmenter.state_dict())])
 assert len(found) == 2 and found[0] == found[1], found
 """
 
@@ -292,7 +293,7 @@ def test_resumed_equals_uninterrupted(build: Any, tmp_path: Path) -> None:
     weights = dict(whole.model.named_parameters())
     for name, p in second.model.named_parameters():
         assert torch.equal(p, weights[name]), name
-    assert second.calibration.state_dict() == whole.calibration.state_dict()
+    assert second.credit.state_dict() == whole.credit.state_dict()
     assert second.segmenter.typical_length == whole.segmenter.typical_length
     stored = [read_rollouts(tmp_path / run).to_pylist() for run in ("whole", "cut")]
     assert stored[0] == stored[1]
