@@ -157,6 +157,8 @@ class RewardBatch(Rollouts):
                 f"RewardBatch.pool.embeddings has {self.pool.embeddings.shape[1]} dimensions, "
                 f"expected {dim} like RewardBatch.embeddings"
             )
+        if (self.prefix_embeddings is None) != (self.prefix_ends is None):
+            raise ValueError("RewardBatch.prefix_embeddings and prefix_ends come together or not")
 
     def apart(self) -> RewardBatch:
         """The same batch in memory of its own: whatever a reward does to it, no other sees it."""
@@ -294,9 +296,9 @@ def reward_batch(
     return RewardBatch(**seen(world.take(rows)), pool=pool)
 
 
-def _copies(rollouts: Rollouts) -> dict[str, object]:
+def _copies(rollouts: Rollouts) -> dict[str, Any]:
     """Every column, copied: what is in lists and mappings too."""
-    seen: dict[int, object] = {}  # rollouts of a row share its values, and so do their copies
+    seen: dict[int, Any] = {}  # rollouts of a row share its values, and so do their copies
     values = {name: getattr(rollouts, name) for name in row_fields(rollouts)}
     return {
         name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value, seen)

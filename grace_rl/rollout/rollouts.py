@@ -316,9 +316,11 @@ class Rollouts:
             raise ValueError("they were stored without sides, by an older version")
         notes = json.loads((table.schema.metadata or {}).get(NOTES, b"{}"))
         whole: dict[str, Any] = {name: data[name].to_pylist() for name in _PLAIN}
+        lists: dict[str, Any] = {plural: whole[name] for plural, name in _LISTS.items()}
+        tokens: dict[str, Any] = {name: _padded(data[name]) for name in TOKENS}
         prefixes = _prefixes(data, whole["token_ids"], embeddings)
         return cls(
-            **{plural: whole[name] for plural, name in _LISTS.items()},
+            **lists,
             **prefixes,
             example=torch.tensor(whole["example"]),
             group=torch.tensor(whole["group"]),
@@ -337,7 +339,7 @@ class Rollouts:
             },
             totals=_vector(data["total"]),
             advantages=_vector(data["advantage"]),
-            **{name: _padded(data[name]) for name in TOKENS},
+            **tokens,
             step=steps.pop(),
             seed=notes.pop("seed", 0),
             notes=notes,
@@ -406,7 +408,7 @@ def _lists(values: Tensor | None, there: Tensor | None = None) -> pa.Array | Non
 
 def _prefixes(
     data: Mapping[str, pa.Array], token_ids: list[list[int]], embeddings: Tensor
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """The columns about prefixes; an anchor, stored without, is whole from the first prefix on."""
     ends, prefixes = _matrix(data["step_ends"]), _matrix(data["prefix_embeddings"])
     if ends is None or prefixes is None:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -345,7 +345,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             and not self._rollout_reader.has_overheard  # a reference model's forward comes later
             and not self.mask_truncated_completions  # hides the rationale from attention
         )
-        overhearing = nullcontext()
+        overhearing: AbstractContextManager[None] = nullcontext()
         if usable:
             overhearing = self._rollout_reader.overhearing(
                 self._under_way, input_ids, logits_to_keep, kwargs.get("batch_size")

@@ -225,7 +225,8 @@ class GracePPOTrainer(GraceGRPOTrainer):
         # A mean over the tokens of one optimizer step on all processes; `num_items_in_batch` counts
         # those of the whole batch of rollouts.
         accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
-        share = accumulated / self.args.steps_per_generation if self.model.training else 1.0
+        batches = self.args.steps_per_generation or 1
+        share = accumulated / batches if self.model.training else 1.0
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) * share
         value_loss = (value_losses * mask).sum() / (tokens / self.accelerator.num_processes)
         loss = policy_loss + self.args.vf_coef * value_loss

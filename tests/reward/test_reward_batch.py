@@ -27,7 +27,7 @@ def test_importing_the_contract_is_light():
         ("group", torch.zeros(4, dtype=torch.long)),
         ("embeddings", torch.zeros(8)),
         ("truncated", torch.zeros(8, dtype=torch.long)),
-        ("prompts", []),
+        ("prompts", ["x"]),
         ("columns", {"solution": ["x"]}),
         ("prefix_ends", torch.zeros(8, 2, dtype=torch.long)),
     ],
