@@ -119,7 +119,7 @@ def _retrieval(parts: Parts) -> Any:
     relevant: dict[str, dict[str, int]] = {}
     for row in parts[".qrels"]:
         if row["score"] > 0:
-            relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
+            relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
     corpus = [{"title": "", **row} for row in parts[".corpus"]]
     return {
         "test": {
@@ -142,7 +142,7 @@ def _reranking(parts: Parts) -> Any:
         corpus.append({"_id": f"d{number}", "text": row["sentence"]})
         candidates.setdefault(query, []).append(f"d{number}")
         if row["relevant"] > 0:
-            relevant.setdefault(query, {})[f"d{number}"] = int(row["relevant"])
+            relevant.setdefault(query, {})[f"d{number}"] = row["relevant"]
     texts = [{"_id": name, "text": text} for text, name in queries.items() if name in relevant]
     return {
         "test": {

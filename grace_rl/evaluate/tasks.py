@@ -5,23 +5,24 @@
     - {name: cranfield, kind: retrieval, path: data/cranfield}    # .corpus, .queries, .qrels
     - {name: trec, kind: classification, path: data/trec}         # .train, .test
 
-A path is a file, or the beginning of several files' names; `.jsonl` or `.jsonl.gz` may be left out.
+A path is a file, or the beginning of several files' names; the ending (`.jsonl`, `.jsonl.gz`,
+`.csv`, `.parquet`) may be left out.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import math
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
+from pydantic import Field, model_validator
+
+from grace_rl.data.rows import FILE_SUFFIXES, SHOWN_PROBLEMS, file_records
 from grace_rl.errors import UserError
-from grace_rl.recipe.keys import nearest
-from grace_rl.recipe.source import read_list
+from grace_rl.recipe.schema import MOST_EXACT, Section, shown, validated
+from grace_rl.recipe.source import RecipeSource, read_list
 from grace_rl.run.identity import digest
 
 # kind -> part of the task -> columns that a row must have, with their types
@@ -31,9 +32,9 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "retrieval": {
         ".corpus": {"_id": str, "text": str},
         ".queries": {"_id": str, "text": str},
-        ".qrels": {"query-id": str, "corpus-id": str, "score": NUMBER},
+        ".qrels": {"query-id": str, "corpus-id": str, "score": int},
     },
-    "reranking": {"": {"query": str, "sentence": str, "relevant": NUMBER}},
+    "reranking": {"": {"query": str, "sentence": str, "relevant": int}},
     "classification": {
         ".train": {"text": str, "label": (str, int)},
         ".test": {"text": str, "label": (str, int)},
@@ -42,9 +43,49 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "pair_classification": {"": {"sentence1": str, "sentence2": str, "label": int}},
 }
 CUT_KINDS = ("sts", "pair_classification", "clustering")  # of which `rows` takes the first
-ENDINGS = ("", ".jsonl", ".jsonl.gz")
-KEYS = ("name", "kind", "path", "rows")
-SHOWN_PROBLEMS = 20
+ENDINGS = ("", *FILE_SUFFIXES)
+
+
+class TaskEntry(Section):
+    """One entry of a task file: the name of one of mteb's tasks, or local files.
+
+    Args:
+        name: As scores call it, or mteb's.
+        kind: Of local files.
+        path: A file, or the beginning of the files' names; `~` is the home directory.
+        rows: Only the first so many, at least 2, for sts, pair_classification and clustering.
+    """
+
+    name: str = Field(min_length=1)
+    kind: (
+        Literal[
+            "sts",
+            "retrieval",
+            "reranking",
+            "classification",
+            "clustering",
+            "pair_classification",
+        ]
+        | None
+    ) = None
+    path: str | None = None
+    rows: int | None = Field(None, ge=2)
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if not self.name.strip():
+            raise UserError("name: must be a text that is not empty")
+        if self.kind is None and self.path is None:
+            if self.rows is not None:
+                raise UserError("rows: is for local files; leave it out")
+            _check_mteb_name(self.name)
+        elif self.kind is None:
+            raise UserError(f"kind: is missing; there are {', '.join(KINDS)}")
+        elif self.path is None:
+            raise UserError("path: is missing; give a file, or the beginning of the files' names")
+        elif self.rows is not None and self.kind not in CUT_KINDS:
+            raise UserError(f"rows: is for {', '.join(CUT_KINDS)}; leave it out")
+        return self
 
 
 @dataclass(frozen=True)
@@ -73,150 +114,140 @@ def load_tasks(path: str | Path) -> list[Task]:
         UserError: With every mistake: file and line, the key, what to do.
     """
     entries, source = read_list(path)
-    problems = source.problems
     tasks: list[Task] = []
     names: set[str] = set()
     for i, entry in enumerate(entries):
-
-        def problem(message: str, *key: str, i: int = i) -> None:
-            words = f"{'.'.join(key)}: " if key else ""
-            place = source.places.get((i, *key)) or source.places[(i,)]
-            problems.append(f"{place}: {words}{message}")
-
-        if isinstance(entry, str):
-            entry = {"name": entry}
-        name = entry.get("name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not name.strip():
-            problem("must be the name of a task of mteb, or {name, kind, path}")
+        if not isinstance(entry, str | dict):
+            message = "must be the name of a task of mteb, or {name, kind, path}"
+            source.problems.append(source.problem((i,), message))
             continue
-        for key in entry:
-            if key not in KEYS:
-                problem(f"unknown key{nearest(key, KEYS)}; there are {', '.join(KEYS)}", key)
-        if name in names:
-            problem(f"there are two tasks {name!r}; give each a name of its own", "name")
-        names.add(name)
-        if "kind" not in entry and "path" not in entry:
-            if "rows" in entry:
-                problem("is for local files; leave it out", "rows")
-            _check_mteb_name(name, problem)
-            tasks.append(name)
-            continue
-        kind, where, most = str(entry.get("kind")), entry.get("path"), entry.get("rows")
-        if kind not in KINDS:
-            hint = nearest(kind, KINDS)
-            problem(f"must be one of {', '.join(KINDS)}, not {kind}{hint}", "kind")
-        if not isinstance(where, str):
-            problem("is missing; give a file, or the beginning of the files' names", "path")
-        if most is not None and (not isinstance(most, int) or most < 2):
-            problem(f"must be a whole number from 2 on, not {most!r}", "rows")
-        elif most is not None and kind in KINDS and kind not in CUT_KINDS:
-            problem(f"is for {', '.join(CUT_KINDS)}; leave it out", "rows")
-        elif kind in KINDS and isinstance(where, str):
-            tasks.append(LocalTask(name, kind, _parts(kind, where, most, problems, problem)))
+        values = {"name": entry} if isinstance(entry, str) else entry
+        if isinstance(values.get("name"), str):
+            if values["name"] in names:
+                message = f"there are two tasks {values['name']!r}; give each a name of its own"
+                source.problems.append(source.problem((i, "name"), message))
+            names.add(values["name"])
+        checked = validated(TaskEntry, values, source, (i,))
+        if checked is not None:
+            local = checked.kind is not None
+            tasks.append(_local(checked, source, i) if local else checked.name)
     if not entries:
-        problems.append(f"{path}: names no task")
-    if problems:
-        raise UserError(problems)
+        source.problems.append(f"{path}: names no task")
+    if source.problems:
+        raise UserError(source.problems)
     return tasks
 
 
 def tasks_digest(tasks: Sequence[Task]) -> str:
     """Changes with the tasks and with what is in their files."""
-    return digest([task if isinstance(task, str) else asdict(task) for task in tasks])
+    return digest([task if isinstance(task, str) else vars(task) for task in tasks])
 
 
-def _check_mteb_name(name: str, problem: Any) -> None:
-    import mteb
-
+def _check_mteb_name(name: str) -> None:
+    try:
+        import mteb
+    except ImportError as error:
+        raise UserError(
+            f"name: {name} is a task of mteb, which is not installed; install 'grace-rl[mteb]'"
+        ) from error
     try:
         mteb.get_task(name)
     except KeyError as error:
-        problem(f"mteb has no such task: {str(error).strip(chr(34))}; a local one needs kind, path")
+        reason = str(error).strip('"')
+        raise UserError(
+            f"name: mteb has no such task: {reason}; a local one needs kind, path"
+        ) from error
 
 
-def _parts(
-    kind: str, where: str, most: int | None, problems: list[str], problem: Any
-) -> dict[str, list[dict[str, Any]]]:
+def _local(entry: TaskEntry, source: RecipeSource, i: int) -> LocalTask:
+    """The task of an entry; what is wrong with its files goes to `source.problems`."""
+    where, kind = str(Path(str(entry.path)).expanduser()), str(entry.kind)
     parts: dict[str, list[dict[str, Any]]] = {}
-    before = len(problems)
+    before = len(source.problems)
     for part, columns in KINDS[kind].items():
-        found = [Path(where + part + ending) for ending in ENDINGS]
-        file = next((file for file in found if file.is_file()), None)
+        candidates = [Path(where + part + ending) for ending in ENDINGS]
+        file = next((file for file in candidates if file.is_file()), None)
         if file is None:
-            problem(
-                f"there is no {where}{part}.jsonl or .jsonl.gz; "
-                f"paths start at the working directory {Path.cwd()}",
-                "path",
+            message = (
+                f"there is no {where}{part} with one of the endings "
+                f"{', '.join(FILE_SUFFIXES)}; paths start at the working directory {Path.cwd()}"
             )
+            source.problems.append(source.problem((i, "path"), message))
             continue
-        parts[part] = _rows(file, columns, most, problems)
-    if len(problems) > before:
-        return parts
-    if kind == "retrieval":
-        _check_ids(where, parts, problems)
-    part, column, enough, message = ENOUGH[kind]
-    if not enough({row.get(column) for row in parts[part]}):
-        problems.append(f"{where}{part}: {message}")
-    return parts
+        try:
+            parts[part] = _rows(file, columns, entry.rows)
+        except UserError as error:
+            source.problems += error.problems
+    if len(source.problems) == before:
+        if kind == "retrieval":
+            _check_ids(where, parts, source.problems)
+        part, column, enough, message = ENOUGH[kind]
+        if not enough({row.get(column) for row in parts[part]}):
+            source.problems.append(f"{where}{part}: {message}")
+    return LocalTask(entry.name, kind, parts)
 
 
-def _rows(
-    file: Path, columns: dict[str, Any], most: int | None, problems: list[str]
-) -> list[dict[str, Any]]:
-    """The rows of a file; bad ones go to `problems` with file and line."""
+def _rows(file: Path, columns: dict[str, Any], most: int | None) -> list[dict[str, Any]]:
+    """The rows of a file.
+
+    Raises:
+        UserError: With the bad ones, file and line.
+    """
     rows: list[dict[str, Any]] = []
+    problems: list[str] = []
     bad = 0
-    for number, row in _lines(file, problems):
+    for place, record in file_records(file):
         if most is not None and len(rows) >= most:
             break
-        wrong = [
-            f"{column} must be {_say(kind)}, not {row.get(column)!r}"
-            for column, kind in columns.items()
-            if not isinstance(row.get(column), kind) or not _is_plain(row[column])
-        ]
+        if isinstance(record, str):
+            wrong = [record]
+        else:
+            row = _exact(record, columns, of_texts=file.suffix == ".csv")
+            rows.append(row)
+            wrong = [
+                f"{column} must be {WORDS[kind]}, not {shown(row.get(column))}"
+                for column, kind in columns.items()
+                if not isinstance(row.get(column), kind) or not _is_plain(row[column])
+            ]
         bad += bool(wrong)
-        if wrong and bad <= SHOWN_PROBLEMS:
-            problems += [f"{file}:{number}: {one}" for one in wrong]
-        rows.append(row)
+        if bad <= SHOWN_PROBLEMS:
+            problems += [f"{place}: {one}" for one in wrong]
     if bad > SHOWN_PROBLEMS:
         problems.append(f"{file}: ... and {bad - SHOWN_PROBLEMS} more bad rows like these")
-    if not rows:
+    if not rows and not bad:
         problems.append(f"{file}: has no rows")
+    if problems:
+        raise UserError(problems)
     return rows
 
 
-def _lines(file: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except ValueError as error:
-                    problems.append(f"{file}:{number}: is not JSON in UTF-8: {error}")
-                    continue
-                if isinstance(row, dict):
-                    yield number, row
-                else:
-                    problems.append(f"{file}:{number}: is not an object with keys")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        problems.append(f"{file}: the gzip file is damaged after line {number}: {error}")
+def _exact(record: dict[str, Any], columns: dict[str, Any], of_texts: bool) -> dict[str, Any]:
+    """A row with the numbers that it must have: 2.0 is a whole one, and cells of CSV are texts."""
+    row = dict(record)
+    for column, kind in columns.items():
+        value = row.get(column)
+        if of_texts and isinstance(value, str) and kind in (int, NUMBER):
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        row[column] = value
+    return row
 
 
 def _is_plain(value: Any) -> bool:
     """Neither true nor false, no NaN or infinity, and no text that UTF-8 does not have."""
     if isinstance(value, str):
         return not any("\ud800" <= character <= "\udfff" for character in value)
-    return not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and abs(value) <= MOST_EXACT
 
 
-def _say(kind: Any) -> str:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    words = {str: "a text", int: "a whole number", float: "a number"}
-    return "a number" if float in kinds else " or ".join(words[one] for one in kinds)
-
+WORDS: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    NUMBER: "a number",
+    (str, int): "a text or a whole number",
+}
 
 # kind -> part, column, what its different values must be, and what is wrong if they are not
 ENOUGH: dict[str, tuple[str, str, Callable[[set[Any]], bool], str]] = {
