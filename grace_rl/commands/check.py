@@ -10,7 +10,7 @@ from grace_rl.commands.train import add_launch_arguments, print_stages
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from grace_rl.launch.preflight import Finding
+    from grace_rl.launch.subject import Finding
 
 HELP = "look before a run starts: recipe, rows, rewards, memory, disk, ports, versions"
 RECIPE_OVERRIDES = True
@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.errors import UserError
     from grace_rl.launch.lines import counted, read_launch
-    from grace_rl.recipe import describe
     from grace_rl.recipe.stages import Chain, load
 
     if options.num_processes is not None and options.num_processes < 1:
@@ -40,11 +39,9 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     processes = launch.processes if launch else options.num_processes or 1
     with counted(processes):
         recipe = load(options.recipe, overrides)
-        if isinstance(recipe, Chain):
-            print_stages(recipe)
-            recipes = [stage.stand_in for stage in recipe.stages if stage.stand_in is not None]
-        else:
-            recipes = [recipe]
+    recipes = [recipe]
+    if isinstance(recipe, Chain):
+        recipes = [stage.stand_in for stage in recipe.stages if stage.stand_in is not None]
     if options.oracle:
         from grace_rl.evaluate.oracle import print_oracle_table
 
@@ -53,24 +50,26 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     from rich.console import Console
 
-    from grace_rl.data.rows import read_rows
-    from grace_rl.launch.preflight import preflight
+    from grace_rl.launch.preflight import preflight, refuse
+    from grace_rl.recipe import describe
 
     console = Console()
-    findings = []
+    flights = []
+    if isinstance(recipe, Chain):
+        print_stages(recipe, launch, processes)
     for one in recipes:
-        one.model_config()
-        rows = read_rows(one.data)
-        looked = preflight(one, rows, launch, processes)
+        flight = preflight(one, launch=launch, processes=processes, rewards=True)
         with counted(processes):
-            plan = describe(one, len(rows))
-        console.print(screen(plan, looked))
-        findings += looked
+            plan = describe(one, len(flight.rows))
+        console.print(screen(plan, flight.findings))
+        flights.append(flight)
+    findings = [finding for flight in flights for finding in flight.findings]
     advice = suggestions(findings)
     if advice:
         console.print("what helps most:", highlight=False)
     for line in advice:
         console.print(f"  - {line}", highlight=False, markup=False, soft_wrap=True)
+    refuse(flights)
     if any(finding.level == "problem" for finding in findings):
         return 2
     print("recipe, rows and rewards are in order")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 if TYPE_CHECKING:
+    from grace_rl.launch.lines import Launch
     from grace_rl.recipe import Recipe
     from grace_rl.recipe.stages import Chain
 
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
         recipe = load(options.recipe, overrides)
         if options.dry_run:
-            return _dry_run(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+            return _dry_run(recipe, None, int(os.environ.get("WORLD_SIZE", "1")))
         if isinstance(recipe, Chain):
             from grace_rl.train.stages import train_chain
 
@@ -79,48 +80,45 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
         )
     if options.dry_run:
         print("#", shlex.join(launch.line(["train", options.recipe, *overrides])))
-        return _dry_run(recipe, launch.processes)
+        return _dry_run(recipe, launch, launch.processes)
     again = ["grace-rl", "train", options.recipe, "--launch", options.launch]
     again += ["--num_processes", str(launch.processes), *overrides]
     overwrite = ["--overwrite"] if options.overwrite else []
     return run_launch(launch, ["train", options.recipe, *overwrite, *overrides], again)
 
 
-def _dry_run(recipe: Recipe | Chain, processes: int) -> int:
-    from grace_rl.data.rows import read_rows
-    from grace_rl.launch.alone import arguments_alone
+def _dry_run(recipe: Recipe | Chain, launch: Launch | None, processes: int) -> int:
     from grace_rl.launch.lines import counted
+    from grace_rl.launch.preflight import preflight, refuse
     from grace_rl.recipe import describe
-    from grace_rl.recipe.rows import SCENES, is_local_file
     from grace_rl.recipe.stages import Chain
 
     if isinstance(recipe, Chain):
         print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=100))
-        with counted(processes):
-            return print_stages(recipe)
+        return print_stages(recipe, launch, processes)
 
-    recipe.model_config()
-    arguments_alone(recipe, processes)
-    local = recipe.data.dataset_name == SCENES or is_local_file(recipe.data.dataset_name)
-    rows = len(read_rows(recipe.data)) if local else None
+    flight = preflight(recipe, launch=launch, processes=processes)
+    refuse([flight])
     print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=100))
     with counted(processes):
-        for line in describe(recipe, rows):
+        for line in describe(recipe, len(flight.rows)):
             print(f"# {line}")
     return 0
 
 
-def print_stages(chain: Chain) -> int:
+def print_stages(chain: Chain, launch: Launch | None, processes: int) -> int:
     """What each stage loads and does, after all have been checked."""
+    from grace_rl.launch.lines import counted
+    from grace_rl.launch.preflight import check_stages
     from grace_rl.recipe import describe
-    from grace_rl.train.stages import check_stages
 
-    counts = check_stages(chain)
-    for number, (stage, rows) in enumerate(zip(chain.stages, counts, strict=True), start=1):
-        print(f"# stage {number} of {len(chain.stages)}: {stage.name}")
-        if stage.recipe is None:
-            print(f"#   rows       {stage.folder / 'rows.jsonl'}")
-            continue
-        for line in describe(stage.recipe, rows):
-            print(f"#   {line}")
+    with counted(processes):
+        counts = check_stages(chain, launch=launch, processes=processes)
+        for number, (stage, rows) in enumerate(zip(chain.stages, counts, strict=True), start=1):
+            print(f"# stage {number} of {len(chain.stages)}: {stage.name}")
+            if stage.recipe is None:
+                print(f"#   rows       {stage.folder / 'rows.jsonl'}")
+                continue
+            for line in describe(stage.recipe, rows):
+                print(f"#   {line}")
     return 0

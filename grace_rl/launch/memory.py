@@ -19,6 +19,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from grace_rl.embed.hidden_states import decoder_stack
+
 GIB = 2**30
 BUCKET = 500_000_000  # elements: DeepSpeed's default reduce_bucket_size
 LIVE = 1_000_000_000  # elements: DeepSpeed's default stage3_max_live_parameters
@@ -97,38 +99,34 @@ class MemoryPlan:
     engine_sleeps: bool = False
 
 
-def model_shape(config: Any, peft_config: Any = None) -> ModelShape:
-    """Count a causal model's parameters without loading or allocating any.
+def model_shape(model: Any, peft_config: Any = None) -> ModelShape:
+    """Count a causal model's parameters.
 
     Args:
-        config: transformers' config of the model.
-        peft_config: PEFT's config of the adapter to train; None trains all.
+        model: On the meta device, or anywhere else.
+        peft_config: PEFT's config of the adapter to train, which is put into the model; None trains
+            all.
+
+    Raises:
+        ValueError: The adapter does not fit the model.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from peft import get_peft_model
 
-    from grace_rl.embed.hidden_states import decoder_stack
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        stack = sum(p.numel() for p in decoder_stack(model).parameters())
-        parameters = sum(p.numel() for p in model.parameters())
-        trained = parameters
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            adapted = get_peft_model(model, peft_config)
-            trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-            parameters += trained
-    text = config.get_text_config()
-    heads = text.num_attention_heads
+    stack = sum(p.numel() for p in decoder_stack(model).parameters())
+    parameters = trained = sum(p.numel() for p in model.parameters())
+    text = model.config.get_text_config()
+    if peft_config is not None:
+        adapted = get_peft_model(model, peft_config)
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        parameters += trained
+    heads = getattr(text, "num_attention_heads", None) or 1  # a state space model has none
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     return ModelShape(
         parameters=parameters,
         trained=trained,
         stack=stack,
         hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         layers=text.num_hidden_layers,
         query=heads * head,
         key_value=(getattr(text, "num_key_value_heads", None) or heads) * head,

@@ -22,7 +22,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 from trl.trainer.utils import create_model_from_path
 
@@ -79,7 +82,10 @@ def read_config(path: str | Path, **keywords: Any) -> Any:
 def is_language_model(config: Any) -> bool:
     """Whether a config is that of a causal language model, and not of an encoder or a backbone."""
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    return causal is not None and causal in (config.architectures or [causal])
+    if causal is None or causal not in (config.architectures or [causal]):
+        return False
+    # BERT and its kin have a causal class, too, which sees the whole text unless told otherwise.
+    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.is_decoder
 
 
 def read_tokenizer(path: str | Path, **keywords: Any) -> PreTrainedTokenizerBase:

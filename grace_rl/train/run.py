@@ -15,9 +15,8 @@ from peft.utils.error import NoMatchingPeftModuleError
 from rich.console import Console
 
 from grace_rl.credit.value_model import without_value_model
-from grace_rl.data.rows import read_rows
 from grace_rl.errors import UserError
-from grace_rl.recipe.methods import METHODS, named
+from grace_rl.launch.preflight import preflight, refuse
 from grace_rl.reward import RewardError
 from grace_rl.rollout.policy import resolve_model
 from grace_rl.rollout.server import ServerLost, require_server
@@ -52,7 +51,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
     console = Console()
     args = recipe.training_arguments(**join_processes(recipe.training))
     model_config = recipe.model_config()
-    build = named(METHODS[recipe.method].plan)(recipe, args, read_rows(recipe.data))
+    flight = preflight(recipe, args, processes=args.world_size)
+    refuse([flight])
+    assert flight.build is not None  # or it was refused
     if getattr(args, "use_vllm", False) and args.vllm_mode == "server":
         require_server(args, resolve_model(str(model_config.model_name_or_path), Path(), args.seed))
 
@@ -61,7 +62,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
     args.output_dir = str(run.checkpoints)
     try:
         try:
-            trainer = build(Start(model_config, args, run.path, console))
+            trainer = flight.build(Start(model_config, args, run.path, console))
         except NoMatchingPeftModuleError as error:
             raise UserError(f"lora_target_modules: {error}") from error
         report = Report(recipe, run, trainer)

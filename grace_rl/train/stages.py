@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,9 @@ import yaml
 from accelerate import PartialState
 from rich.console import Console
 
-from grace_rl.data.rows import read_rows
 from grace_rl.errors import UserError
-from grace_rl.launch.alone import arguments_alone
+from grace_rl.launch.preflight import check_stages
 from grace_rl.recipe import Recipe
-from grace_rl.recipe.methods import METHODS, named
 from grace_rl.recipe.stages import Chain, Stage
 from grace_rl.run.directory import RunDirectory
 from grace_rl.run.processes import join_processes
@@ -31,51 +28,8 @@ from grace_rl.run.records import read_status
 from grace_rl.train.run import DONE, train
 
 
-def _alone(recipe: Recipe) -> Any:
-    return arguments_alone(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-
-
 def _joined(recipe: Recipe) -> Any:
     return recipe.training_arguments(**join_processes(recipe.training))
-
-
-def check_stages(chain: Chain, arguments: Callable[[Recipe], Any] = _alone) -> list[int | None]:
-    """Plan every stage, as far as its rows exist, before the first one starts.
-
-    Args:
-        chain: The stages.
-        arguments: Builds a stage's training arguments; by default those of one process alone.
-
-    Returns:
-        Rows of each stage; None for a stage whose rows an earlier one makes, or that curates.
-
-    Raises:
-        UserError: What is wrong with the settings, rows and rewards of all stages.
-    """
-    problems: list[str] = []
-    counts: list[int | None] = []
-    read: list[tuple[Any, Any]] = []  # (data, rows): stages mostly share them
-    for number, stage in enumerate(chain.stages, start=1):
-        counts.append(None)
-        if stage.stand_in is None:
-            continue
-        try:
-            stage.stand_in.model_config()
-            args = arguments(stage.stand_in)
-            if "dataset_name" in stage.made:
-                continue
-            data = stage.stand_in.data
-            rows = next((rows for known, rows in read if known == data), None)
-            if rows is None:
-                rows = read_rows(data)
-                read.append((data, rows))
-            counts[-1] = len(rows)
-            named(METHODS[stage.name].plan)(stage.stand_in, args, rows)
-        except UserError as error:
-            problems += [f"stage {number} ({stage.name}): {one}" for one in error.problems]
-    if problems:
-        raise UserError(list(dict.fromkeys(problems)))
-    return counts
 
 
 def train_chain(chain: Chain, *, overwrite: bool = False) -> int:
@@ -87,7 +41,7 @@ def train_chain(chain: Chain, *, overwrite: bool = False) -> int:
     Raises:
         UserError: See `check_stages` and `grace_rl.train.run.train`.
     """
-    check_stages(chain, _joined)
+    check_stages(chain, _joined, processes=PartialState().num_processes)
     console = Console()
     run = RunDirectory(chain.output_dir, PartialState())
     if not overwrite:

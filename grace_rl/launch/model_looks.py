@@ -1,0 +1,152 @@
+"""Looks at a policy without its weights: will it write, be read and be trained as told?"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from grace_rl.embed.hidden_states import decoder_blocks, decoder_stack, layer_numbers
+from grace_rl.errors import UserError
+from grace_rl.launch.subject import Finding, Subject
+
+WAYS = {"date": "today's date", "chance": "chance"}
+
+
+def end_token(subject: Subject) -> Iterator[Finding]:
+    """What is written must be able to end."""
+    if subject.prompt is None or subject.policy is None:
+        return
+    if subject.policy.tokenizer.eos_token_id is None:
+        yield _wrong(
+            "model_name_or_path",
+            f"{subject.place}: the tokenizer has no end token, so no rationale could end",
+            "set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json",
+        )
+
+
+def template(subject: Subject) -> Iterator[Finding]:
+    """The prompt must be the same tomorrow."""
+    if subject.prompt is None:
+        return
+    if changing := subject.prompt.changes_with():
+        ways = " and ".join(WAYS[way] for way in changing)
+        yield Finding(
+            "template",
+            f"the chat template prints {ways}; what it gives at the start is kept with the model",
+            "warning",
+            ["chat_template_kwargs that fix it, such as {date_string: 1 Jan 2026}"],
+        )
+
+
+def reader_layers(subject: Subject) -> Iterator[Finding]:
+    """The reader's layers must be there."""
+    reader = subject.reader
+    if subject.policy is None:
+        return
+    blocks = decoder_blocks(decoder_stack(subject.policy.model))
+    if reader is not None and reader.reads_with_language_model and reader.layers is not None:
+        layer_numbers(reader.layers, len(blocks))
+    yield from ()
+
+
+def lengths(subject: Subject) -> Iterator[Finding]:
+    """Prompt and rationale must fit into what the engine and the model can hold."""
+    args, prompt = subject.args, subject.prompt
+    if prompt is None or not hasattr(args, "max_completion_length"):
+        return
+    around = len(prompt.render("a").token_ids) - 1
+    whole = around + subject.text_tokens + args.max_completion_length
+    words = (
+        f"the longest text has {subject.text_tokens} tokens, the prompt around it {around}, and "
+        f"max_completion_length is {args.max_completion_length}: {whole}"
+    )
+    engine = getattr(args, "vllm_max_model_length", None) if args.use_vllm else None
+    if engine is not None and whole > engine:
+        yield _wrong("vllm_max_model_length", f"is {engine}, but {words}", f"give {whole} or more")
+    positions = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and whole > positions:
+        yield _wrong(
+            "max_completion_length",
+            f"the model has {positions} positions, but {words}",
+            "give a smaller max_completion_length or max_text_tokens",
+        )
+
+
+def adapter(subject: Subject) -> Iterator[Finding]:
+    """Every name of LoRA's must be a module of the model; PEFT passes over those that are not."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    model = subject.recipe.model
+    if not model.get("use_peft") or subject.policy is None:
+        return
+    modules = [name for name, _ in subject.policy.model.named_modules() if name]
+    kind = subject.config.model_type
+    given = model.get("lora_target_modules")
+    if given is None and model.get("lora_target_parameters") is None and kind not in DEFAULTS:
+        yield _wrong(
+            "lora_target_modules",
+            f"is needed: PEFT has no default for {kind}",
+            f"give all-linear, or names of its layers: {', '.join(_linear(subject))}",
+        )
+    for key in ("lora_target_modules", "lora_modules_to_save"):
+        for name in _names(model.get(key)):
+            if name != "all-linear" and not _is_there(name, modules):
+                last = {module.rpartition(".")[2] for module in modules}
+                near = difflib.get_close_matches(name, sorted(last), n=1, cutoff=0.6)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                found = f"the model has no module {name}{hint}"
+                yield _wrong(key, found, f"its linear layers are {', '.join(_linear(subject))}")
+
+
+def _names(given: Any) -> Sequence[str]:
+    return [given] if isinstance(given, str) else given or []
+
+
+def _is_there(name: str, modules: Sequence[str]) -> bool:
+    try:
+        pattern = re.compile(name)
+    except re.error:
+        pattern = re.compile(re.escape(name))
+    return any(
+        module == name or module.endswith(f".{name}") or pattern.fullmatch(module)
+        for module in modules
+    )
+
+
+def _linear(subject: Subject) -> list[str]:
+    """Last names of the linear layers below the head."""
+    assert subject.policy is not None
+    kinds = ("Linear", "Conv1D")
+    stack = decoder_stack(subject.policy.model)
+    names = [n for n, module in stack.named_modules() if type(module).__name__ in kinds]
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def hardware(subject: Subject) -> Iterator[Finding]:
+    """What runs on a GPU only."""
+    if subject.machine.gpus:
+        return
+    model = subject.recipe.model
+    for key in ("load_in_8bit", "load_in_4bit"):
+        if model.get(key):
+            yield _wrong(key, "needs a GPU, and none is used", "leave it out, dtype: bfloat16")
+    attention = str(model.get("attn_implementation") or "")
+    if "flash" in attention:
+        found = f"{attention} needs a GPU, and none is used"
+        yield _wrong("attn_implementation", found, "give sdpa")
+
+
+def folder(subject: Subject) -> Iterator[Finding]:
+    """The model's folder must be whole, and a language model where one is needed."""
+    if subject.policy is not None and subject.policy.config.is_encoder_decoder:
+        raise UserError(f"{subject.place}: has an encoder; give a decoder alone")
+    yield from ()
+
+
+def _wrong(key: str, found: str, advice: str) -> Finding:
+    return Finding(key, f"{found}; {advice}", "problem", [f"{key}: {advice}"])
+
+
+LOOKS = (folder, end_token, reader_layers, lengths, adapter, hardware)
