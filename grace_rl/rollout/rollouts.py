@@ -16,12 +16,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from grace_rl.data.bundles import RoleText
+from grace_rl.rollout.columns import (
+    lists,
+    matrix,
+    padded,
+    prefix_columns,
+    row_columns,
+    row_texts,
+    vector,
+)
 from grace_rl.rollout.store import NOTES, REWARD, arrow_table
 
 
@@ -109,7 +117,7 @@ class Rollouts:
         for name in ("rationales", "roles", "token_ids"):
             _check_length(self, name, getattr(self, name), count)
         _check_length(self, "prompts", self.prompts or [""] * count, count)
-        for name, values in (*self.columns.items(), *self.scores.items()):
+        for name, values in {**self.columns, **self.scores}.items():
             _check_length(self, f"columns['{name}']", values, count)
         for name in ("example", "group", "side"):
             _check_tensor(self, name, (count,), torch.long)
@@ -258,9 +266,8 @@ class Rollouts:
             if name in kept
         }
         rows = torch.tensor(place, device=device)
-        return dataclasses.replace(
-            self, **kept, **{name: v[rows.to(v.device)] for name, v in vectors.items()}
-        )
+        kept |= {name: value[rows.to(value.device)] for name, value in vectors.items()}
+        return dataclasses.replace(self, **kept)
 
     # -- on disk ---------------------------------
 
@@ -278,15 +285,15 @@ class Rollouts:
             "token_ids": self.token_ids,
             "truncated": self.truncated.tolist(),
             "advantage": self.advantages.cpu().numpy(),
-            "step_scores": _lists(self.step_scores, trained),
-            "step_ends": _lists(self.prefix_ends, trained),
+            "step_scores": lists(self.step_scores, trained),
+            "step_ends": lists(self.prefix_ends, trained),
             **{name: self._by_token(getattr(self, name), trained) for name in TOKENS},
-            "embedding": _lists(self.embeddings) if self.embeddings.shape[1] else None,
+            "embedding": lists(self.embeddings) if self.embeddings.shape[1] else None,
             "side": self.side.tolist(),
             "prompt": self.prompts or None,
-            "row_columns": _row_texts(self.columns, count),
+            "row_columns": row_texts(self.columns, count),
             "total": self.totals.cpu().numpy(),
-            "prefix_embeddings": _lists(self.prefix_embeddings, trained),
+            "prefix_embeddings": lists(self.prefix_embeddings, trained),
         }
         columns |= {REWARD + label: values.cpu().numpy() for label, values in self.scores.items()}
         return arrow_table(columns, {"seed": self.seed, **self.notes})
@@ -309,18 +316,18 @@ class Rollouts:
         if len(steps) != 1:
             raise ValueError(f"rollouts of one step are wanted, not of {sorted(steps)}")
         data = {name: table[name].combine_chunks() for name in table.schema.names}
-        embeddings = _matrix(data["embedding"])
+        embeddings = matrix(data["embedding"])
         if embeddings is None or embeddings.isnan().any():
             raise ValueError("they were stored without embeddings")
         if data["side"].null_count:
             raise ValueError("they were stored without sides, by an older version")
         notes = json.loads((table.schema.metadata or {}).get(NOTES, b"{}"))
         whole: dict[str, Any] = {name: data[name].to_pylist() for name in _PLAIN}
-        lists: dict[str, Any] = {plural: whole[name] for plural, name in _LISTS.items()}
-        tokens: dict[str, Any] = {name: _padded(data[name]) for name in TOKENS}
-        prefixes = _prefixes(data, whole["token_ids"], embeddings)
+        words: dict[str, Any] = {plural: whole[name] for plural, name in _LISTS.items()}
+        tokens: dict[str, Any] = {name: padded(data[name], empty) for name, empty in TOKENS.items()}
+        prefixes = prefix_columns(data, whole["token_ids"], embeddings)
         return cls(
-            **lists,
+            **words,
             **prefixes,
             example=torch.tensor(whole["example"]),
             group=torch.tensor(whole["group"]),
@@ -333,12 +340,12 @@ class Rollouts:
             else row_columns([json.loads(row) for row in whole["row_columns"]]),
             trained=torch.tensor(data["advantage"].is_valid().to_pylist()),
             scores={
-                name.removeprefix(REWARD): _vector(data[name])
+                name.removeprefix(REWARD): vector(data[name])
                 for name in data
                 if name.startswith(REWARD)
             },
-            totals=_vector(data["total"]),
-            advantages=_vector(data["advantage"]),
+            totals=vector(data["total"]),
+            advantages=vector(data["advantage"]),
             **tokens,
             step=steps.pop(),
             seed=notes.pop("seed", 0),
@@ -346,7 +353,8 @@ class Rollouts:
         )
 
 
-TOKENS = ("token_advantages", "token_values", "token_kl")
+TOKENS = {"token_advantages": 0.0, "token_values": torch.nan, "token_kl": 0.0}
+"""Columns by token, and what stands in them after a rationale's end."""
 _LISTS = {"texts": "text", "rationales": "rationale", "roles": "role", "token_ids": "token_ids"}
 _PLAIN = (
     *_LISTS.values(),
@@ -361,95 +369,7 @@ def row_fields(rollouts: Rollouts) -> list[str]:
     return [name for name in names if getattr(rollouts, name) is not None]
 
 
-def row_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The rows' own fields as columns; a field that a row lacks is None there."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _row_texts(columns: Mapping[str, list[Any]], count: int) -> list[str] | None:
-    """Each row's other fields as JSON; those that JSON would change are left out."""
-    if not columns:
-        return None
-    texts: dict[int, tuple[Any, str | None]] = {}  # rollouts of a row share their values
-
-    def text(value: Any) -> str | None:
-        if id(value) not in texts:
-            try:
-                written = json.dumps(value)
-                same = json.loads(written) == value
-            except (TypeError, ValueError, RecursionError):
-                written, same = "", False
-            texts[id(value)] = value, written if same else None
-        return texts[id(value)][1]
-
-    kept = {
-        name: written
-        for name, values in columns.items()
-        if None not in (written := [text(value) for value in values])
-    }
-    return [
-        "{" + ", ".join(f"{json.dumps(name)}: {kept[name][i]}" for name in kept) + "}"
-        for i in range(count)
-    ]
-
-
-def _lists(values: Tensor | None, there: Tensor | None = None) -> pa.Array | None:
-    """(N, ...) as one list each, null where not `there`."""
-    if values is None:
-        return None
-    flat = values.detach().cpu().reshape(len(values), -1)
-    offsets = np.arange(len(flat) + 1, dtype=np.int32) * flat.shape[1]
-    mask = None if there is None else pa.array((~there).numpy())
-    return pa.ListArray.from_arrays(
-        pa.array(offsets), pa.array(flat.contiguous().view(-1).numpy()), mask=mask
-    )
-
-
-def _prefixes(
-    data: Mapping[str, pa.Array], token_ids: list[list[int]], embeddings: Tensor
-) -> dict[str, Any]:
-    """The columns about prefixes; an anchor, stored without, is whole from the first prefix on."""
-    ends, prefixes = _matrix(data["step_ends"]), _matrix(data["prefix_embeddings"])
-    if ends is None or prefixes is None:
-        return {}
-    lengths = torch.tensor([len(ids) for ids in token_ids])
-    absent = ends.isnan()
-    ends = torch.where(absent, lengths[:, None], ends).long()
-    prefixes = torch.where(absent[..., None], embeddings[:, None], prefixes.view(*ends.shape, -1))
-    return {
-        "prefix_ends": ends,
-        "prefix_embeddings": prefixes,
-        "step_scores": _matrix(data["step_scores"]),
-    }
-
-
-def _matrix(column: pa.Array) -> Tensor | None:
-    """Equally long lists as (N, M) float32, null lists NaN; None where all are null."""
-    there = torch.tensor(column.is_valid().to_pylist())
-    if not there.any():
-        return None
-    values = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).astype(np.float32))
-    rows = values.view(int(there.sum()), -1)
-    matrix = torch.full((len(column), rows.shape[1]), torch.nan)
-    matrix[there] = rows
-    return matrix
-
-
-def _padded(column: pa.Array) -> Tensor | None:
-    """Lists of numbers as (N, T) float32, zeros after their end; None where all are null."""
-    rows = column.to_pylist()
-    width = max((len(row) for row in rows if row is not None), default=None)
-    if width is None:
-        return None
-    return torch.tensor([(row or []) + [0.0] * (width - len(row or [])) for row in rows])
-
-
-def _vector(column: pa.Array) -> Tensor:
-    return torch.from_numpy(column.to_numpy(zero_copy_only=False).astype(np.float32))
-
-
-def _check_length(owner: object, name: str, values: Sequence[Any] | Tensor, length: int) -> None:
+def _check_length(owner: object, name: str, values: Any, length: int) -> None:
     if len(values) != length:
         raise ValueError(
             f"{type(owner).__name__}.{name} has {len(values)} entries, expected {length}"

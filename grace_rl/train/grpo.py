@@ -56,9 +56,10 @@ from grace_rl.reward.batch import reward_batch
 from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
 from grace_rl.reward.scores import with_scores
 from grace_rl.reward.stored import FALSE_NEGATIVES, mask_settings
+from grace_rl.rollout.columns import row_columns
 from grace_rl.rollout.engines import GRPOTrainer, repair_weight_push, vllm_start
 from grace_rl.rollout.prompts import PromptTemplate
-from grace_rl.rollout.rollouts import Rollouts, row_columns
+from grace_rl.rollout.rollouts import Rollouts
 from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.rollout.server import keep_server
 from grace_rl.run.checkpoints import CheckpointMixin

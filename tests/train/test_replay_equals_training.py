@@ -77,7 +77,8 @@ def test_a_replay_of_the_runs_own_rewards_is_the_run(
         "ppo": (GracePPOTrainer, GracePPOConfig),
     }[method]
     rows = scenes.rows("train", "unsupervised" if "text" in roles else "quad", 12)
-    settings = {"max_steps": 3, "max_completion_length": 12} | settings
+    usual = {"model": str(scenes.COLD_START), "max_steps": 3, "max_completion_length": 12}
+    settings = usual | settings  # a policy that ends some of its rationales
     trainer = tiny_trainer(
         *classes, tmp_path, rewards, rows, roles=roles, run_folder=tmp_path, **settings
     )
@@ -92,6 +93,7 @@ def test_a_replay_of_the_runs_own_rewards_is_the_run(
         for name in ("totals", "advantages", "step_scores", "token_advantages"):
             assert same(getattr(before, name), getattr(after, name)), name
         assert (before.step_scores is not None) == ("segments" in settings)
+        assert len({len(ids) for ids in before.token_ids}) > 1
 
 
 def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
