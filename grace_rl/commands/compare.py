@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _train(recipe: Any, budget: Mapping[str, float]) -> int:
-    from grace_rl.train.callbacks import Budget
     from grace_rl.train.run import train
+    from grace_rl.train.stop import Budget
 
     return train(recipe, budget=Budget(**budget))

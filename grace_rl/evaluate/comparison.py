@@ -159,7 +159,7 @@ class ComparisonFile(Section):
         return self
 
     def budget(self) -> dict[str, float]:
-        """Keywords of `grace_rl.train.callbacks.Budget`."""
+        """Keywords of `grace_rl.train.stop.Budget`."""
         limits = {"seconds": self.budget_seconds, "tokens": self.budget_tokens}
         return {name: limit for name, limit in limits.items() if limit is not None}
 

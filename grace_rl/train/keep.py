@@ -14,7 +14,7 @@ from grace_rl.reward.loading import LoadedReward
 from grace_rl.reward.runtime import RewardError
 from grace_rl.rollout.rollouts import Rollouts
 from grace_rl.rollout.store import write_rollouts
-from grace_rl.train.callbacks import print_group
+from grace_rl.train.progress import print_group
 
 
 class RolloutKeeper:

@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 
 from grace_rl import cli
 from grace_rl.data.scenes.world import FACT_OF_WORD
-from grace_rl.train.callbacks import StopOnSignal
+from grace_rl.train.stop import StopOnSignal
 
 on_step_end = StopOnSignal.on_step_end
 sample = GRPOTrainer._generate_single_turn

@@ -16,21 +16,17 @@ from transformers import TrainerControl, TrainerState
 
 from grace_rl.run.directory import RunDirectory
 from grace_rl.run.records import read_metrics, read_status
-from grace_rl.train.callbacks import (
-    ENGINE_DIFFERENCE,
-    MetricsWriter,
-    ProgressLine,
-    StaleEngineAlarm,
-    StopOnSignal,
-    print_group,
-)
+from grace_rl.run.screen import Screen
+from grace_rl.train.callbacks import ENGINE_DIFFERENCE, MetricsWriter, StaleEngineAlarm
+from grace_rl.train.progress import ProgressLine, print_group
+from grace_rl.train.stop import StopOnSignal
 
 ARGS: Any = SimpleNamespace(world_size=1, device="cpu")
 
 
 def plain_console(**options: Any) -> tuple[Console, io.StringIO]:
     out = io.StringIO()
-    return Console(file=out, width=options.pop("width", 120), **options), out
+    return Screen(file=out, width=options.pop("width", 120), **options), out
 
 
 def at_step(step: int, **fields: Any) -> TrainerState:
@@ -180,11 +176,11 @@ def test_with_several_processes_the_launchers_echo_is_no_second_signal(
     try:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        monkeypatch.setattr("grace_rl.train.callbacks.time.monotonic", lambda: float("inf"))
+        monkeypatch.setattr("grace_rl.train.stop.time.monotonic", lambda: float("inf"))
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
-        stop.restore_handlers()
+        stop.close()
 
 
 def test_a_signal_in_the_last_step_is_no_interruption() -> None:

@@ -11,8 +11,8 @@ from grace_rl.data import scenes
 from grace_rl.recipe import load_recipe
 from grace_rl.rollout.policy import load_policy
 from grace_rl.run.records import read_metrics, read_status
-from grace_rl.train.callbacks import Budget
 from grace_rl.train.run import train
+from grace_rl.train.stop import Budget
 
 EVERY = {
     "model_name_or_path": "scenes",

@@ -1,0 +1,171 @@
+"""Ending a run before its last step: told by a signal, or when a budget is used up.
+
+transformers' own callback for signals (`enable_jit_checkpoint`) knows SIGTERM only, saves between
+any two steps, on the process that was told, and waits for a hanging step for ever; hence ours.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from grace_rl.run.environment import OUTCOME, command_line
+from grace_rl.run.screen import Screen
+
+INTERRUPTED = 130
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop.
+
+    A second signal ends at once (KeyboardInterrupt). With several processes all stop at the same
+    step, whichever of them was told. A step that does not end (a reward that hangs) is given up
+    `patience` seconds after the longest one so far would have ended, and the process `last` seconds
+    later, whatever it is doing; then the last checkpoint stands.
+
+    Args:
+        steps_between_generations: Optimizer steps that one batch of rollouts serves. A checkpoint
+            between them would lose the rest of the batch, so the stop waits for the next multiple.
+        console: Where to say what happens.
+
+    Attributes:
+        interrupted: Whether the training was stopped before its last step: exit code 130.
+    """
+
+    patience = 15.0
+    last = 10.0
+
+    def __init__(self, steps_between_generations: int = 1, console: Console | None = None) -> None:
+        self.steps_between_generations = max(1, steps_between_generations)
+        self.console = console or Screen()
+        self.interrupted = False
+        self._first_signal: float | None = None
+        self._grace = 0.0
+        self._handlers: dict[int, Any] = {}
+        self._longest = self._since = 0.0  # seconds between two moments at which it could stop
+        self._overdue = False
+        self._ended = threading.Event()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The terminal tells every process and the launcher, which tells them again: that is one
+        # signal.
+        self._grace = 2.0 if args.world_size > 1 or OUTCOME in os.environ else 0.0
+        self._since = time.monotonic()
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers.setdefault(number, signal.signal(number, self._on_signal))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._first_signal is None:
+            self._first_signal = now
+            # print() may be what the signal interrupted
+            _tell("\nStopping after this step and saving a checkpoint; once more to end at once.")
+            threading.Thread(target=self._watch, daemon=True).start()
+        elif self._overdue or now - self._first_signal >= self._grace:
+            self.restore_handlers()
+            raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        """In a thread of its own: give the step up, then the process."""
+        allowed = self._longest + self.patience
+        # Even code that never lets go of Python ends: this watches from outside of it.
+        faulthandler.dump_traceback_later(allowed + self.last + 2, exit=True, file=2)
+        if not self._ended.wait(allowed):
+            self._overdue = True
+            _tell("The step does not end; giving it up. The last checkpoint stands.")
+            main = threading.main_thread().ident
+            if main is not None:
+                signal.pthread_kill(main, signal.SIGTERM)
+            if not self._ended.wait(self.last):
+                os._exit(INTERRUPTED)
+        faulthandler.cancel_dump_traceback_later()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.steps_between_generations:
+            return
+        now = time.monotonic()
+        self._longest, self._since = max(self._longest, now - self._since), now
+        if any_process(self._first_signal is not None, args):
+            self._ended.set()  # saving takes as long as it takes
+            if state.global_step < state.max_steps:
+                self.interrupted = True
+                control.should_log = control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.restore_handlers()
+        if self.interrupted and state.is_world_process_zero:
+            command = command_line(without=("--overwrite",))
+            done = f"Stopped at step {state.global_step} of {state.max_steps}"
+            self.console.print(f"{done}; a checkpoint is saved. To resume:\n  {command}")
+
+    def restore_handlers(self) -> None:
+        """Put back the signal handlers from before the training; may be called more than once."""
+        while self._handlers:
+            number, handler = self._handlers.popitem()
+            signal.signal(number, handler)
+
+    def close(self) -> None:
+        """The training is over. A run that was given up has its last seconds, and no more."""
+        self.restore_handlers()
+        if not self._overdue:
+            self._ended.set()
+
+
+class Budget(TrainerCallback):
+    """Ends the training in order, as after its last step, when its budget is used up.
+
+    Args:
+        seconds: Of training, scoring during it included; a resumed run has them anew. None is no
+            limit.
+        tokens: That training reads and writes, of all processes and of the whole run. None is no
+            limit.
+    """
+
+    def __init__(self, seconds: float | None = None, tokens: int | None = None) -> None:
+        self.seconds = math.inf if seconds is None else seconds
+        self.tokens = math.inf if tokens is None else tokens
+        self._began = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        spent = time.monotonic() - self._began >= self.seconds
+        if any_process(spent or state.num_input_tokens_seen >= self.tokens, args):
+            control.should_training_stop = True
+
+
+def any_process(flag: bool, args: TrainingArguments) -> bool:
+    """Whether the flag is set on any process; all must ask."""
+    if args.world_size <= 1:
+        return flag
+    import torch
+    from accelerate.utils import reduce
+
+    return bool(reduce(torch.tensor(float(flag), device=args.device), "sum").item())
+
+
+def _tell(line: str) -> None:
+    os.write(2, f"{line}\n".encode())
