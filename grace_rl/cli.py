@@ -7,8 +7,9 @@ Each verb is a module of `grace_rl.commands` with
     add_arguments(parser)
     run(options, overrides) -> exit code
 
-Exit codes: 0 done; 2 a mistake of the user's, explained on stderr; 75 the vLLM server was lost, 130
-interrupted, both saved and to be resumed with the same command.
+Exit codes: 0 done; 1 a bug of ours, with its traceback in a file; 2 a mistake of the user's,
+explained on stderr; 75 the vLLM server was lost, 130 interrupted by Ctrl-C or SIGTERM, both saved
+and to be resumed with the same command.
 """
 
 from __future__ import annotations
@@ -17,13 +18,22 @@ import argparse
 import difflib
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from grace_rl import __version__
-from grace_rl.errors import UserError
+from grace_rl.errors import Crash, UserError
+from grace_rl.run.printing import forgive_encoding, say, shown
+from grace_rl.run.secrets import masked_text
 
 COMMANDS = (
     "train",
@@ -39,6 +49,7 @@ COMMANDS = (
     "inspect",
 )
 DISK = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)  # not ours to mend
+BUG = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -55,6 +66,7 @@ overrides:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    forgive_encoding()
     # vLLM's own log begins when TRL imports it, whether or not it is used; errors still show.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     commands = {name: import_module(f"grace_rl.commands.{name}") for name in COMMANDS}
@@ -66,20 +78,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands[options.command]
     if rest and not command.RECIPE_OVERRIDES:
         _refuse(parsers[options.command], rest)
+    with _sigterm_like_ctrl_c():
+        return _run(command, options, rest)
+
+
+def _run(command: Any, options: argparse.Namespace, rest: list[str]) -> int:
+    """The exit code, whatever happens."""
     try:
         return int(command.run(options, rest))
     except UserError as error:
-        # One write: several processes may end with the same mistake at the same time.
-        sys.stderr.write("".join(f"{problem}\n" for problem in error.problems))
-        return USER_ERROR
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        print(f"{error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        say("\n".join(error.problems), error=True)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", error=True)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, Crash) and error.__cause__ else error
+        if isinstance(cause, OSError) and cause.errno in DISK:
+            say(f"{cause.filename or 'writing'}: {cause.strerror}", error=True)
+            return USER_ERROR
+        say(_report(error, cause), error=True)
+        return BUG
+
+
+def _report(error: Exception, cause: BaseException) -> str:
+    """Write the traceback to a file, and say in one line where it is and what was saved."""
+    folder = error.folder if isinstance(error, Crash) else Path(tempfile.gettempdir())
+    saved = f" {error.saved}." if isinstance(error, Crash) else ""
+    told = masked_text("".join(traceback.format_exception(cause)))
+    name = f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    for place in (folder, Path(tempfile.gettempdir())):
+        try:
+            (place / name).write_text(told, encoding="utf-8", errors="backslashreplace")
+        except OSError:
+            continue
+        what = " ".join(str(cause).split())[:200]
+        kind = type(cause).__name__
+        return f"This is a bug in grace-rl ({kind}: {what}); please report {place / name}.{saved}"
+    return told + saved
+
+
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM ends a command as Ctrl-C does, unless the command knows better."""
+    free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not free or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parsers(commands: dict[str, Any]) -> dict[str, argparse.ArgumentParser]:
@@ -112,4 +165,4 @@ def _refuse(parser: argparse.ArgumentParser, rest: list[str]) -> None:
     known = [option for action in parser._actions for option in action.option_strings]
     close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
     advice = f"; did you mean {close[0]}?" if close else ""
-    parser.error(f"unknown argument {rest[0]}{advice}")
+    parser.error(shown(f"unknown argument {rest[0]}{advice}"))

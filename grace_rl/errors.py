@@ -1,4 +1,4 @@
-"""The one exception a user's mistake becomes."""
+"""The one exception a user's mistake becomes, and what a mistake of ours in a run carries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 class UserError(ValueError):
     """One or more mistakes in what the user gave, each a sentence that says what to do.
 
-    The command line prints the problems to stderr and exits with code 2; nothing else is caught.
+    The command line prints the problems to stderr and exits with code 2.
 
     >>> str(UserError(["a.yaml: 'lerning_rate' is unknown; did you mean 'learning_rate'?"]))
     "a.yaml: 'lerning_rate' is unknown; did you mean 'learning_rate'?"
@@ -35,3 +35,17 @@ def reading(path: str | Path, part: str) -> Iterator[None]:
     except Exception as error:  # the parsers of damaged files raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot read {part}: {reason}") from error
+
+
+class Crash(Exception):
+    """A bug of ours while a run was open; raised `from` what happened.
+
+    Args:
+        folder: The run directory, where the traceback goes.
+        saved: What the run has saved and how to go on, a sentence without its full stop.
+    """
+
+    def __init__(self, folder: Path, saved: str) -> None:
+        self.folder = folder
+        self.saved = saved
+        super().__init__(f"{folder}: {saved}")

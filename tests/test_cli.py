@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from grace_rl.cli import main
+from grace_rl.errors import UserError
 
 SMALL = """\
 model_name_or_path: scenes
@@ -100,3 +102,48 @@ def test_wrong_usage_is_the_users_mistake():
     with pytest.raises(SystemExit) as caught:
         main(["fly"])
     assert caught.value.code == 2
+
+
+def test_what_is_left_is_our_bug_a_file_and_a_line(recipe, tmp_path, monkeypatch, capsys):
+    secret = "a-secret-in-a-message"
+
+    def fail(*_):
+        raise RuntimeError(f"not possible, {secret}")
+
+    monkeypatch.setenv("MY_API_KEY", secret)
+    monkeypatch.setattr("grace_rl.recipe.stages.load", fail)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert main(["check", recipe]) == 1
+    line = capsys.readouterr().err
+    (file,) = tmp_path.glob("traceback-*.txt")
+    assert line.count("\n") == 1 and str(file) in line and "RuntimeError" in line
+    told = file.read_text(encoding="utf-8")
+    assert "Traceback" in told and secret not in told + line
+
+
+def test_a_message_reaches_the_terminal_without_control_characters(recipe, monkeypatch, capsys):
+    def refuse(*_):
+        raise UserError("a.yaml:1: '\x1b]0;title\x07\u202e' is unknown")
+
+    monkeypatch.setattr("grace_rl.recipe.stages.load", refuse)
+    assert main(["check", recipe]) == 2
+    assert capsys.readouterr().err.rstrip("\n").isprintable()
+
+
+def test_sigterm_is_130_and_the_handler_is_given_back(recipe, monkeypatch):
+    def end(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("grace_rl.recipe.stages.load", end)
+    assert main(["check", recipe]) == 130
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_encoding_that_lacks_letters_changes_no_exit_code(tmp_path):
+    (tmp_path / "a.yaml").write_text("\u00e4\u4e2d: 1\n", encoding="utf-8")
+    for encoding in ("ascii", "utf-8"):
+        result = subprocess.run(
+            [sys.executable, "-m", "grace_rl", "train", str(tmp_path / "a.yaml"), "--dry-run"],
+            capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert result.returncode == 2 and result.stderr and b"Traceback" not in result.stderr

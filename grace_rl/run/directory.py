@@ -275,6 +275,8 @@ class RunDirectory:
         folders = [*list_checkpoints(self.checkpoints), self.model]
         for folder in [path for path in folders if path.is_dir()]:
             folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+        for path in self.path.glob("traceback-*.txt"):
+            path.unlink()
         (self.checkpoints / "README.md").unlink(missing_ok=True)  # TRL's model card
         for name in ("completions", "runs"):  # log_completions, TensorBoard
             shutil.rmtree(self.checkpoints / name, ignore_errors=True)
@@ -299,6 +301,12 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def saved(self) -> str:
+        """What a run that ends now keeps, and how to go on; a sentence without its full stop."""
+        last = last_complete_checkpoint(self.checkpoints)
+        kept = f"{last.name} is saved" if last else "no checkpoint is saved yet"
+        return f"{kept}; the same command goes on in {self.path}"
 
     # -- ending ---------------------------------
 

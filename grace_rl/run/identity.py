@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +83,21 @@ def path_digest(path: str | Path) -> str:
     return file_digest(path) if path.is_file() else ABSENT
 
 
-def input_digests(recipe: Mapping[str, Any], ignore: Sequence[str] = ()) -> dict[str, str]:
+def input_digests(
+    recipe: Mapping[str, Any], skip: Callable[[str], bool] = lambda key: False
+) -> dict[str, str]:
     """Key -> digest for each value of a recipe that names a local file or model folder.
 
     Code (`file.py:Name`) is no input. A folder counts if it holds a model.
 
     Args:
         recipe: In plain YAML types, at any depth.
-        ignore: Keys at the top that name no input, such as `output_dir`.
+        skip: Whether a dotted key names no input, such as `output_dir`.
     """
     return {
         key: path_digest(value)
         for key, value in _leaves(recipe)
-        if key.partition(".")[0] not in ignore and isinstance(value, str) and _is_input(value)
+        if isinstance(value, str) and not skip(key) and _is_input(value)
     }
 
 

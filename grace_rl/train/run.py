@@ -12,26 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from peft.utils.error import NoMatchingPeftModuleError
-from rich.console import Console
 
 from grace_rl.credit.value_model import without_value_model
-from grace_rl.errors import UserError
+from grace_rl.errors import Crash, UserError
 from grace_rl.launch.preflight import preflight, refuse
 from grace_rl.reward import RewardError
 from grace_rl.rollout.policy import resolve_model
 from grace_rl.rollout.server import ServerLost, require_server
 from grace_rl.run.directory import RunDirectory
 from grace_rl.run.environment import command_line
+from grace_rl.run.identity import input_digests, rows_digest
 from grace_rl.run.processes import join_processes
+from grace_rl.run.recipe_differences import may_change
+from grace_rl.run.screen import Screen
 from grace_rl.run.zero import whole_policy
-from grace_rl.train.callbacks import Budget, follow
+from grace_rl.train.callbacks import follow
 from grace_rl.train.report import Report
 from grace_rl.train.start import Start
+from grace_rl.train.stop import INTERRUPTED, Budget
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
 
-DONE, SERVER_LOST, INTERRUPTED = 0, 75, 130
+DONE, SERVER_LOST = 0, 75
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = None) -> int:
@@ -48,18 +51,26 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
     Raises:
         UserError: The recipe, its rows, its rewards, its model or the output directory is wrong.
     """
-    console = Console()
+    console = Screen()
     args = recipe.training_arguments(**join_processes(recipe.training))
     model_config = recipe.model_config()
     flight = preflight(recipe, args, processes=args.world_size)
     refuse([flight])
-    assert flight.build is not None  # or it was refused
+    if flight.build is None:
+        raise UserError(f"{recipe.method}: refuses these rows or rewards")
     if getattr(args, "use_vllm", False) and args.vllm_mode == "server":
         require_server(args, resolve_model(str(model_config.model_name_or_path), Path(), args.seed))
 
     run = RunDirectory(args.output_dir, PartialState())
-    opened = run.open(recipe.resolved(), overwrite=overwrite, seed=args.seed)
+    resolved = recipe.resolved()
+    opened = run.open(
+        resolved,
+        inputs=lambda: input_digests(resolved, may_change) | {"dataset_name": rows_digest(flight.rows)},
+        overwrite=overwrite,
+        seed=args.seed,
+    )
     args.output_dir = str(run.checkpoints)
+    trainer = None
     try:
         try:
             trainer = flight.build(Start(model_config, args, run.path, console))
@@ -83,18 +94,26 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
         run.publish_model(lambda folder: save_policy(trainer, folder))
         if run.is_main_process:
             report.show(console)
-            console.print(f"The policy is in {run.model}", highlight=False, soft_wrap=True)
+            console.print(f"The policy is in {run.model}")
     except ServerLost as lost:
         save_without_server(trainer, lost, console)
         return SERVER_LOST
     except RewardError as error:
         raise UserError([*error.problems, save_last_step(trainer)]) from error
+    except UserError:
+        raise
+    except KeyboardInterrupt:
+        if run.is_main_process:
+            console.print(f"Ended at once: {run.saved()}.")
+        raise
+    except Exception as error:
+        raise Crash(run.path, f"What there is: {run.saved()}") from error
     finally:
         run.close()
     return DONE
 
 
-def save_without_server(trainer: Any, lost: ServerLost, console: Console) -> None:
+def save_without_server(trainer: Any, lost: ServerLost, console: Screen) -> None:
     """Save a checkpoint of the last finished step and say how to go on; all processes call it."""
     saved = save_last_step(trainer)
     if trainer.accelerator.is_main_process:
@@ -104,12 +123,12 @@ def save_without_server(trainer: Any, lost: ServerLost, console: Console) -> Non
             "and go on with",
             f"  {command_line(without=('--overwrite',))}",
         )
-        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        console.print("\n".join(lines))
 
 
 def save_last_step(trainer: Any) -> str:
     """Save a checkpoint of the last finished step and say so; all processes call it."""
-    step = trainer.state.global_step
+    step = 0 if trainer is None else trainer.state.global_step
     if not step:
         return "no step was finished"
     trainer._save_checkpoint(trainer.model_wrapped, None)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
-from rich.console import Console
 
 from grace_rl.errors import UserError
 from grace_rl.launch.preflight import check_stages
@@ -24,7 +23,8 @@ from grace_rl.recipe import Recipe
 from grace_rl.recipe.stages import Chain, Stage
 from grace_rl.run.directory import RunDirectory
 from grace_rl.run.processes import join_processes
-from grace_rl.run.records import read_status
+from grace_rl.run.records import read_recipe, read_status
+from grace_rl.run.screen import Screen
 from grace_rl.train.run import DONE, train
 
 
@@ -42,7 +42,7 @@ def train_chain(chain: Chain, *, overwrite: bool = False) -> int:
         UserError: See `check_stages` and `grace_rl.train.run.train`.
     """
     check_stages(chain, _joined, processes=PartialState().num_processes)
-    console = Console()
+    console = Screen()
     run = RunDirectory(chain.output_dir, PartialState())
     if not overwrite:
         run.on_main(partial(_check_finished, chain))
@@ -53,7 +53,7 @@ def train_chain(chain: Chain, *, overwrite: bool = False) -> int:
             if run.is_main_process:
                 done = "finished already" if finished else str(stage.folder)
                 title = f"stage {number} of {len(chain.stages)}, {stage.name}: {done}"
-                console.print(title, style="bold", highlight=False, soft_wrap=True)
+                console.print(title, style="bold")
             if finished:
                 continue
             code = run_stage(stage, run)
@@ -64,7 +64,7 @@ def train_chain(chain: Chain, *, overwrite: bool = False) -> int:
         if last is not None:
             run.publish_model(lambda folder: link_model(last.folder / "model", folder, run))
             if run.is_main_process:
-                console.print(f"The policy is in {run.model}", highlight=False, soft_wrap=True)
+                console.print(f"The policy is in {run.model}")
     finally:
         run.close()
     return DONE
@@ -81,10 +81,9 @@ def _check_finished(chain: Chain) -> None:
     """A finished stage is skipped, so it must be as long as the recipe says by now."""
     problems = []
     for number, stage in enumerate(chain.stages, start=1):
-        kept = stage.folder / "recipe.yaml"
-        if stage.recipe is None or not kept.is_file() or not is_finished(stage):
+        if stage.recipe is None or not is_finished(stage):
             continue
-        before, now = yaml.safe_load(kept.read_text(encoding="utf-8")), stage.recipe.training
+        before, now = read_recipe(stage.folder), stage.recipe.training
         problems += [
             f"stage {number} ({stage.name}): {key}: is finished with {before.get(key)}, now "
             f"{now.get(key)}; set it back, choose another --output_dir, or give --overwrite"
@@ -99,14 +98,15 @@ def run_stage(stage: Stage, run: RunDirectory) -> int:
     """Start or resume one stage; returns its exit code."""
     if stage.recipe is not None:
         return train(stage.recipe)
-    from grace_rl.curate.run import curate
+    if stage.curation is not None:
+        from grace_rl.curate.run import curate
 
-    def make_rows() -> None:
-        assert stage.curation is not None
-        curate(stage.curation)
-
-    run.on_main(make_rows)
+        run.on_main(partial(_curate, curate, stage.curation))
     return DONE
+
+
+def _curate(curate: Callable[..., Any], recipe: Any) -> None:
+    curate(recipe)  # its report is no answer for the other processes
 
 
 def link_model(model: Path, folder: Path, run: RunDirectory) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from rich.console import Console
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from grace_rl.rollout.policy import load_policy, resolve_model
+from grace_rl.run.screen import Screen
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Start:
     model_config: ModelConfig
     args: Any
     run_folder: Path
-    console: Console
+    console: Screen
 
     @property
     def peft_config(self) -> Any:
