@@ -194,7 +194,7 @@ def test_one_sigterm_ends_a_run_whatever_a_reward_does(
         "        open('hanging', 'w').close(); hang()\n"
         "    return [0.0] * len(batch)\n"
     )
-    quick = "StopOnSignal.patience = StopOnSignal.last = 1.0"
+    quick = "StopOnSignal.patience, StopOnSignal.last = 1.0, 8.0"
     code = f"from grace_rl.train.stop import StopOnSignal; {quick}; import sys\n"
     code += "from grace_rl.cli import main; sys.exit(main(['train', 'small.yaml']))"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
