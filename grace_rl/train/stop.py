@@ -110,7 +110,7 @@ class StopOnSignal(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.restore_handlers()
+        self.close()
         if self.interrupted and state.is_world_process_zero:
             command = command_line(without=("--overwrite",))
             done = f"Stopped at step {state.global_step} of {state.max_steps}"

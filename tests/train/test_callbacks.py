@@ -165,6 +165,7 @@ def test_a_second_signal_ends_at_once() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
+    stop.close()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
