@@ -1,6 +1,6 @@
 """From a recipe to a finished run directory, the same steps for every method:
 
-    rows -> plan -> run directory -> policy -> scores before -> training -> scores after -> model/
+    preflight -> run directory -> policy -> scores before -> training -> scores after -> model/
 
 What can be wrong with the user's input is found by the method's plan, before the policy is loaded.
 """
