@@ -12,7 +12,7 @@ RECIPE_OVERRIDES = False
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run's model/")
     parser.add_argument(
-        "--input", required=True, metavar="FILE", help="texts: .jsonl[.gz], .csv or .parquet"
+        "--input", required=True, metavar="FILE", help="texts: .jsonl[.gz], .csv[.gz] or .parquet"
     )
     parser.add_argument("--text-column", default="text", metavar="NAME")
     parser.add_argument("--rows", type=int, default=10_000, metavar="N", help="the first N texts")
@@ -28,10 +28,10 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.embed.encoder import RationaleEncoder
     from grace_rl.embed.loading import usable_device
 
-    source = TextSource(Path(options.input), options.text_column)
+    source = TextSource(Path(options.input).expanduser(), options.text_column)
     source.check()
     device = usable_device(options.device)
-    folder = Path(options.model)
+    folder = Path(options.model).expanduser()
     encoder = RationaleEncoder.from_pretrained(
         folder, device, engine=options.engine, cache=options.cache
     )

@@ -13,7 +13,7 @@ RECIPE_OVERRIDES = False
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run's model/, or any sentence encoder")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", metavar="FILE", help="texts: .jsonl[.gz], .csv or .parquet")
+    source.add_argument("--input", metavar="FILE", help="texts: .jsonl[.gz], .csv[.gz] or .parquet")
     source.add_argument(
         "--from-rationales",
         metavar="FILE",
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.errors import UserError
 
     shard = _shard(options.shard)
-    output = Path(options.output)
+    output = Path(options.output).expanduser()
     problems = []
     if shard is None:
         problems.append(f"--shard: must be I/N with 1 <= I <= N, such as 2/4, not {options.shard}")
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.embed.loading import load_encoder, usable_device
 
     given = bool(options.from_rationales)
-    path = Path(options.from_rationales or options.input)
+    path = Path(options.from_rationales or options.input).expanduser()
     source = TextSource(
         path, None if given else options.text_column, options.id_column, shard=shard
     )

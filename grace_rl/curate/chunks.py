@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from grace_rl.data.rows import file_records
+from grace_rl.data.files import file_records
 from grace_rl.errors import UserError
 from grace_rl.run.files import whole_file, write_json
 from grace_rl.run.identity import changed

@@ -8,24 +8,18 @@ Every process reads the same rows in the same order.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grace_rl.data.files import SHOWN_PROBLEMS, file_records
 from grace_rl.errors import UserError
+from grace_rl.recipe.rows import is_local_file
 
 if TYPE_CHECKING:
     from grace_rl.recipe.rows import DataConfig
 
 Row = dict[str, Any]
-
-SHOWN_PROBLEMS = 20
-FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
-OPTIONAL_TEXTS = ("negative", "negative_positive")
 
 
 def read_rows(data: DataConfig) -> list[Row]:
@@ -90,96 +84,9 @@ def stream_rows(data: DataConfig) -> Iterator[Row]:
 
 def _records(data: DataConfig) -> Iterator[tuple[str, Any]]:
     """`(place, record)` one after the other; a record that cannot be read is the reason, a str."""
-    path = Path(data.dataset_name)
-    return file_records(path) if path.name.endswith(FILE_SUFFIXES) else _hub(data)
-
-
-def file_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """`(place, record)` of a file, one after the other, in constant memory.
-
-    A record that cannot be read is the reason, a str.
-
-    Raises:
-        UserError: There is no such file, it is damaged, or of no kind that is known.
-    """
-    try:
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _jsonl(path)
-        elif path.suffix == ".csv":
-            yield from _csv(path)
-        elif path.suffix == ".parquet":
-            yield from _parquet(path)
-        else:
-            raise UserError(f"{path}: must be one of {', '.join(FILE_SUFFIXES)}")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: there is no such file; paths start at the working directory {Path.cwd()}"
-        ) from error
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _json(line, first=number == 1)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(
-                f"{path}: the gzip file is damaged after line {number}: {error}"
-            ) from error
-
-
-def _json(line: bytes, first: bool) -> Any:
-    try:
-        return _object(json.loads(line.decode("utf-8-sig" if first else "utf-8")))
-    except UnicodeDecodeError as error:
-        return f"is not UTF-8 (byte {error.start} of the line)"
-    except json.JSONDecodeError as error:
-        return f"is not JSON: {error.msg} at character {error.pos + 1}"
-    except RecursionError:
-        return "is not JSON that can be read: nested too deeply"
-
-
-def _object(value: Any) -> Any:
-    return (
-        value
-        if isinstance(value, dict)
-        else f"is not an object with keys but a {type(value).__name__}"
-    )
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    # Undecodable bytes become surrogates, which the check of the texts finds and reports by line.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        reader = csv.DictReader(lines)
-        try:
-            for record in reader:
-                place = f"{path}:{reader.line_num}"
-                if None in record:
-                    yield place, f"has more cells than the header's {len(reader.fieldnames or [])}"
-                    continue
-                # An empty cell says nothing; only texts that a row must have are missed.
-                yield place, {k: v for k, v in record.items() if v or k not in OPTIONAL_TEXTS}
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: is not CSV: {error}") from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", record
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: is not parquet that can be read: {str(error).splitlines()[0]}"
-        ) from error
+    if is_local_file(data.dataset_name):
+        return file_records(Path(data.dataset_name).expanduser())
+    return _hub(data)
 
 
 def _hub(data: DataConfig) -> Iterator[tuple[str, Any]]:

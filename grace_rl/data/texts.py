@@ -8,13 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from grace_rl.data.rows import SHOWN_PROBLEMS, file_records
+from grace_rl.data.files import SHOWN_PROBLEMS, file_records
 from grace_rl.errors import UserError
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """A file of texts: `.jsonl`, `.jsonl.gz`, `.csv` or `.parquet`, and the columns to read.
+    """A file of texts (see `grace_rl.data.files`), and the columns to read.
 
     Attributes:
         path: The file.
@@ -82,8 +82,8 @@ class TextSource:
             row, problem = self._row(number, record)
             if not problem:
                 if kind is None:
-                    kind, given = type(row["id"]), self.id in record
-                if (self.id in record) is not given:
+                    kind, given = type(row["id"]), record.get(self.id) is not None
+                if (record.get(self.id) is not None) is not given:
                     problem = f"column {self.id} is in some rows only; give all rows an id, or none"
                 elif type(row["id"]) is not kind:
                     problem = (
@@ -94,7 +94,7 @@ class TextSource:
                 yield f"{place}: {problem}" if problem else row
 
     def _row(self, number: int, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        row = {"id": record.get(self.id, number)}
+        row = {"id": number if record.get(self.id) is None else record[self.id]}
         wide = isinstance(row["id"], int) and not -(2**63) <= row["id"] < 2**63
         if type(row["id"]) not in _TYPES or wide:
             return row, f"{self.id} must be a text or a whole number (64 bits), not {row['id']!r}"
@@ -102,6 +102,8 @@ class TextSource:
             if column is None:
                 continue
             value = record.get(column)
+            if value is None and column in record:
+                value = ""
             if not isinstance(value, str):
                 there = ", ".join(map(str, record)) or "nothing"
                 wrong = "is no text" if column in record else f"is not there, but {there}"

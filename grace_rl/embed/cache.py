@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from grace_rl.errors import UserError
+from grace_rl.run.identity import folder_digest
 
 LOOKUP = 500  # keys a query; sqlite allows 999 parameters everywhere
 WAIT = 120.0  # seconds for another process's write
@@ -63,6 +64,11 @@ class RationaleCache:
                 )
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"{self.path}: cannot be used as a cache: {error}") from error
+
+    def __reduce__(self) -> tuple[type[RationaleCache], tuple[Path]]:
+        return RationaleCache, (
+            self.path,
+        )  # a copy, in another process too, has connections of its own
 
     def rationales(self, keys: Sequence[bytes]) -> dict[bytes, Remembered]:
         """What is known about these keys."""
@@ -135,13 +141,7 @@ def model_fingerprint(folder: Path, files: Sequence[str] = MODEL_FILES) -> str:
     The centre is not among them: it is subtracted from what is remembered. With `ENCODER_FILES` it
     is a digest of all that decides a vector, for any kind of encoder.
     """
-    digest = hashlib.sha256()
-    found = {path for pattern in files for path in folder.glob(pattern) if path.is_file()}
-    for path in sorted(found):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return folder_digest(folder, files)
 
 
 class KeyMaker:

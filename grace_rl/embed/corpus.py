@@ -2,7 +2,8 @@
 
 Every `chunk` rows become a part beside the output, `<output>.parts/part-000000.parquet`, whole or
 not at all. A job that was killed goes on after its last part; when all are there they become the
-one output file.
+one output file. Whose parts they are stands in `job.json` among them, by the content of the input
+and of the model; parts without it are nobody's and go.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from torch import Tensor
 
 from grace_rl.data.texts import TextSource, in_chunks
 from grace_rl.embed.cache import ENCODER_FILES, model_fingerprint
+from grace_rl.embed.encoder_module import Encoder
 from grace_rl.errors import UserError
 from grace_rl.run.files import UNFINISHED, held, whole_file, write_text
+from grace_rl.run.identity import file_digest
 
 CHUNK = 4096
 
@@ -53,12 +56,12 @@ class EmbedJob:
 
 
 def embed_file(
-    encoder: Any, job: EmbedJob, model: Path, *, overwrite: bool = False, console: Console
+    encoder: Encoder, job: EmbedJob, model: Path, *, overwrite: bool = False, console: Console
 ) -> int:
     """Do the job, going on where an earlier attempt of the same job stopped.
 
     Args:
-        encoder: A `RationaleEncoder`, or another whose `encode(texts)` gives `Encoded`.
+        encoder: What `load_encoder` gives.
         job: What to do.
         model: The encoder's folder, to know whether an unfinished output is of the same model.
         overwrite: Replace a finished output, or begin an unfinished one anew.
@@ -72,28 +75,44 @@ def embed_file(
             is unfinished there is of another job.
     """
     rows, id_type = job.source.check()
-    if job.output.exists() and not overwrite:
-        raise UserError(f"{job.output}: is there already; --overwrite replaces it")
+    own = _identity(job, model)
     job.output.parent.mkdir(parents=True, exist_ok=True)
+    note = _note(job)
+    if job.output.exists() and not overwrite and note != own:
+        if note is None:  # nobody's: what a clean-up left that was killed
+            shutil.rmtree(job.parts, ignore_errors=True)
+        raise UserError(f"{job.output}: is there already; --overwrite replaces it")
     job.parts.mkdir(exist_ok=True)
     with held(job.parts):
-        _open(job, model, overwrite)
-        done = 0
-        with _progress(console) as bar:
-            task = bar.add_task("embedding", total=rows)
-            for number, chunk in enumerate(in_chunks(job.source.rows(), job.chunk)):
-                part = job.parts / f"part-{number:06d}.parquet"
-                if part.exists():
-                    done += len(chunk)
-                    bar.reset(task, completed=done, total=rows)  # speed is of this attempt
-                    continue
-                table = _table(encoder, job, chunk, id_type)
-                with whole_file(part) as unfinished:
-                    pq.write_table(table, unfinished, compression="zstd")
-                bar.advance(task, len(chunk))
-        _join(job)
+        if overwrite or not job.output.exists():
+            _open(job, own, overwrite)
+            _embed(encoder, job, rows, id_type, console)
+            if _identity(job, model) != own:
+                raise UserError(f"{job.source.path}: was changed while it was read; start again")
+            _join(job, rows)
+        # A kill from here on leaves a finished output; the same command then only cleans up.
+        for part in job.parts.glob("part-*.parquet"):
+            part.unlink()
+        _note_path(job).unlink()
     shutil.rmtree(job.parts)
     return rows
+
+
+def _embed(encoder: Encoder, job: EmbedJob, rows: int, id_type: type, console: Console) -> None:
+    """Make the parts that are not there yet."""
+    done = 0
+    with _progress(console) as bar:
+        task = bar.add_task("embedding", total=rows)
+        for number, chunk in enumerate(in_chunks(job.source.rows(), job.chunk)):
+            part = _part(job, number)
+            if part.exists():
+                done += len(chunk)
+                bar.reset(task, completed=done, total=rows)  # speed is of this attempt
+                continue
+            table = _table(encoder, job, chunk, id_type)
+            with whole_file(part) as unfinished:
+                pq.write_table(table, unfinished, compression="zstd")
+            bar.advance(task, len(chunk))
 
 
 def _table(encoder: Any, job: EmbedJob, chunk: list[dict[str, Any]], id_type: type) -> pa.Table:
@@ -131,10 +150,10 @@ def _utf8(text: str) -> str:
 # -- the folder of parts ---------------------------------
 
 
-def _open(job: EmbedJob, model: Path, overwrite: bool) -> None:
-    """Make sure that what is in the folder is of this job, or nothing."""
-    own = {
-        "input": f"{job.source.path.resolve()}, {job.source.path.stat().st_size} bytes",
+def _identity(job: EmbedJob, model: Path) -> dict[str, Any]:
+    """What a job is, by the content of its files: only parts of the same job are joined."""
+    return {
+        "input": file_digest(job.source.path),
         "columns": [job.source.text, job.source.id, job.source.rationale],
         "shard": list(job.source.shard),
         "model": model_fingerprint(model, ENCODER_FILES),
@@ -142,26 +161,45 @@ def _open(job: EmbedJob, model: Path, overwrite: bool) -> None:
         "keep_rationales": job.keep_rationales,
         "chunk": job.chunk,
     }
-    note = job.parts / "job.json"
-    if note.exists():
-        found = json.loads(note.read_text(encoding="utf-8"))
-        other = [name for name, value in own.items() if found.get(name) != value]
-        if other and not overwrite:
+
+
+def _note_path(job: EmbedJob) -> Path:
+    return job.parts / "job.json"
+
+
+def _note(job: EmbedJob) -> dict[str, Any] | None:
+    """The identity of the job whose parts are there; None where it is not known."""
+    try:
+        note = json.loads(_note_path(job).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) else {}
+
+
+def _part(job: EmbedJob, number: int) -> Path:
+    return job.parts / f"part-{number:06d}.parquet"
+
+
+def _open(job: EmbedJob, own: dict[str, Any], overwrite: bool) -> None:
+    """Make sure that what is in the folder is of this job, or nothing."""
+    note = _note(job)
+    if note is not None and not overwrite:
+        other = [name for name, value in own.items() if note.get(name) != value]
+        if other:
             raise UserError(
                 f"{job.parts}: is the unfinished output of another job (different: "
                 f"{', '.join(other)}); finish that one, or begin anew with --overwrite"
             )
-        if overwrite:
-            for part in job.parts.glob("part-*.parquet"):
-                part.unlink()
-    for left in job.parts.glob(UNFINISHED):
-        left.unlink()
-    write_text(note, json.dumps(own, indent=2) + "\n")
+    patterns = [UNFINISHED] if note == own and not overwrite else [UNFINISHED, "part-*.parquet"]
+    for pattern in patterns:
+        for left in job.parts.glob(pattern):
+            left.unlink()
+    write_text(_note_path(job), json.dumps(own, indent=2) + "\n")
 
 
-def _join(job: EmbedJob) -> None:
+def _join(job: EmbedJob, rows: int) -> None:
     """All parts as one file, a row group each."""
-    parts = sorted(job.parts.glob("part-*.parquet"))
+    parts = [_part(job, number) for number in range(-(-rows // job.chunk))]
     with (
         whole_file(job.output) as unfinished,
         pq.ParquetWriter(unfinished, pq.read_schema(parts[0]), compression="zstd") as writer,

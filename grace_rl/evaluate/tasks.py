@@ -19,8 +19,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from grace_rl.data.rows import FILE_SUFFIXES, SHOWN_PROBLEMS, file_records
+from grace_rl.data.files import SHOWN_PROBLEMS, file_records
 from grace_rl.errors import UserError
+from grace_rl.recipe.rows import ROW_SUFFIXES
 from grace_rl.recipe.schema import MOST_EXACT, Section, shown, validated
 from grace_rl.recipe.source import RecipeSource, read_list
 from grace_rl.run.identity import digest
@@ -43,7 +44,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "pair_classification": {"": {"sentence1": str, "sentence2": str, "label": int}},
 }
 CUT_KINDS = ("sts", "pair_classification", "clustering")  # of which `rows` takes the first
-ENDINGS = ("", *FILE_SUFFIXES)
+ENDINGS = ("", *ROW_SUFFIXES)
 
 
 class TaskEntry(Section):
@@ -170,7 +171,7 @@ def _local(entry: TaskEntry, source: RecipeSource, i: int) -> LocalTask:
         if file is None:
             message = (
                 f"there is no {where}{part} with one of the endings "
-                f"{', '.join(FILE_SUFFIXES)}; paths start at the working directory {Path.cwd()}"
+                f"{', '.join(ROW_SUFFIXES)}; paths start at the working directory {Path.cwd()}"
             )
             source.problems.append(source.problem((i, "path"), message))
             continue

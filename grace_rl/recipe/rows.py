@@ -13,7 +13,7 @@ from grace_rl.recipe.source import KeyPath, RecipeSource
 
 SCENES = "scenes"
 SCENES_SPLITS = ("train", "validation", "test", "transfer")
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class DataConfig:
     """Where rows come from.
 
     Attributes:
-        dataset_name: `scenes`, a local file (.jsonl, .jsonl.gz, .csv, .parquet) or a hub id.
+        dataset_name: `scenes`, a local file (.jsonl, .csv, both also as .gz, or .parquet) or a hub id.
         config: Configuration of a hub data set.
         train_split: Split of a hub data set or of scenes.
         rows: Only the first so many rows; None takes all (scenes: as many as `rows()` makes by
