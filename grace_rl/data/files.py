@@ -31,7 +31,7 @@ def file_records(path: Path) -> Iterator[Record]:
     """The records of a file, one after the other, in constant memory.
 
     What is compressed with gzip is known by its content. Bytes that mark the byte order, blank
-    lines and the index of pandas are no part of the records; NaN and an empty cell are null.
+    lines and the index of pandas are no part of the records; an empty cell of CSV is null.
 
     Yields:
         `(place, record)`; a record that cannot be read is the reason, a str. The place is
@@ -78,8 +78,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 def _object(line: bytes, first: bool) -> Any:
     try:
-        text = line.decode("utf-8-sig" if first else "utf-8")
-        value = json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
+        value = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
         return f"is not UTF-8 (byte {error.start} of the line)"
     except json.JSONDecodeError as error:

@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_read_is_one_line(
 
 
 def test_null_is_null_in_every_form(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"query": "a", "positive": "b", "negative": NaN}')
+    (tmp_path / "a.jsonl").write_text('{"query": "a", "positive": "b", "negative": null}')
     (tmp_path / "a.csv").write_text("query,positive,negative\na,b,\n")
     frame = pd.DataFrame([{"query": "a", "positive": "b", "negative": None}])
     frame.to_parquet(tmp_path / "a.parquet")
