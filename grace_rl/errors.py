@@ -1,7 +1,8 @@
-"""The one exception a user's mistake becomes, and what a mistake of ours in a run carries."""
+"""The one exception a user's mistake becomes, a mistake of ours, and how others are told."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,3 +50,23 @@ class Crash(Exception):
         self.folder = folder
         self.saved = saved
         super().__init__(f"{folder}: {saved}")
+
+
+def describe_error(error: BaseException, source: str | None = None) -> str:
+    """`ValueError: why (file.py:12)`, with the deepest line inside `source` where there is one.
+
+    For exceptions of other people's code, which may be unable to say anything.
+    """
+    kind = type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{kind}: {error.msg} ({error.filename}:{error.lineno})"
+    try:
+        text = f"{kind}: {error}"
+    except BaseException as second:
+        text = f"{kind} (its message fails with {type(second).__name__})"
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if source is not None and frame.filename == source]
+    if inside or (frames and source is None):
+        frame = (inside or frames)[-1]
+        return f"{text} ({frame.filename}:{frame.lineno})"
+    return f"{text} ({source})" if source else text

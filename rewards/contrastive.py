@@ -62,17 +62,21 @@ class Contrastive:
     def __init__(
         self, temperature: float = 0.1, clip: float | None = None, score: Score = "log_softmax"
     ) -> None:
-        if temperature <= 0:
+        self.check(temperature, clip, score)
+        self.temperature = temperature
+        self.clip = clip
+        self.score = score
+
+    @staticmethod
+    def check(temperature: float, clip: float | None, score: Score) -> None:
+        if not temperature > 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
-        if clip is not None and clip >= 0:
-            raise ValueError(f"clip is the lowest value and must be below 0, not {clip}")
+        if clip is not None and not clip < 0:
+            raise ValueError(f"clip must be below 0, it is the lowest value, not {clip}")
         if score not in get_args(Score):
             raise ValueError(f"score must be one of {', '.join(get_args(Score))}, not {score!r}")
         if clip is not None and score != "log_softmax":
             raise ValueError("clip is for score: log_softmax; the others are bounded")
-        self.temperature = temperature
-        self.clip = clip
-        self.score = score
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         contrast = contrast_texts(batch)

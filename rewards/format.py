@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -49,16 +50,21 @@ class Format:
     def __init__(
         self, pattern: str = r"\S", tags: list[str] | None = None, margin: float = 1.0
     ) -> None:
-        try:
-            self.pattern = re.compile(pattern, re.DOTALL)
-        except re.error as error:
-            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
-        if margin <= 0:
-            raise ValueError(f"margin must be above 0, not {margin}")
+        self.check(pattern, tags, margin)
+        self.pattern = re.compile(pattern, re.DOTALL)
         self.tags = tags or []
         inside = [rf"<{re.escape(tag)}>.*?\S.*?</{re.escape(tag)}>" for tag in self.tags]
         self.tagged = re.compile(".*?".join(inside), re.DOTALL)
         self.margin = margin
+
+    @staticmethod
+    def check(pattern: str, tags: list[str] | None, margin: float) -> None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+        if not 0 < margin < math.inf:
+            raise ValueError(f"margin must be above 0, not {margin}")
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         passed = torch.tensor(

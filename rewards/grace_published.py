@@ -63,12 +63,16 @@ class GracePublished:
         cross_weight: float = 0.2,
         truncated_value: float = -1.0,
     ) -> None:
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, not {temperature}")
+        self.check(temperature)
         self.temperature = temperature
         self.consistency_weight = consistency_weight
         self.cross_weight = cross_weight
         self.truncated_value = truncated_value
+
+    @staticmethod
+    def check(temperature: float, **others: float) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {temperature}")
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         trained = set(batch.roles)

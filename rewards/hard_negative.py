@@ -46,10 +46,14 @@ class HardNegative:
     """
 
     def __init__(self, temperature: float = 0.1, own_row: bool = False) -> None:
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, not {temperature}")
+        self.check(temperature, own_row)
         self.temperature = temperature
         self.own_row = own_row
+
+    @staticmethod
+    def check(temperature: float, own_row: bool) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {temperature}")
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         texts = batch.pool.by_text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,7 +31,7 @@ class Judge:
         api_key_variable: the environment variable that holds the key; None needs no key. The key
             itself never stands in a recipe, because runs keep their recipe.
         concurrency: calls at a time, at least 1; 8 to 64 is usual.
-        timeout: seconds for one call.
+        call_timeout: seconds for one question; the recipe's `timeout` is for the whole batch.
         retries: tries after the first, 0 to 10.
         skip_failures: True leaves a rollout whose call failed for good unscored; False ends the run
             (or, with `on_error: abstain`, leaves the whole batch unscored). If every call of a
@@ -65,7 +66,7 @@ class Judge:
         base_url: str = "http://127.0.0.1:8000/v1",
         api_key_variable: str | None = None,
         concurrency: int = 8,
-        timeout: float = 30.0,
+        call_timeout: float = 30.0,
         retries: int = 3,
         skip_failures: bool = False,
         best_grade: int = 10,
@@ -73,13 +74,52 @@ class Judge:
         price_per_million: list[float] | None = None,
         max_cost: float | None = None,
     ) -> None:
+        self.check(
+            base_url=base_url,
+            api_key_variable=api_key_variable,
+            concurrency=concurrency,
+            call_timeout=call_timeout,
+            retries=retries,
+            best_grade=best_grade,
+            max_answer_tokens=max_answer_tokens,
+            price_per_million=price_per_million,
+            max_cost=max_cost,
+        )
+        import openai
+
+        key = os.environ[api_key_variable] if api_key_variable is not None else "none"
+        self._client = openai.AsyncOpenAI(
+            base_url=base_url, api_key=key, timeout=call_timeout, max_retries=retries
+        )
+        self._slots = asyncio.Semaphore(concurrency)
+        self.model = model
+        self.skip_failures = skip_failures
+        self.best_grade = best_grade
+        self.max_answer_tokens = max_answer_tokens
+        self.prices = price_per_million or [0.0, 0.0]
+        self.max_cost = max_cost
+        self.spent = 0.0
+
+    @staticmethod
+    def check(
+        base_url: str,
+        api_key_variable: str | None,
+        concurrency: int,
+        call_timeout: float,
+        retries: int,
+        best_grade: int,
+        max_answer_tokens: int,
+        price_per_million: list[float] | None,
+        max_cost: float | None,
+        **others: Any,
+    ) -> None:
         problems = []
         if urlsplit(base_url).scheme not in ("http", "https"):
             problems.append(f"base_url must begin with http:// or https://, not {base_url!r}")
         if concurrency < 1 or best_grade < 1 or max_answer_tokens < 1:
             problems.append("concurrency, best_grade and max_answer_tokens must be at least 1")
-        if timeout <= 0 or not 0 <= retries <= 10:
-            problems.append("timeout must be above 0, and retries from 0 to 10")
+        if not call_timeout > 0 or not 0 <= retries <= 10:
+            problems.append("call_timeout must be above 0, and retries from 0 to 10")
         prices = price_per_million or [0.0, 0.0]
         if len(prices) != 2 or min(prices) < 0:
             problems.append("price_per_million must be [prompt, answer], neither below 0")
@@ -87,24 +127,10 @@ class Judge:
             problems.append("max_cost needs price_per_million")
         if api_key_variable is not None and not os.environ.get(api_key_variable):
             problems.append(f"the environment variable {api_key_variable} is not set")
-        try:
-            import openai
-        except ImportError:
+        if find_spec("openai") is None:
             problems.append("it needs the package openai: pip install 'grace-rl[judge]'")
         if problems:
-            raise ValueError("; ".join(problems))
-        key = os.environ[api_key_variable] if api_key_variable is not None else "none"
-        self._client = openai.AsyncOpenAI(
-            base_url=base_url, api_key=key, timeout=timeout, max_retries=retries
-        )
-        self._slots = asyncio.Semaphore(concurrency)
-        self.model = model
-        self.skip_failures = skip_failures
-        self.best_grade = best_grade
-        self.max_answer_tokens = max_answer_tokens
-        self.prices = prices
-        self.max_cost = max_cost
-        self.spent = 0.0
+            raise ValueError("\n".join(problems))
 
     def messages(self, text: str, rationale: str) -> list[dict[str, str]]:
         """What the judge is asked."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from grace_rl.reward import RewardBatch, RewardOutput
 
 
@@ -49,15 +51,19 @@ class Length:
     def __init__(
         self, margin: float = 1.0, cost_per_token: float = 0.0, free_tokens: int = 0
     ) -> None:
-        if margin <= 0:
-            raise ValueError(f"margin must be above 0, not {margin}")
-        if cost_per_token < 0 or free_tokens < 0:
-            raise ValueError("cost_per_token and free_tokens must not be below 0")
-        if free_tokens > 0 and cost_per_token == 0:
-            raise ValueError("free_tokens has no effect without cost_per_token")
+        self.check(margin, cost_per_token, free_tokens)
         self.margin = margin
         self.cost_per_token = cost_per_token
         self.free_tokens = free_tokens
+
+    @staticmethod
+    def check(margin: float, cost_per_token: float, free_tokens: int) -> None:
+        if not 0 < margin < math.inf:
+            raise ValueError(f"margin must be above 0, not {margin}")
+        if not (cost_per_token >= 0 and free_tokens >= 0):
+            raise ValueError("cost_per_token and free_tokens must not be below 0")
+        if free_tokens > 0 and cost_per_token == 0:
+            raise ValueError("free_tokens has no effect without cost_per_token")
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         tokens = batch.embeddings.new_tensor([len(ids) for ids in batch.token_ids])

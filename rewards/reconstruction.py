@@ -76,19 +76,7 @@ class Reconstruction:
         temperature: float = 1.0,
         batch_size: int = 64,
     ) -> None:
-        if score not in get_args(Score):
-            raise ValueError(f"score must be one of {', '.join(get_args(Score))}, not {score!r}")
-        for name, value in (("clip", clip), ("temperature", temperature)):
-            if value <= 0:
-                raise ValueError(f"{name} must be above 0, not {value}")
-        for name, count in (("max_target_tokens", max_target_tokens), ("batch_size", batch_size)):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, not {count}")
-        if model is not None and not (Path(model) / "grace.json").is_file():
-            raise ValueError(
-                f"{model} holds no model of a finished run (no grace.json); "
-                "train one with method: reconstruction"
-            )
+        self.check(model, score, clip, max_target_tokens, temperature, batch_size)
         self.model = model
         self.score = score
         self.clip = clip
@@ -97,6 +85,29 @@ class Reconstruction:
         self.batch_size = batch_size
         self.decoder: RationaleEncoder | None = None
         self._null: dict[str, Tensor] = {}  # text -> (L,) log-probabilities without a rationale
+
+    @staticmethod
+    def check(
+        model: str | None,
+        score: Score,
+        clip: float,
+        max_target_tokens: int,
+        temperature: float,
+        batch_size: int,
+    ) -> None:
+        if score not in get_args(Score):
+            raise ValueError(f"score must be one of {', '.join(get_args(Score))}, not {score!r}")
+        for name, value in (("clip", clip), ("temperature", temperature)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, not {value}")
+        for name, count in (("max_target_tokens", max_target_tokens), ("batch_size", batch_size)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, not {count}")
+        if model is not None and not (Path(model) / "grace.json").is_file():
+            raise ValueError(
+                f"model {model} is not that of a finished run (no grace.json); "
+                "train one with method: reconstruction"
+            )
 
     def start_from(self, policy: str) -> None:
         """Told by the trainer where its policy was loaded from; the decoder if none is named."""

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grace_rl.reward import RewardBatch, RewardOutput, RewardSpec, load_rewards, score_prefixes
+from grace_rl.reward import (
+    LoadedReward,
+    RewardBatch,
+    RewardOutput,
+    RewardSpec,
+    load_rewards,
+    score_prefixes,
+)
 
 
 class Stepwise:
@@ -61,20 +68,28 @@ class Stepwise:
     def __init__(
         self, potential: str | dict[str, Any] | Callable[[RewardBatch], Any] = "contrastive"
     ) -> None:
-        spec: Any = potential
-        if isinstance(potential, dict):
-            keywords = dict(potential)
-            spec = RewardSpec(name=str(keywords.pop("name", "")), keywords=keywords)
-        try:
-            (self.potential,) = load_rewards([spec], Path.cwd())
-        except ValueError as error:
-            raise ValueError(str(error).replace("rewards[0]", "potential")) from error
-        plain = self.potential.trl_parameters is None
-        if self.potential.gates or self.potential.steps or not plain:
-            raise ValueError(
-                f"potential ({self.potential.name}) must be a plain value of batch.embeddings: no "
-                "gate, no steps, no TRL function"
-            )
+        self.potential = _loaded(potential)
+
+    @staticmethod
+    def check(potential: str | dict[str, Any] | Callable[[RewardBatch], Any]) -> None:
+        _loaded(potential)
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         return score_prefixes(self.potential, batch)
+
+
+def _loaded(potential: Any) -> LoadedReward:
+    spec = potential
+    if isinstance(potential, dict):
+        keywords = dict(potential)
+        spec = RewardSpec(name=str(keywords.pop("name", "")), keywords=keywords)
+    try:
+        (loaded,) = load_rewards([spec], Path.cwd())
+    except ValueError as error:
+        raise ValueError(str(error).replace("rewards[0]", "potential")) from error
+    if loaded.gates or loaded.steps or loaded.trl_parameters is not None:
+        raise ValueError(
+            f"potential ({loaded.name}) must be a plain value of batch.embeddings: no gate, no "
+            "steps, no TRL function"
+        )
+    return loaded

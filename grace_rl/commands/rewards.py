@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     new.add_argument("file", metavar="FILE", help="such as my_reward.py; must not exist")
     new.add_argument("--kind", choices=KINDS, default="contrastive", help="what it looks at")
     check = verbs.add_parser("check", help="run a reward on a few rollouts and say what is wrong")
-    check.add_argument("name", metavar="NAME", help="a name, package.module:Name or file.py:Name")
+    check.add_argument("name", metavar="NAME", help="as for show; file.py alone lists what it has")
     check.add_argument("--arguments", metavar="YAML", default="{}", help="'{temperature: 0.1}'")
+    check.add_argument("--timeout", metavar="SECONDS", type=float, help="limit of one call")
     check.add_argument("--rollouts", metavar="RUN", help="also on the rollouts of this run")
     check.add_argument(
         "--columns", metavar="YAML", default="{}", help="columns of the canned rows: '{answer: 7}'"
@@ -44,41 +45,48 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.table import Table
 
-    from grace_rl.reward import available_rewards
+    from grace_rl.plugins import REWARDS, docstring, installed
+    from grace_rl.run.printing import say
+    from grace_rl.run.screen import Screen
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("name", "what it pays for", "requirements", "source"):
         table.add_column(title, overflow="fold")
     problems = []
-    for name, place in sorted(available_rewards().items()):
+    for name, place in sorted(installed(REWARDS).items()):
         try:
-            target = _target(name)
+            summary, requirements = _summary(docstring(place))
         except UserError as error:
             problems += [f"{name} ({place}): {problem}" for problem in error.problems]
             continue
-        summary, requirements = _summary(target)
         table.add_row(name, *map(_plain, (summary, requirements, place)))
-    Console().print(table)
+    Screen().print(table)
     for problem in problems:
-        print(problem, file=sys.stderr)
+        say(problem, error=True)
     return 0
 
 
 def _show(options: argparse.Namespace) -> int:
     import inspect
 
-    target = _target(options.name)
-    signature = str(inspect.signature(target))
-    print(f"{options.name}{signature}\n{inspect.getsourcefile(inspect.unwrap(target))}\n")
-    print(inspect.getdoc(target) or "It has no docstring.")
+    from grace_rl.plugins import REWARDS, find
+    from grace_rl.run.printing import say
+
+    target = find(options.name, Path.cwd(), REWARDS)
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except NameError:  # an annotation of something that is not there
+        signature = inspect.signature(target)
+    say(f"{options.name}{signature}\n{inspect.getsourcefile(inspect.unwrap(target))}\n")
+    say(inspect.getdoc(target) or "It has no docstring.")
     return 0
 
 
 def _new(options: argparse.Namespace) -> int:
     from grace_rl.run.files import write_text
+    from grace_rl.run.printing import say
 
     path = Path(options.file)
     test = path.with_name(f"test_{path.name}")
@@ -97,25 +105,27 @@ def _new(options: argparse.Namespace) -> int:
     for target, template in ((path, f"{options.kind}.py"), (test, f"test_{options.kind}.txt")):
         text = (templates / template).read_text(encoding="utf-8")
         write_text(target, text.replace("MyReward", name).replace("my_reward", path.stem))
-    print(f"wrote {path} and {test}")
-    print(f"edit it, then: grace-rl rewards check {path}:{name}")
-    print(f"in a recipe beside it: rewards: [{{name: {path.name}:{name}}}]")
+    say(f"wrote {path} and {test}")
+    say(f"edit it, then: grace-rl rewards check {path}:{name}")
+    say(f"in a recipe beside it: rewards: [{{name: {path.name}:{name}}}]")
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
     import dataclasses
 
-    from rich.console import Console
     from rich.table import Table
 
-    from grace_rl.reward import RewardSpec, load_rewards
+    from grace_rl.reward import RewardSpec, build_rewards, load_rewards
     from grace_rl.reward.stored import stored_batch, stored_steps
     from grace_rl.reward.trial import canned_batches, try_reward
     from grace_rl.rollout.store import rollout_files
+    from grace_rl.run.screen import Screen
 
     arguments, columns = (_mapping(options, name) for name in ("arguments", "columns"))
-    [reward] = load_rewards([RewardSpec(options.name, keywords=arguments)], Path.cwd())
+    spec = RewardSpec(options.name, keywords=arguments, timeout=options.timeout)
+    rewards = load_rewards([spec], Path.cwd())
+    build_rewards(rewards)
     batches = {
         name: dataclasses.replace(
             batch, columns={key: [value] * len(batch) for key, value in columns.items()}
@@ -135,13 +145,13 @@ def _check(options: argparse.Namespace) -> int:
     note = threading.Timer(PATIENCE, lambda: print(about, file=sys.stderr, flush=True))
     note.daemon = True
     note.start()
-    findings = try_reward(reward, batches)
+    findings = try_reward(rewards[0], batches)
     note.cancel()
     table = Table(box=None, pad_edge=False, show_header=False)
     marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
     for finding in findings:
         table.add_row(marks[finding.level], finding.name, _plain(finding.message))
-    console = Console()
+    console = Screen()
     console.print(table)
     errors = sum(finding.level == "error" for finding in findings)
     rollouts = sum(map(len, batches.values()))
@@ -168,17 +178,8 @@ def _mapping(options: argparse.Namespace, name: str) -> dict[str, Any]:
     return value
 
 
-def _target(name: str) -> Any:
-    from grace_rl.reward.loading import find_reward
-
-    return find_reward(name, Path.cwd())
-
-
-def _summary(target: Any) -> tuple[str, str]:
-    """First line of the docstring, and its `Requirements:` paragraph."""
-    import inspect
-
-    text = inspect.getdoc(target) or ""
+def _summary(text: str) -> tuple[str, str]:
+    """First line of a docstring, and its `Requirements:` paragraph."""
     found = re.search(r"Requirements: (.*?)(?:\n\n|\Z)", text, re.DOTALL)
     requirements = " ".join(found[1].split()) if found else "not stated"
     return text.partition("\n")[0] or "has no docstring", requirements

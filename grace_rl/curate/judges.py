@@ -22,6 +22,7 @@ from grace_rl.curate.models import LanguageModel, Models
 from grace_rl.curate.prompts import RatingPrompts
 from grace_rl.data.guide import Encode, load_encoder, unit_vectors
 from grace_rl.errors import UserError
+from grace_rl.plugins import Plugin, argument_problems, find
 from grace_rl.recipe.curation import RateStep
 from grace_rl.rollout.prompts import PromptTemplate
 
@@ -148,18 +149,20 @@ def load_judge(step: RateStep, generator: str | None, models: Models) -> Judge:
 
 
 def _own_judge(step: RateStep) -> Judge:
-    from grace_rl.reward.loading import describe_error, find_reward
-
     try:
-        target = find_reward(step.judge, Path.cwd())
-        if isinstance(target, type):
-            built: Judge = target(**step.options)
-            return built
-    except TypeError as error:
-        raise UserError(f"rate.options: {step.judge}: {describe_error(error)}") from error
+        target = find(step.judge, Path.cwd())
+        problems = [
+            f"rate.options.{key}: {problem}" if key else f"rate.options: {problem}"
+            for key, problem in argument_problems(target, step.options)
+        ]
+        if problems:
+            raise UserError(problems)
+        judge: Judge = Plugin(step.judge, target, step.options).object
     except UserError as error:
-        raise UserError([f"rate.judge: {problem}" for problem in error.problems]) from error
-    return lambda pairs: target(pairs, **step.options)
+        raise UserError(
+            [p if p.startswith("rate.") else f"rate.judge: {p}" for p in error.problems]
+        ) from error
+    return judge
 
 
 def checked(ratings: Sequence[Any], count: int, judge: str) -> list[Rating]:

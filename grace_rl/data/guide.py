@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from grace_rl.errors import UserError
+from grace_rl.plugins import find
 from grace_rl.run.files import whole_file, write_text
 from grace_rl.run.identity import ABSENT, path_digest
 
@@ -209,9 +210,7 @@ def load_encoder(name: str, batch_size: int = 128) -> Encode:
         UserError: There is no such encoder.
     """
     if ":" in name:
-        from grace_rl.reward.loading import find_reward
-
-        found: Encode = find_reward(name, Path.cwd())
+        found: Encode = find(name, Path.cwd())
         return found
     from sentence_transformers import SentenceTransformer
 

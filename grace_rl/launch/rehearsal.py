@@ -29,7 +29,7 @@ def rehearse(recipe: Any, args: Any, rows: list[dict[str, Any]]) -> Finding:
     batch = _four_rollouts(args, rows, steps=any(reward.steps for reward in loaded))
     said, worst, advice = [], "ok", []
     for reward in loaded:
-        if hasattr(reward.function, "start_from"):
+        if hasattr(reward.plugin.target, "start_from"):
             said.append(f"{reward.label} not run (it starts from the policy's weights)")
             continue
         began = time.perf_counter()

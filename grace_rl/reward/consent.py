@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from grace_rl.errors import UserError
-from grace_rl.reward.loading import RewardSpec, available_rewards
+from grace_rl.plugins import REWARDS, installed
+from grace_rl.reward.loading import RewardSpec
 
 RECIPE = "recipe.yaml"
 _CODE_OR_ADDRESS = re.compile(r"\.py\b|[\w)]:[A-Za-z_]|://|^[\w.-]+:\d+")
@@ -30,12 +31,12 @@ def run_rewards(run: str | Path) -> list[RewardSpec]:
 
     path = Path(run) / RECIPE
     specs = read_rewards(path)
-    installed = available_rewards()
+    known = installed(REWARDS)
     needed = [
         text
         for spec in specs
         for text in (spec.name, *_strings(spec.keywords))
-        if text not in installed and (text is spec.name or _CODE_OR_ADDRESS.search(text))
+        if text not in known and (text is spec.name or _CODE_OR_ADDRESS.search(text))
     ]
     if needed:
         raise UserError(

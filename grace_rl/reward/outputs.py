@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,13 +27,19 @@ RESERVED_COMPONENTS = {
 
 @dataclass(frozen=True, eq=False)
 class CheckedOutput:
-    """A checked RewardOutput: float32 tensors on the batch's device."""
+    """A checked RewardOutput: float32 tensors on the batch's device, NaN where nothing is scored.
+
+    Attributes:
+        failed: (B,) bool, where the gate did not pass; None without a gate.
+        nonfinite: How many rows had an infinity in their value or steps; see `without_infinities`.
+    """
 
     values: Tensor
     steps: Tensor | None = None
     components: dict[str, Tensor] = field(default_factory=dict)
-    failed: Tensor | None = None  # (B,) bool
+    failed: Tensor | None = None
     margin: float = 1.0
+    nonfinite: int = 0
 
 
 def score_prefixes(reward: LoadedReward, batch: RewardBatch) -> RewardOutput:
@@ -72,39 +81,17 @@ def read_output(result: Any, reward: LoadedReward, batch: RewardBatch) -> Checke
             f"component names must not contain '/' or be one of {sorted(RESERVED_COMPONENTS)}; "
             f"found {sorted(result.components)}"
         )
-    steps = None
-    if result.steps is not None:
-        steps = torch.as_tensor(result.steps, device=batch.embeddings.device).detach()
-        steps = steps.to(torch.float32, copy=True)
-        if not reward.steps:
-            raise ValueError(
-                "it returned steps; declare them with the attribute `steps = True` on its class or "
-                "function, so that prefixes are embedded"
-            )
-        if batch.prefix_ends is None or steps.shape != batch.prefix_ends.shape:
-            wanted = None if batch.prefix_ends is None else tuple(batch.prefix_ends.shape)
-            raise ValueError(
-                f"RewardOutput.steps has shape {tuple(steps.shape)}, expected that of "
-                f"RewardBatch.prefix_ends, {wanted}"
-            )
-    failed = None
-    if result.gate is not None:
-        gate = torch.as_tensor(result.gate, device=batch.embeddings.device)
-        if gate.shape != (len(batch),) or gate.dtype != torch.bool:
-            raise ValueError(
-                f"RewardOutput.gate has shape {tuple(gate.shape)} and {gate.dtype}, "
-                f"expected ({len(batch)},) and torch.bool"
-            )
-        failed = ~gate
+    if not math.isfinite(result.margin):
+        raise ValueError(f"RewardOutput.margin is {result.margin}; it must be finite")
     return CheckedOutput(
         values=_column("RewardOutput.values", result.values, batch),
-        steps=steps,
+        steps=None if result.steps is None else _steps(result.steps, reward, batch),
         components={
             name: _column(f"the component {name!r}", column, batch)
             for name, column in result.components.items()
         },
-        failed=failed,
-        margin=result.margin,
+        failed=None if result.gate is None else _failed(result.gate, batch),
+        margin=float(result.margin),
     )
 
 
@@ -116,8 +103,8 @@ def unscored_output(reward: LoadedReward, batch: RewardBatch) -> CheckedOutput:
     return CheckedOutput(nothing, nothing[:, None].repeat(1, batch.prefix_ends.shape[1]))
 
 
-def drop_nonfinite(output: CheckedOutput) -> int:
-    """Turn infinities into NaN, in place; returns how many rows had one in values or steps."""
+def without_infinities(output: CheckedOutput) -> CheckedOutput:
+    """The output with NaN for every infinity, in place, and the number of such rows."""
     rows = output.values.isinf()
     output.values[rows] = torch.nan
     if output.steps is not None:
@@ -125,7 +112,7 @@ def drop_nonfinite(output: CheckedOutput) -> int:
         output.steps[output.steps.isinf()] = torch.nan
     for column in output.components.values():
         column[column.isinf()] = torch.nan
-    return int(rows.sum())
+    return replace(output, nonfinite=int(rows.sum()))
 
 
 def failed_margin(output: CheckedOutput) -> Tensor:
@@ -135,22 +122,70 @@ def failed_margin(output: CheckedOutput) -> Tensor:
     return output.failed.to(output.values.dtype) * output.margin
 
 
-def _column(what: str, values: Any, batch: RewardBatch) -> Tensor:
-    """(B,) float32 of its own memory, NaN for None."""
-    device, count = batch.embeddings.device, len(batch)
-    if isinstance(values, list | tuple):
-        for i, value in enumerate(values):
-            if value is not None and not hasattr(value, "__float__"):
-                raise TypeError(f"{what}: entry {i} is {value!r}, expected a number or None")
-        values = torch.tensor([torch.nan if v is None else float(v) for v in values], device=device)
-    elif isinstance(values, Tensor) or hasattr(values, "__array__"):
-        values = torch.as_tensor(values, device=device).detach().to(torch.float32, copy=True)
-    else:
-        raise TypeError(
-            f"{what} is a {type(values).__name__}; "
-            f"return a tensor or a list of {count} numbers, or a RewardOutput"
+def _steps(steps: Any, reward: LoadedReward, batch: RewardBatch) -> Tensor:
+    if not reward.steps:
+        raise ValueError(
+            "it returned steps; declare them with the attribute `steps = True` on its class or "
+            "function, so that prefixes are embedded"
         )
-    if values.shape != (count,):
-        shape = f"{len(values)} values" if values.dim() == 1 else f"shape {tuple(values.shape)}"
+    steps = _plain(torch.as_tensor(steps), batch)
+    if batch.prefix_ends is None or steps.shape != batch.prefix_ends.shape:
+        wanted = None if batch.prefix_ends is None else tuple(batch.prefix_ends.shape)
+        raise ValueError(
+            f"RewardOutput.steps has shape {tuple(steps.shape)}, expected that of "
+            f"RewardBatch.prefix_ends, {wanted}"
+        )
+    return steps
+
+
+def _failed(gate: Any, batch: RewardBatch) -> Tensor:
+    gate = torch.as_tensor(gate, device=batch.embeddings.device)
+    if gate.shape != (len(batch),) or gate.dtype != torch.bool:
+        raise ValueError(
+            f"RewardOutput.gate has shape {tuple(gate.shape)} and {gate.dtype}, "
+            f"expected ({len(batch)},) and torch.bool"
+        )
+    return ~gate
+
+
+def _column(what: str, values: Any, batch: RewardBatch) -> Tensor:
+    """(B,) float32 of its own memory, NaN for None; whatever TRL iterates over is iterated over."""
+    count = len(batch)
+    if isinstance(values, Tensor):
+        column = _plain(values, batch)
+    else:
+        try:
+            several = None if isinstance(values, str | bytes | Mapping) else iter(values)
+        except TypeError:
+            several = None
+        if several is None:
+            raise TypeError(
+                f"{what} is a {type(values).__name__}; return {count} numbers, one for each "
+                "rollout, or a RewardOutput"
+            )
+        entries = list(islice(several, count + 1))
+        if len(entries) > count:
+            raise ValueError(f"{what} has more than {count} values, but there are {count} rollouts")
+        numbers = [_number(what, i, value) for i, value in enumerate(entries)]
+        column = torch.tensor(numbers, dtype=torch.float32, device=batch.embeddings.device)
+    if column.shape != (count,):
+        shape = f"{len(column)} values" if column.dim() == 1 else f"shape {tuple(column.shape)}"
         raise ValueError(f"{what} has {shape}, but there are {count} rollouts")
-    return values.to(torch.float32)
+    return column
+
+
+def _number(what: str, i: int, value: Any) -> float:
+    if value is None:
+        return math.nan
+    if not hasattr(value, "__float__") or getattr(value, "ndim", False):
+        raise TypeError(f"{what}: entry {i} is {value!r}, expected a number or None")
+    return float(value)
+
+
+def _plain(tensor: Tensor, batch: RewardBatch) -> Tensor:
+    """A float32 copy without gradient, on the batch's device, in the usual layout."""
+    if tensor.is_complex():
+        raise TypeError(f"a reward is a real number, not {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.detach().to(batch.embeddings.device, torch.float32, copy=True)

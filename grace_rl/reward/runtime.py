@@ -7,38 +7,44 @@ gates and rows that one reward could not score are settled inside the returned c
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
-import threading
 import types
 import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, describe_error
 from grace_rl.reward.batch import RewardBatch
-from grace_rl.reward.loading import LoadedReward, describe_error
+from grace_rl.reward.calls import Calls, Interrupted
+from grace_rl.reward.loading import LoadedReward, build_rewards
 from grace_rl.reward.outputs import (
     CheckedOutput,
-    drop_nonfinite,
     failed_margin,
     read_output,
     unscored_output,
+    without_infinities,
 )
+from grace_rl.reward.totals import apply_gates, weighted_totals
 from grace_rl.rollout.groups import fill_unscored, group_stds
 from grace_rl.run.zero import outside_zero3
 
-FAILURES = (Exception, SystemExit, asyncio.CancelledError)  # of a reward; Ctrl-C is none
+__all__ = ["RewardError", "RewardInterrupted", "RewardRuntime", "Scored", "weighted_totals"]
+
 FLAT_BATCHES = 10  # a weighted reward that is flat for so many batches in a row is named once
 
 
 class RewardError(UserError):
     """A reward with `on_error: raise` failed; the same text on every process."""
+
+
+class RewardInterrupted(Exception):
+    """A process was told to stop and a reward did not end in time; raised on every process."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,21 +76,28 @@ class _Report:
     """What every process tells the others before any tensor is gathered; one entry per reward."""
 
     errors: list[str | None]
-    nonfinite: list[int]
-    components: list[str]
+    interrupted: bool = False
+    nonfinite: list[int] = field(default_factory=list)
+    components: list[str] = field(default_factory=list)
 
 
 class RewardRuntime:
     """Scores batches with a list of rewards, on one process or on many.
 
+    Rewards are called in threads of their own (`grace_rl.reward.calls`), without gradient.
+
     Args:
-        rewards: from `load_rewards`.
+        rewards: From `load_rewards`; built here if they are not.
         gather: (B, ...) tensor of this process -> (W, ...) tensor of all, in world order.
-        gather_object: an object of this process -> the list of every process's object.
-        main_process: only this process warns.
+        gather_object: An object of this process -> the list of every process's object.
+        main_process: Only this process warns.
+
+    Attributes:
+        calls: Its `seconds_left` says how long a reward is still waited for; where that ends,
+            `RewardInterrupted` is raised on every process.
 
     Raises:
-        UserError: there are no rewards.
+        UserError: There are no rewards, or one cannot be built.
     """
 
     def __init__(
@@ -97,16 +110,32 @@ class RewardRuntime:
     ) -> None:
         if not rewards:
             raise UserError("rewards: name at least one reward")
+        build_rewards(rewards)
         self.rewards = list(rewards)
         self.labels = [reward.label for reward in self.rewards]
         self.weights = torch.tensor([reward.weight for reward in self.rewards])  # (R,)
         self.gates = [r.label for r in self.rewards if r.gates and r.weight != 0]
+        self.calls = Calls()
         self._gather = gather
         self._gather_object = gather_object
         self._main_process = main_process
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._flat_batches = dict.fromkeys(self.labels, 0)
         self._warned: set[str] = set()
+        self._not_started: set[str] = set()
+        self._policy = ""
+
+    def start_from(self, policy: str) -> None:
+        """Tell the rewards that have a method `start_from` where the policy was loaded from.
+
+        Every process calls it together, before the first batch. A reward that fails here and
+        abstains is told again with each batch, until it succeeds.
+
+        Raises:
+            RewardError, RewardInterrupted: As `score`.
+        """
+        self._policy, self._not_started = policy, set(self.labels)
+        outcomes = self._outcomes(self._start, lambda reward, result: None)
+        self._agree("before the first step", outcomes)
 
     def score(
         self, batch: RewardBatch, trainer_arguments: Mapping[str, Any] | None = None
@@ -114,35 +143,35 @@ class RewardRuntime:
         """Score one batch; every process calls it together.
 
         Args:
-            batch: this process's rollouts; the same number on every process.
-            trainer_arguments: what only plain TRL functions get; TRL's trainer gives trainer_state,
+            batch: This process's rollouts; the same number on every process.
+            trainer_arguments: What only plain TRL functions get; TRL's trainer gives trainer_state,
                 log_extra and log_metric. Without it trainer_state knows the step only.
 
         Raises:
-            RewardError: a reward with `on_error: raise` failed on any process.
+            RewardError: A reward with `on_error: raise` failed on any process.
+            RewardInterrupted: See `calls`.
         """
-        if trainer_arguments is None:
-            trainer_arguments = {
-                "trainer_state": types.SimpleNamespace(global_step=batch.step),
-                "log_extra": lambda column, values: None,
-                "log_metric": lambda name, value: None,
-            }
-        outputs, errors = self._call_all(batch, trainer_arguments)
-        nonfinite = [drop_nonfinite(output) for output in outputs]
-        reports = self._agree(batch, outputs, errors, nonfinite)
-
+        outcomes = self._call_all(batch, trainer_arguments)
+        rows = sorted(set(batch.example.tolist()))
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        reports = self._agree(f"at step {batch.step}, data rows {shown}", outcomes)
+        self._warn_of_infinities(reports, batch.step)
+        outputs = [
+            outcome if isinstance(outcome, CheckedOutput) else unscored_output(reward, batch)
+            for reward, outcome in zip(self.rewards, outcomes, strict=True)
+        ]
         values = self._gather(torch.stack([output.values for output in outputs], dim=1))
         group = self._gather(batch.group)
         components = self._gather_components(outputs, reports, len(batch))
-        weights = self.weights.to(values.device)
         rewards = fill_unscored(values, group)
         metrics = self._counts(reports, values)
         if self.gates:
             failed = self._gather(torch.stack([failed_margin(o) for o in outputs], dim=1))
-            rewards = apply_gates(rewards, failed, weights, group)
-            for i, label in enumerate(self.labels):
-                if self.rewards[i].gates:
-                    metrics[f"rewards/{label}/gated"] = float((failed[:, i] > 0).float().mean())
+            rewards = apply_gates(rewards, failed, self.weights.to(values.device), group)
+            for i, reward in enumerate(self.rewards):
+                if reward.gates:
+                    share = float((failed[:, i] > 0).float().mean())
+                    metrics[f"rewards/{reward.label}/gated"] = share
         for name, column in components.items():
             metrics[f"rewards/{name}"] = float(column.nanmean())
         for i, label in enumerate(self.labels):
@@ -175,83 +204,90 @@ class RewardRuntime:
             self._flat_batches[label] = state["flat_batches"].get(label, 0)
         self._warned = set(state["warned"])
 
-    @outside_zero3()
+    def _start(self, reward: LoadedReward) -> None:
+        if reward.label in self._not_started:
+            start_from = getattr(reward.function, "start_from", None)
+            if start_from is not None:
+                start_from(self._policy)
+            self._not_started.discard(reward.label)
+
     def _call_all(
-        self, batch: RewardBatch, trainer_arguments: Mapping[str, Any]
-    ) -> tuple[list[CheckedOutput], list[BaseException | None]]:
-        """Every reward's checked output; an unscored one beside the exception where it failed."""
-        raw: list[Any] = []
-        with torch.no_grad():
-            for reward in self.rewards:
-                try:
-                    raw.append(reward(batch.apart(), trainer_arguments))
-                except FAILURES as error:
-                    raw.append(error)
-        waiting = [i for i, result in enumerate(raw) if inspect.isawaitable(result)]
-        for i, result in zip(waiting, self._await_all([raw[i] for i in waiting]), strict=True):
-            raw[i] = result
-        outputs: list[CheckedOutput] = []
-        errors: list[BaseException | None] = []
-        for reward, result in zip(self.rewards, raw, strict=True):
+        self, batch: RewardBatch, trainer_arguments: Mapping[str, Any] | None
+    ) -> list[Any]:
+        """Every reward's `CheckedOutput`, or its exception."""
+        if trainer_arguments is None:
+            trainer_arguments = {
+                "trainer_state": types.SimpleNamespace(global_step=batch.step),
+                "log_extra": lambda column, values: None,
+                "log_metric": lambda name, value: None,
+            }
+
+        def call(reward: LoadedReward) -> Any:
+            if batch.embeddings.is_cuda:
+                torch.cuda.set_device(batch.embeddings.device)  # of this thread
+            self._start(reward)
+            return reward(batch.apart(), trainer_arguments)
+
+        def read(reward: LoadedReward, result: Any) -> CheckedOutput:
+            return without_infinities(read_output(result, reward, batch))
+
+        return self._outcomes(call, read)
+
+    @outside_zero3()
+    def _outcomes(
+        self, call: Callable[[LoadedReward], Any], read: Callable[[LoadedReward, Any], Any]
+    ) -> list[Any]:
+        """The error boundary: what `read` makes of what `call` returns or waits for, or why not."""
+
+        def attempt(reward: LoadedReward) -> Any:
             try:
-                if isinstance(result, BaseException):
-                    raise result
-                outputs.append(read_output(result, reward, batch))
-                errors.append(None)
-            except FAILURES as error:
-                outputs.append(unscored_output(reward, batch))
-                errors.append(error)
-        return outputs, errors
-
-    def _await_all(self, awaitables: list[Awaitable[Any]]) -> list[Any]:
-        """Await all together, on one loop that lives as long as the run.
-
-        Clients keep connections that belong to their loop, so a new loop per batch would break
-        them; and a thread of its own works inside notebooks, whose main thread has a loop already.
-        """
-        if not awaitables:
-            return []
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, daemon=True).start()
-
-        async def answer(awaitable: Awaitable[Any]) -> Any:
-            try:
-                return await awaitable
-            except FAILURES as error:
+                result = call(reward)
+                return (
+                    finish(reward, result) if inspect.isawaitable(result) else read(reward, result)
+                )
+            except BaseException as error:  # Ctrl-C is none: it reaches the main thread only
                 return error
 
-        async def together() -> list[Any]:
-            return await asyncio.gather(*map(answer, awaitables))
+        async def finish(reward: LoadedReward, waited_for: Awaitable[Any]) -> Any:
+            try:
+                return read(reward, await waited_for)
+            except BaseException as error:
+                return error
 
-        return asyncio.run_coroutine_threadsafe(together(), self._loop).result()
+        outcomes: list[Any] = []
+        for reward in self.rewards:
+            try:
+                result = self.calls.run(reward.label, partial(attempt, reward), reward.timeout)
+            except (TimeoutError, Interrupted) as error:
+                result = error
+            outcomes.append(result)
+        waiting = [i for i, outcome in enumerate(outcomes) if inspect.iscoroutine(outcome)]
+        together = [(self.labels[i], outcomes[i], self.rewards[i].timeout) for i in waiting]
+        for i, outcome in zip(waiting, self.calls.run_together(together), strict=True):
+            outcomes[i] = outcome
+        return outcomes
 
-    def _agree(
-        self,
-        batch: RewardBatch,
-        outputs: Sequence[CheckedOutput],
-        errors: Sequence[BaseException | None],
-        nonfinite: list[int],
-    ) -> list[_Report]:
+    def _agree(self, when: str, outcomes: Sequence[Any]) -> list[_Report]:
         """Exchange reports; raise on every process if a reward that must not fail failed on one."""
-        rows = sorted(set(batch.example.tolist()))
-        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        errors = [outcome if isinstance(outcome, BaseException) else None for outcome in outcomes]
+        outputs = [outcome if isinstance(outcome, CheckedOutput) else None for outcome in outcomes]
         own = _Report(
             errors=[
-                None
-                if error is None
-                else f"at step {batch.step}, data rows {shown}: "
-                f"{describe_error(error, reward.source)}"
+                None if error is None else f"{when}: {_explain(error, reward)}"
                 for reward, error in zip(self.rewards, errors, strict=True)
             ],
-            nonfinite=nonfinite,
+            interrupted=any(isinstance(error, Interrupted) for error in errors),
+            nonfinite=[0 if output is None else output.nonfinite for output in outputs],
             components=[
                 f"{label}/{name}"
                 for label, output in zip(self.labels, outputs, strict=True)
-                for name in output.components
+                for name in (output.components if output is not None else ())
             ],
         )
         reports: list[_Report] = self._gather_object(own)
+        cause = next((error for error in errors if error is not None), None)
+        if any(report.interrupted for report in reports):
+            raise RewardInterrupted("a reward did not end in time to stop") from cause
         fatal: list[str] = []
         for i, reward in enumerate(self.rewards):
             found = [
@@ -265,16 +301,18 @@ class RewardRuntime:
                 fatal += found
             elif found:
                 self._warn_once(f"errors {reward.label}", f"{found[0]}; it abstains")
-            if any(report.nonfinite[i] for report in reports):
-                self._warn_once(
-                    f"nonfinite {reward.label}",
-                    f"the reward {reward.label!r} returned an infinite value at step {batch.step}; "
-                    "such rows count as not scored",
-                )
         if fatal:
-            cause = next((error for error in errors if error is not None), None)
             raise RewardError(fatal) from cause
         return reports
+
+    def _warn_of_infinities(self, reports: Sequence[_Report], step: int) -> None:
+        for i, label in enumerate(self.labels):
+            if any(report.nonfinite[i] for report in reports):
+                self._warn_once(
+                    f"nonfinite {label}",
+                    f"the reward {label!r} returned an infinite value at step {step}; "
+                    "such rows count as not scored",
+                )
 
     def _gather_components(
         self, outputs: Sequence[CheckedOutput], reports: Sequence[_Report], count: int
@@ -326,53 +364,11 @@ class RewardRuntime:
                 warnings.warn(message, stacklevel=4)
 
 
-def weighted_totals(rewards: Tensor, weights: Tensor) -> Tensor:
-    """The total that TRL computes: (W, R) and (R,) -> (W,), NaN where a row has no reward at all.
-
-    >>> nan = float("nan")
-    >>> rewards = torch.tensor([[1.0, 2.0], [3.0, nan], [nan, nan]])
-    >>> weighted_totals(rewards, torch.tensor([1.0, 0.5]))
-    tensor([2., 3., nan])
-    """
-    totals = (rewards * weights).nansum(dim=1)
-    return torch.where(rewards.isnan().all(dim=1), torch.nan, totals)
-
-
-def apply_gates(rewards: Tensor, failed: Tensor, weights: Tensor, group: Tensor) -> Tensor:
-    """Put the totals of rollouts that failed a gate below the passing ones of their group.
-
-    In each group the rollouts that failed fewest gates keep their totals; those that failed more
-    get at most the worst total of the better ones minus their margin. If all failed alike, nothing
-    changes. The correction goes into the columns of the failed gates, in equal parts.
-
-    Args:
-        rewards: (W, R), before gates.
-        failed: (W, R), 0 where passed, else the margin.
-        weights: (R,); a gate with weight 0 is not applied.
-        group: (W,) long.
-
-    Returns:
-        (W, R), a new tensor.
-
-    >>> rewards = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]])
-    >>> failed = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    >>> weighted_totals(apply_gates(rewards, failed, torch.ones(2), torch.zeros(3)), torch.ones(2))
-    tensor([1., 0., 2.])
-    """
-    failed = torch.where(weights == 0, 0.0, failed)
-    broken = (failed > 0).sum(dim=1)  # (W,) how many gates
-    totals = weighted_totals(rewards, weights)
-    wanted = totals.clone()
-    for number in group[broken > 0].unique().tolist():
-        rows = (group == number).nonzero()[:, 0]
-        floor = torch.tensor(torch.inf, device=rewards.device)
-        for tier in broken[rows].unique().tolist():  # ascending
-            members = rows[broken[rows] == tier]
-            if floor.isfinite():
-                limit = floor - failed[members].amax(dim=1)
-                wanted[members] = torch.fmin(wanted[members], limit)
-            floor = torch.minimum(floor, wanted[members].nan_to_num(nan=torch.inf).min())
-    change = (wanted - totals.nan_to_num()) / broken  # per failed gate
-    lowered = (wanted != totals) & ~wanted.isnan()
-    corrected = rewards.nan_to_num() + change[:, None] / weights
-    return torch.where((failed > 0) & lowered[:, None], corrected, rewards)
+def _explain(error: BaseException, reward: LoadedReward) -> str:
+    """What went wrong, its line, and what to do about the usual misunderstandings."""
+    text = describe_error(error, reward.plugin.source)
+    if reward.trl_parameters is not None and "string indices must be integers" in text:
+        text += "; prompts and completions are texts here: write completion, not [0]['content']"
+    elif "signal only works in main thread" in text:
+        text += "; rewards run in a thread of their own: use the reward's `timeout` for a limit"
+    return text

@@ -7,10 +7,9 @@ through `RewardRuntime`, so whatever would end a run is found here, with the lin
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +28,8 @@ from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
 from grace_rl.reward.runtime import RewardError, RewardRuntime, Scored
 from grace_rl.rollout.groups import group_means, group_stds
 
+Score = Callable[[RewardBatch], Scored]
+SLOW = 5.0  # seconds; a reward that fails after so long waits for something
 TOLERANCE = 1e-5  # relative; float32 sums in another order
 PEERS = ("contrastive", "consistency", "hard_negative", "length")
 TEXTS = {
@@ -95,39 +96,39 @@ def try_reward(reward: LoadedReward, batches: Mapping[str, RewardBatch]) -> list
     """
     findings: list[Finding] = []
     scored: dict[str, Scored] = {}
+    score = _scorer(reward)
     for name, batch in batches.items():
+        start = time.perf_counter()
         try:
-            scored[name] = _score(reward, batch)
+            scored[name] = score(batch)
         except RewardError as error:
             findings.append(Finding("error", "call", f"on {name}: {error}"))
-            if _is_async(reward):  # every further batch might wait for the same dead service
+            if time.perf_counter() - start > SLOW:  # each batch might wait for the same service
                 break
     if not scored:
         return findings
     values = {name: result.values[:, 0] for name, result in scored.items()}
     findings += [_range(values), _nonfinite(scored, reward), _variance(scored, batches, reward)]
     first = next(iter(scored))
-    repeated = _repeat(reward, batches[first], values[first], first)
+    repeated = _repeat(score, batches[first], values[first], first)
     findings += repeated
     if repeated[0].level == "ok":  # else any change could be chance
-        findings.append(_negatives(reward, batches, values))
+        findings.append(_negatives(score, batches, values))
     findings.append(_peers(reward, batches[first], values[first]))
-    findings.append(_time(reward, batches[first]))
+    findings.append(_time(score, batches[first]))
     order = ("error", "warning", "ok")
     return sorted(findings, key=lambda finding: order.index(finding.level))
 
 
-def _score(reward: LoadedReward, batch: RewardBatch) -> Scored:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the runtime warns about is a finding here
-        return RewardRuntime([reward]).score(batch)
+def _scorer(reward: LoadedReward) -> Score:
+    runtime = RewardRuntime([reward])
 
+    def score(batch: RewardBatch) -> Scored:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the runtime warns about is a finding here
+            return runtime.score(batch)
 
-def _is_async(reward: LoadedReward) -> bool:
-    function = reward.function
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004  # its kind, not whether it has one
-    )
+    return score
 
 
 def _range(values: Mapping[str, Tensor]) -> Finding:
@@ -176,9 +177,9 @@ def _variance(
     )
 
 
-def _repeat(reward: LoadedReward, batch: RewardBatch, values: Tensor, name: str) -> list[Finding]:
+def _repeat(score: Score, batch: RewardBatch, values: Tensor, name: str) -> list[Finding]:
     """Is it deterministic, and does the order or the split of the batch matter?"""
-    again = _score(reward, batch).values[:, 0]
+    again = score(batch).values[:, 0]
     if not _same(again, values):
         message = (
             f"{_change(again, values)} from one call to the next on {name}; derive random numbers "
@@ -187,7 +188,7 @@ def _repeat(reward: LoadedReward, batch: RewardBatch, values: Tensor, name: str)
         return [Finding("warning", "deterministic", message)]
     findings = [Finding("ok", "deterministic", "two calls agree")]
     order = torch.arange(len(batch) - 1, -1, -1)
-    turned = _score(reward, take_rows(batch, order)).values[:, 0]
+    turned = score(take_rows(batch, order)).values[:, 0]
     if _same(turned, values[order]):
         findings.append(Finding("ok", "order", "the order of the rollouts does not matter"))
     else:
@@ -195,7 +196,7 @@ def _repeat(reward: LoadedReward, batch: RewardBatch, values: Tensor, name: str)
         findings.append(Finding("error", "order", message))
     halves = torch.arange(len(batch)).tensor_split(2)  # a stored step may have an odd number
     parts = [take_rows(batch, half) for half in halves if len(half)]
-    split = torch.cat([_score(reward, part).values[:, 0] for part in parts])
+    split = torch.cat([score(part).values[:, 0] for part in parts])
     if _same(split, values):
         findings.append(Finding("ok", "processes", "1 and 2 processes give the same values"))
     else:
@@ -208,7 +209,7 @@ def _repeat(reward: LoadedReward, batch: RewardBatch, values: Tensor, name: str)
 
 
 def _negatives(
-    reward: LoadedReward, batches: Mapping[str, RewardBatch], values: Mapping[str, Tensor]
+    score: Score, batches: Mapping[str, RewardBatch], values: Mapping[str, Tensor]
 ) -> Finding:
     """Do advantages change when the negatives (anchors, never in the batch) are other vectors?"""
     name = next((n for n in values if "negative" in batches[n].pool.roles[len(batches[n]) :]), None)
@@ -222,7 +223,7 @@ def _negatives(
         rows[:, None], torch.nn.functional.normalize(noise, dim=1), batch.pool.embeddings
     )
     other = dataclasses.replace(batch, pool=dataclasses.replace(batch.pool, embeddings=moved))
-    after = _score(reward, other).values[:, 0]
+    after = score(other).values[:, 0]
     within = [v - group_means(v, batch.group) for v in (values[name], after)]
     if not _same(values[name], after) and _same(within[0], within[1]):
         message = (
@@ -240,7 +241,7 @@ def _peers(reward: LoadedReward, batch: RewardBatch, values: Tensor) -> Finding:
     own = values - group_means(values, batch.group)
     found = []
     for peer in load_rewards([RewardSpec(name) for name in PEERS], "."):
-        theirs = _score(peer, batch).values[:, 0]
+        theirs = _scorer(peer)(batch).values[:, 0]
         theirs = theirs - group_means(theirs, batch.group)
         known = ~(own.isnan() | theirs.isnan())
         if known.any() and min(float(own[known].std()), float(theirs[known].std())) > 0:
@@ -250,9 +251,9 @@ def _peers(reward: LoadedReward, batch: RewardBatch, values: Tensor) -> Finding:
     return Finding("ok", "shipped rewards", text)
 
 
-def _time(reward: LoadedReward, batch: RewardBatch) -> Finding:
+def _time(score: Score, batch: RewardBatch) -> Finding:
     start = time.perf_counter()
-    _score(reward, batch)
+    score(batch)
     seconds = (time.perf_counter() - start) / len(batch) * 1000
     return Finding("ok", "time", f"{seconds:.3g} s for 1,000 rollouts")
 

@@ -53,7 +53,7 @@ from grace_rl.embed.reader import Reader, ReaderConfig
 from grace_rl.errors import UserError
 from grace_rl.reward import RewardRuntime
 from grace_rl.reward.batch import reward_batch
-from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
+from grace_rl.reward.loading import LoadedReward, RewardSpec, build_rewards, load_rewards
 from grace_rl.reward.scores import with_scores
 from grace_rl.reward.stored import FALSE_NEGATIVES, mask_settings
 from grace_rl.rollout.columns import row_columns
@@ -123,6 +123,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
         if eval_dataset is not None:
             self._bundles["eval"] = Bundles(list(eval_dataset), roles)
         check_batches(args, self._bundles["train"], self.rewards)
+        build_rewards(self.rewards)
         self.shaping = check_shaping(vars(args), self.rewards)
         self._reader_loss_config = reader_loss_config(vars(args))
         self._reader_loss: ReaderLoss | None = None  # of the batch of rollouts
@@ -176,15 +177,13 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             reader_config, self._tokenizer, self.eos_token_ids, policy, self.accelerator.device
         )
         self._rollout_reader = RolloutReader(self.reader, policy, self._render)
-        for reward in self.rewards:
-            if hasattr(reward.function, "start_from"):
-                reward.function.start_from(policy.name_or_path)
         self.runtime = RewardRuntime(
             self.rewards,
             gather=gather,
             gather_object=lambda item: gather_object([item]),
             main_process=main,
         )
+        self.runtime.start_from(policy.name_or_path)
         self.credit = self._make_credit()
         self._keeper = RolloutKeeper(run_folder, self.console, args.print_rollouts_steps, main)
 

@@ -11,7 +11,7 @@ from trl import GRPOConfig
 from grace_rl.data.bundles import Bundles, parse_roles
 from grace_rl.errors import UserError
 from grace_rl.recipe.methods import named
-from grace_rl.reward.loading import LoadedReward, load_rewards
+from grace_rl.reward.loading import LoadedReward, build_rewards, load_rewards
 from grace_rl.train.reading_config import ReadingConfig
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def plan(recipe: Recipe, args: GraceGRPOConfig, rows: list[dict[str, Any]]) -> B
     rewards = load_rewards(recipe.rewards, recipe.path.parent)
     assert args.num_generations is not None  # TRL's config compares it with 2
     check_batches(args, Bundles(rows, parse_roles(args.roles, args.num_generations)), rewards)
+    build_rewards(rewards)
 
     def build(start: Start) -> Any:
         model, tokenizer = start.load_policy()

@@ -41,7 +41,7 @@ def test_show_has_signature_file_and_docstring(capsys):
     shown = capsys.readouterr().out
     assert "consistency.py" in shown and "Recommendations:" in shown
     assert main(["rewards", "show", "consistancy"]) == 2
-    assert "did you mean 'consistency'" in capsys.readouterr().err
+    assert "did you mean consistency" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,9 +86,9 @@ def test_check_explains_mistakes_with_the_line(tmp_path, monkeypatch, capsys):
     assert main(["rewards", "check", "bad.py:late", "--arguments", "[1]"]) == 2
     assert "must be a mapping" in capsys.readouterr().err
     assert main(["rewards", "check", "length", "--arguments", "{margn: 1}"]) == 2
-    assert "did you mean 'margin'" in capsys.readouterr().err
+    assert "did you mean margin" in capsys.readouterr().err
     assert main(["rewards", "check", "length", "--arguments", "{1: 1}"]) == 2
-    assert "unknown argument 1" in capsys.readouterr().err
+    assert "rewards[0].1: unknown argument" in capsys.readouterr().err
     assert main(["rewards", "check", "bad.py"]) == 2
     assert "bad.py:Name" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from grace_rl.reward import LoadedReward, RewardBatch, RewardRuntime, Scored
+from grace_rl.reward import LoadedReward, RewardBatch, RewardRuntime
 
 
 class World:
@@ -37,12 +37,18 @@ class World:
         self._barrier.wait()
         return everybody
 
-    def score(self, batches: list[RewardBatch]) -> list[Scored | Exception]:
+    def score(self, batches: list[RewardBatch]) -> list[Any]:
         """What each process returns or raises."""
+        return self._each(lambda i: self.runtimes[i].score(batches[i]))
 
-        def one(i: int) -> Scored | Exception:
+    def start(self) -> list[Any]:
+        """As `score`, of `start_from`."""
+        return self._each(lambda i: self.runtimes[i].start_from("policy"))
+
+    def _each(self, call: Callable[[int], Any]) -> list[Any]:
+        def one(i: int) -> Any:
             try:
-                return self.runtimes[i].score(batches[i])
+                return call(i)
             except Exception as error:
                 return error
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from grace_rl.errors import UserError
-from grace_rl.reward import RewardSpec, available_rewards, load_rewards
+from grace_rl.plugins import REWARDS, installed
+from grace_rl.reward import RewardRuntime, RewardSpec, build_rewards, load_rewards
 from grace_rl.reward.example import random_batch
 
 PLUGIN = """
@@ -77,7 +79,7 @@ def test_a_class_and_a_function_from_a_file(folder):
     assert function(batch, {}) == [-33.0] * 4
     assert (cls.label, cls.weight, cls.gates) == ("Brevity", 0.5, True)
     assert not function.gates
-    assert cls.source == str(folder / "mine.py")
+    assert cls.plugin.source == str(folder / "mine.py")
 
 
 def test_a_dotted_path_and_an_object():
@@ -121,30 +123,111 @@ def test_all_mistakes_of_all_rewards_come_together(folder):
         folder,
     )
     text = "\n".join(found)
-    assert "rewards[0] (mine.py:Brevity): unknown argument 'scal'; did you mean 'scale'?" in text
-    assert "mode must be one of 'words', 'letters', not 'lines'" in text
-    assert "strict must be true or false, not 1" in text
+    assert "rewards[0].scal: unknown argument; did you mean scale?" in text
+    assert "rewards[0].mode: must be one of" in text
+    assert "rewards[0].strict: must be true or false, not 1" in text
     assert "rewards[0] (mine.py:Brevity): the argument 'scale' is missing" in text
-    assert "rewards[1] (mine.py:Brevty): mine.py has no 'Brevty'; did you mean 'Brevity'?" in text
-    assert "weight must be a finite number" in text
-    assert "on_error must be 'raise' or 'abstain', not 'ignore'" in text
+    assert "rewards[1] (mine.py:Brevty): mine.py has no 'Brevty'; did you mean Brevity?" in text
+    assert "rewards[1].weight: " in text and "rewards[1].on_error: " in text
     assert f"there is no file {folder / 'nowhere.py'}" in text
     assert "there is no module 'no_such_package.rewards'" in text
     assert "the label 'same' is used 2 times" in text
-    assert "unknown argument 'treshold'; did you mean 'threshold'?" in text
+    assert "rewards[4].treshold: unknown argument; did you mean threshold?" in text
     assert "'number' is a int, not a class or a function" in text
-    assert "label 'a/b' must not be empty or contain '/'" in text
-    assert "scale must be a number, not True" in text
-    assert "limit must be a whole number or null, not 1.5" in text
-    assert "names must be list[str] or null" in text
+    assert "rewards[5].label: " in text
+    assert "rewards[6].scale: must be a number, not True" in text
+    assert "rewards[6].limit: must be a whole number, not 1.5" in text
+    assert "rewards[6].names.1: must be a text, not 1" in text
 
 
-def test_nothing_is_built_while_a_keyword_is_wrong(folder):
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "1", True])
+def test_a_time_limit_is_a_number_of_seconds(seconds):
+    [problem] = problems([RewardSpec("length", timeout=seconds)])
+    assert problem.startswith("rewards[0].timeout: ")
+
+
+def test_loading_builds_nothing_and_a_reward_is_built_once(folder):
     (folder / "loud.py").write_text(
-        "class Loud:\n    def __init__(self):\n        raise SystemExit('built')\n"
+        "built = []\n\n\nclass Loud:\n    def __init__(self):\n        built.append(self)\n\n"
+        "    def __call__(self, batch):\n        return [0.0] * len(batch)\n"
     )
-    specs = [RewardSpec("loud.py:Loud"), RewardSpec("mine.py:Brevity", keywords={"scale": "1"})]
-    assert len(problems(specs, folder)) == 1
+    import dataclasses
+    import sys
+
+    [loaded] = load_rewards([RewardSpec("loud.py:Loud")], folder)
+    [again] = load_rewards([loaded], folder)
+    heavier = dataclasses.replace(again, weight=2.0)
+    built = sys.modules[loaded.plugin.target.__module__].built
+    assert built == []
+    build_rewards([loaded, heavier])
+    RewardRuntime([heavier])
+    assert built == [loaded.function] == [heavier.function]
+
+
+CHECKED = """
+class Checked:
+    def __init__(self, low: float = 0.0, high: float = 1.0):
+        raise SystemExit("built")
+
+    def __call__(self, batch):
+        return [0.0] * len(batch)
+
+    @staticmethod
+    def check(low, high):
+        problems = []
+        if low > 5:
+            problems.append(f"low must be below 5, not {low}")
+        if low > high:
+            problems.append("nothing is between low and high")
+        if problems:
+            raise ValueError("\\n".join(problems))
+
+
+class Other(Checked):
+    def __init__(self, words: int = 3):
+        self.words = words
+
+
+class Method:
+    def __call__(self, batch):
+        return self.check(batch)
+
+    def check(self, batch):
+        return [0.0] * len(batch)
+"""
+
+
+def test_a_class_checks_its_values_without_being_built(folder):
+    (folder / "checked.py").write_text(CHECKED)
+    [low, rest] = problems([RewardSpec("checked.py:Checked", keywords={"low": 6.0})], folder)
+    assert low == "rewards[0].low: must be below 5, not 6.0"
+    assert rest.startswith("rewards[0] (checked.py:Checked): nothing")
+    fine = ["checked.py:Other", "checked.py:Checked", "checked.py:Method"]
+    assert len(load_rewards(fine, folder)) == 3  # only a static one is the class's own check
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords"),
+    [
+        ("contrastive", {"temperature": math.nan}),
+        ("contrastive", {"temperature": 0.0}),
+        ("contrastive", {"clip": 1.0}),
+        ("hard_negative", {"temperature": -1}),
+        ("grace_published", {"temperature": -1}),
+        ("length", {"margin": 0}),
+        ("length", {"margin": math.inf}),
+        ("format", {"pattern": "("}),
+        ("judge", {"model": "m", "retries": 11, "base_url": "ftp://x"}),
+        ("reconstruction", {"clip": 0.0}),
+        ("stepwise", {"potential": "contrastiv"}),
+    ],
+)
+def test_wrong_values_of_shipped_rewards_are_told_without_building(name, keywords, monkeypatch):
+    monkeypatch.setattr("grace_rl.plugins.Plugin.object", property(lambda plugin: 1 / 0))
+    found = problems([RewardSpec(name, keywords=keywords)])
+    assert all(problem.startswith("rewards[0]") for problem in found)
+    places = "".join(found)
+    assert any(f"rewards[0].{key}" in places or f"{key}" in places for key in keywords)
 
 
 def test_building_and_importing_errors_name_the_line(folder):
@@ -153,9 +236,12 @@ def test_building_and_importing_errors_name_the_line(folder):
     found = problems([RewardSpec("broken.py:F"), RewardSpec("typo.py:f")], folder)
     assert f"RuntimeError: no licence ({folder / 'broken.py'}:2)" in found[0]
     assert f"SyntaxError: invalid syntax ({folder / 'typo.py'}:1)" in found[1]
-    found = problems([RewardSpec("mine.py:Brevity", keywords={"scale": -1.0})], folder)
-    assert "cannot be built: ValueError: scale must not be negative" in found[0]
-    assert f"({folder / 'mine.py'}:13)" in found[0]
+    loaded = load_rewards([RewardSpec("mine.py:Brevity", keywords={"scale": -1.0})], folder)
+    with pytest.raises(UserError) as caught:
+        build_rewards(loaded)
+    [problem] = caught.value.problems
+    assert "cannot be built: ValueError: scale must not be negative" in problem
+    assert f"({folder / 'mine.py'}:13)" in problem
 
 
 def test_a_file_that_ends_the_program_is_a_mistake(tmp_path):
@@ -174,7 +260,7 @@ def test_a_wrong_signature_is_explained(folder):
     assert "NoCall has no __call__ method" in found[0]
     found = problems([lambda a, b: a, int], folder)
     assert "a reward is called with one RewardBatch" in found[0]
-    assert "int is a class; give an object" in found[1]
+    assert "it is a class; give an object" in found[1]
 
 
 class Points:
@@ -199,13 +285,13 @@ def test_entry_points(monkeypatch):
         length="grace_rl_rewards.length:Length",
     )
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
-    assert available_rewards()["length"] == "grace_rl_rewards.length:Length"
+    assert installed(REWARDS)["length"] == "grace_rl_rewards.length:Length"
     spec = RewardSpec("contrastive", keywords={"temperature": 0.05})
     (loaded,) = load_rewards([spec], ".")
     assert loaded.label == "contrastive"
     assert loaded.function.temperature == 0.05
     assert (
-        "did you mean 'contrastive'?; installed: contrastive, length" in problems(["contrastve"])[0]
+        "did you mean contrastive?; installed: contrastive, length" in problems(["contrastve"])[0]
     )
 
 
@@ -215,13 +301,13 @@ def test_entry_points_that_lead_nowhere_or_to_two_places(monkeypatch):
     points.points += Points(twice="grace_rl_rewards.format:Format").points
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
     found = problems(["gone", "twice"])
-    assert "rewards.length has no 'Lenght'; did you mean 'Length'?" in found[0]
+    assert "rewards.length has no 'Lenght'; did you mean Length?" in found[0]
     assert "2 packages use this name; write one of grace_rl_rewards.format:Format, " in found[1]
 
 
 def test_the_shipped_rewards_are_installed_under_their_names():
     names = ["contrastive", "grace_published", "consistency", "hard_negative", "length", "format"]
-    assert set(names) <= set(available_rewards())
+    assert set(names) <= set(installed(REWARDS))
     assert [reward.label for reward in load_rewards(names, ".")] == names
 
 
@@ -288,7 +374,7 @@ def test_annotations_that_do_not_resolve_are_not_judged(folder):
     (loaded,) = load_rewards([RewardSpec("odd.py:Odd", keywords={"table": 3})], folder)
     assert loaded.function.table == 3
     assert (
-        "unknown argument 'tabel'"
+        "rewards[0].tabel: unknown argument"
         in problems([RewardSpec("odd.py:Odd", keywords={"tabel": 3})], folder)[0]
     )
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import signal
+import threading
 import warnings
+from collections import deque
+from fractions import Fraction
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -62,8 +67,17 @@ def same(tensor, expected):
         np.array([1.0, 2.0, nan, nan]),
         [torch.tensor(1.0), np.float32(2.0), None, None],
         RewardOutput([1, 2, None, None]),
+        (1.0, Fraction(2), None, None),
+        np.array([1.0, 2.0, None, None], dtype=object),
+        np.array([nan, nan, 2.0, 1.0])[::-1],
+        torch.tensor([1.0, 2.0, nan, nan]).to_sparse(),
+        torch.tensor([1.0, 2.0, nan, nan], requires_grad=True),
+        lambda batch: (value for value in [1.0, 2.0, None, None]),
+        lambda batch: map(float, ["1", "2", "nan", "nan"]),
+        pandas.Series([1.0, 2.0, nan, nan], index=[9, 9, 0, 7]),
+        pandas.Series([1.0, 2.0, None, None], dtype=object),
+        deque([1.0, 2.0, None, None]),
     ],
-    ids=["list", "tensor", "numpy", "scalars", "output"],
 )
 def test_every_usual_return_becomes_float32_with_nan_for_none(batch, values):
     scored = runtime_of(returns(values)).score(batch)
@@ -83,7 +97,7 @@ def test_there_is_at_least_one_reward():
     [
         ([1.0], "1 values, but there are 4 rollouts"),
         (torch.zeros(4, 1), r"shape \(4, 1\)"),
-        (3.0, "is a float; return a tensor or a list of 4 numbers"),
+        (3.0, "is a float; return 4 numbers"),
         (None, "is a NoneType"),
         ([1.0, "two", 3.0, 4.0], "entry 1 is 'two', expected a number or None"),
         (RewardOutput([1.0] * 4, steps=torch.zeros(4, 2)), "steps = True"),
@@ -156,12 +170,22 @@ def test_leaving_and_being_cancelled_are_a_rewards_mistakes(batch, failure):
         assert values.isnan().all()
 
 
-def test_an_interrupt_is_not_a_rewards_mistake(batch):
-    def reward(batch):
-        raise KeyboardInterrupt
+def test_an_interrupt_of_the_user_is_not_a_rewards_mistake(batch):
+    """Ctrl-C reaches the main thread, and ends the waiting at once."""
+    called, leave = threading.Event(), threading.Event()
 
+    def waits(batch):
+        called.set()
+        leave.wait()
+
+    def interrupt():
+        called.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        runtime_of(reward).score(batch)
+        runtime_of(waits, on_error="abstain").score(batch)
+    leave.set()
 
 
 @pytest.mark.parametrize("on_error", ["raise", "abstain"])
@@ -248,6 +272,42 @@ def test_plain_trl_functions_work_unchanged(batch):
     }
     runtime_of(from_the_docs).score(batch, arguments)
     assert logged == {"seen": 1.0}
+
+
+def test_what_trl_would_have_given_and_we_do_not_is_explained(batch):
+    """TRL gives conversations where the rows have them; here prompts and completions are texts."""
+
+    def of_conversations(completions, **kwargs):
+        return [len(completion[0]["content"]) for completion in completions]
+
+    def alarmed(batch):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    with pytest.raises(RewardError, match=r"completions are texts here"):
+        runtime_of(of_conversations).score(batch)
+    with pytest.raises(RewardError, match="`timeout`"):
+        runtime_of(alarmed).score(batch)
+
+    def unwrapped(*args, **kwargs):
+        return of_conversations(*args, **kwargs)
+
+    with pytest.raises(UserError, match=r"functools\.wraps"):
+        load_rewards([unwrapped], ".")
+
+
+def test_rewards_are_called_without_gradient(batch):
+    seen = []
+
+    def plain(batch):
+        seen.append(torch.is_grad_enabled())
+        return batch.embeddings[:, 0]
+
+    async def later(batch):
+        seen.append(torch.is_grad_enabled())
+        return batch.embeddings[:, 0]
+
+    runtime_of(plain, later).score(batch)
+    assert seen == [False, False] and torch.is_grad_enabled()
 
 
 def test_an_infinite_value_never_reaches_an_advantage(batch):

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from grace_rl.reward import available_rewards, load_rewards
+from grace_rl.plugins import REWARDS, installed
+from grace_rl.reward import load_rewards
 from grace_rl.reward.example import take_rows
 from grace_rl.reward.trial import canned_batches, try_reward
 
@@ -27,7 +28,7 @@ def test_a_sound_reward_has_no_complaint():
     assert {finding.level for finding in findings_of(length_of_rationale).values()} == {"ok"}
 
 
-@pytest.mark.parametrize("name", sorted(set(available_rewards()) - {"judge", "reconstruction"}))
+@pytest.mark.parametrize("name", sorted(set(installed(REWARDS)) - {"judge", "reconstruction"}))
 def test_shipped_rewards_have_no_error_on_rollouts_that_they_take(name):
     if name == "grace_published":
         pytest.skip("takes only the published roles")

@@ -117,7 +117,7 @@ def test_a_slow_judge_is_given_up_after_the_time_limit(endpoint):
     endpoint.delay = 1.0
     start = time.perf_counter()
     with pytest.raises(RewardError, match="1 of 1 calls to .* failed; the first: APITimeoutError"):
-        judged(endpoint, ["7 words"], timeout=0.1, retries=0)
+        judged(endpoint, ["7 words"], call_timeout=0.1, retries=0)
     assert time.perf_counter() - start < 1.0
 
 
@@ -167,5 +167,5 @@ def test_wrong_settings_are_refused_together_and_no_key_is_taken_from_a_recipe(m
         load_rewards([RewardSpec("judge", keywords=keywords)], ".")
     message = str(caught.value)
     assert "http://" in message and "NO_SUCH_KEY is not set" in message and "retries" in message
-    with pytest.raises(UserError, match="unknown argument 'api_key'"):
+    with pytest.raises(UserError, match="api_key: unknown argument"):
         load_rewards([RewardSpec("judge", keywords={"model": "m", "api_key": "secret"})], ".")

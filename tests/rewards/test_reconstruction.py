@@ -139,7 +139,7 @@ def test_arguments_are_checked_before_anything_loads(tmp_path: Path) -> None:
         load_rewards(specs, ".")
     said = "\n".join(error.value.problems)
     assert len(error.value.problems) == 3
-    assert "clip must be above 0" in said and "no grace.json" in said
+    assert "rewards[0].clip: must be above 0" in said and "no grace.json" in said
 
 
 def test_training_leaves_the_decoder_alone(decoder: str, tmp_path: Path) -> None:

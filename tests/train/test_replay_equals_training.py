@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from grace_rl.data import scenes
-from grace_rl.reward import RewardSpec, available_rewards, load_rewards
+from grace_rl.plugins import REWARDS, installed
+from grace_rl.reward import RewardSpec, load_rewards
 from grace_rl.reward.replay import replay
 from grace_rl.train.grpo import GraceGRPOTrainer
 from grace_rl.train.grpo_config import GraceGRPOConfig
@@ -23,7 +24,7 @@ UNSUPERVISED = {"text": {}, "anchor": {"train": False}}
 STEPS = {"segments": 3, "segment_min_tokens": 2}
 ELSEWHERE = {"judge", "reconstruction"}  # a server; a model that is not in the run directory
 SHIPPED = [
-    RewardSpec(n) for n in sorted(set(available_rewards()) - ELSEWHERE - {"grace_published"})
+    RewardSpec(n) for n in sorted(set(installed(REWARDS)) - ELSEWHERE - {"grace_published"})
 ]
 REWARDS = [RewardSpec("contrastive"), RewardSpec("length", weight=0.5)]
 STEPWISE = [RewardSpec("stepwise"), RewardSpec("length", weight=0.5)]
