@@ -190,10 +190,10 @@ max_steps: 4
         f"{path}:10: roles.negativ": "unknown role",
         f"{path}:11: reader.span": "bottleneck",
         f"{path}:11: reader.layer": "did you mean layers?",
-        f"{path}:13: rewards.0": "did you mean 'temperature'?",
-        f"{path}:14: rewards.1": "did you mean 'length'?",
+        f"{path}:13: rewards.0": "did you mean temperature?",
+        f"{path}:14: rewards.1": "did you mean length?",
         f"{path}:15: rewards.2": "has no name",
-        f"{path}:16: rewards.3": "weight must be a finite number",
+        f"{path}:16: rewards.3": "weight: must be a finite number",
         f"{path}:18: max_steps": f"first in {path}:17",
         "--max_lenght": "unknown key",
         "'stray'": "expected --key value",
@@ -326,7 +326,7 @@ def test_a_reward_file_is_found_beside_the_recipe_and_from_its_copy(small, tmp_p
     kept.write_text(yaml.safe_dump(recipe.resolved()), encoding="utf-8")
     assert load_recipe(kept) == recipe
     assert any(
-        "k must be a whole number" in p
+        "rewards.0.k: must be a whole number" in p
         for p in problems_of(small, "--rewards", "[{name: 'own.py:Own', k: x}]")
     )
 
