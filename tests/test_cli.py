@@ -20,6 +20,7 @@ dataset_name: scenes
 dataset_rows: 8
 rewards: [{name: contrastive}]
 num_generations: 4
+max_completion_length: 16
 per_device_train_batch_size: 16
 bf16: false
 use_cpu: true
@@ -147,3 +148,10 @@ def test_an_encoding_that_lacks_letters_changes_no_exit_code(tmp_path):
             capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding},
         )  # fmt: skip
         assert result.returncode == 2 and result.stderr and b"Traceback" not in result.stderr
+
+
+def test_a_dry_run_shows_no_secret(recipe, capsys):
+    secret = "hf_secret_of_a_dry_run"
+    assert main(["train", recipe, "--dry-run", "--hub_token", secret]) == 0
+    printed = capsys.readouterr()
+    assert "hub_token" in printed.out and secret not in printed.out + printed.err

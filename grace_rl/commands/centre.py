@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from grace_rl.run.printing import say
+
 HELP = "fit the centre of a model's vectors on a file of texts and keep it with the model"
 RECIPE_OVERRIDES = False
 
@@ -38,5 +40,5 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     texts = (row["text"] for row in islice(source.rows(), options.rows))
     count = encoder.fit_centre(texts, progress=True)
     encoder.reader.save(folder)
-    print(f"the centre of {count:,} texts is in {folder}/reader")
+    say(f"the centre of {count:,} texts is in {folder}/reader")
     return 0

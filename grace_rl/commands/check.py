@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from grace_rl.commands.train import add_launch_arguments, print_stages
+from grace_rl.run.printing import say
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,12 +49,11 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         for one in recipes:
             print_oracle_table(one)
         return 0
-    from rich.console import Console
-
     from grace_rl.launch.preflight import preflight, refuse
     from grace_rl.recipe import describe
+    from grace_rl.run.screen import Screen
 
-    console = Console()
+    console = Screen()
     flights = []
     if isinstance(recipe, Chain):
         print_stages(recipe, launch, processes)
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     refuse(flights)
     if any(finding.level == "problem" for finding in findings):
         return 2
-    print("recipe, rows and rewards are in order")
+    say("recipe, rows and rewards are in order")
     return 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
+
+from grace_rl.run.printing import say
 
 HELP = "make training pairs from sentences: generate, rate, filter, and embed for the mask"
 RECIPE_OVERRIDES = True
@@ -39,9 +40,9 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     try:
         curate(recipe, Shard(int(match[1]), int(match[2])), options.overwrite)
     except KeyboardInterrupt:
-        print(
+        say(
             f"interrupted; finished chunks are in {recipe.output_dir}; the same command goes on",
-            file=sys.stderr,
+            error=True,
         )
         return 130
     return 0

@@ -53,12 +53,11 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     if problems or shard is None:
         raise UserError(problems)
 
-    from rich.console import Console
-
     from grace_rl.data.texts import TextSource
     from grace_rl.embed.corpus import EmbedJob, embed_file
     from grace_rl.embed.encoder import RationaleEncoder
     from grace_rl.embed.loading import load_encoder, usable_device
+    from grace_rl.run.screen import Screen
 
     given = bool(options.from_rationales)
     path = Path(options.from_rationales or options.input).expanduser()
@@ -77,7 +76,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         source = TextSource(path, text, options.id_column, "rationale", shard)
     if shard[1] > 1:
         output = output.with_name(f"{output.stem}-{shard[0]}-of-{shard[1]}.parquet")
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     reader = encoder.reader if isinstance(encoder, RationaleEncoder) else None
     if reader is not None and reader.config.centre and reader.centre is None:
         console.print(

@@ -26,11 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
-    from rich.console import Console
-
     from grace_rl.embed.loading import usable_device
     from grace_rl.errors import UserError
     from grace_rl.evaluate.tasks import load_tasks
+    from grace_rl.run.screen import Screen
 
     try:
         from grace_rl.evaluate.mteb_encoder import MtebEncoder
@@ -39,7 +38,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.evaluate.evaluation import evaluate_model, result_table
 
     tasks = load_tasks(options.tasks)
-    console = Console()
+    console = Screen()
     encoder = MtebEncoder.load(
         options.model,
         options.rationale,

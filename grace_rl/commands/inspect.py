@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
-    from rich.console import Console
+    from grace_rl.run.screen import Screen
 
     with needs_extra():
         from grace_rl.inspect.filters import Filter
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
         runs = [Run(path) for path in options.runs]
     distinct_names(runs)
-    console = Console()
+    console = Screen()
     names = ("step", "role", "text", "score", "truncated", "example", "group")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     chosen = Filter.from_query(given)

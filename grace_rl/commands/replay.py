@@ -30,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
-    from rich.console import Console
     from rich.progress import track
 
     from grace_rl.recipe import read_rewards
@@ -38,6 +37,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.reward.consent import run_rewards
     from grace_rl.reward.replay import replay, replay_table, replayed_groups, write_replay
     from grace_rl.rollout.store import rollout_files
+    from grace_rl.run.screen import Screen
 
     folder = Path(options.run)
     steps = sorted(set(options.steps or rollout_files(folder)))
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     else:
         path = Path(options.rewards)
         rewards, name = load_rewards(read_rewards(path), path.parent), path.stem
-    console = Console()
+    console = Screen()
     tables, groups = [], []
     replayed = replay(folder, rewards, steps)
     for before, after in track(replayed, "replaying", total=len(steps), console=console):

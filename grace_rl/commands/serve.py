@@ -9,6 +9,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from grace_rl.run.printing import say
+
 HELP = "serve a policy with vLLM, for training with --use_vllm true --vllm_mode server"
 RECIPE_OVERRIDES = True  # what is not known here is given to `vllm serve`
 
@@ -69,6 +71,6 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         overrides,
     )
     shown = shlex.join(["vllm", *command[command.index("serve") :]])
-    print(f"VLLM_SERVER_DEV_MODE=1 {shown}", flush=True)
+    say(f"VLLM_SERVER_DEV_MODE=1 {shown}")
     # Weights and prefix cache are reached through vLLM's development endpoints.
     os.execve(sys.executable, command, {**os.environ, "VLLM_SERVER_DEV_MODE": "1"})

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from grace_rl.run.printing import say
+from grace_rl.run.secrets import masked, masked_words
+
 if TYPE_CHECKING:
     from grace_rl.launch.lines import Launch
     from grace_rl.recipe import Recipe
@@ -79,7 +82,8 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
             "use --launch ddp, or take deepspeed out"
         )
     if options.dry_run:
-        print("#", shlex.join(launch.line(["train", options.recipe, *overrides])))
+        words = launch.line(["train", options.recipe, *overrides])
+        say(f"# {shlex.join(masked_words(words))}")
         return _dry_run(recipe, launch, launch.processes)
     again = ["grace-rl", "train", options.recipe, "--launch", options.launch]
     again += ["--num_processes", str(launch.processes), *overrides]
@@ -94,16 +98,22 @@ def _dry_run(recipe: Recipe | Chain, launch: Launch | None, processes: int) -> i
     from grace_rl.recipe.stages import Chain
 
     if isinstance(recipe, Chain):
-        print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=100))
+        say(_told(recipe))
         return print_stages(recipe, launch, processes)
 
     flight = preflight(recipe, launch=launch, processes=processes)
     refuse([flight])
-    print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=100))
+    say(_told(recipe))
     with counted(processes):
         for line in describe(recipe, len(flight.rows)):
-            print(f"# {line}")
+            say(f"# {line}")
     return 0
+
+
+def _told(recipe: Recipe | Chain) -> str:
+    """The resolved recipe as YAML, secrets masked."""
+    tree = masked(recipe.resolved())
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
 def print_stages(chain: Chain, launch: Launch | None, processes: int) -> int:
@@ -115,10 +125,10 @@ def print_stages(chain: Chain, launch: Launch | None, processes: int) -> int:
     with counted(processes):
         counts = check_stages(chain, launch=launch, processes=processes)
         for number, (stage, rows) in enumerate(zip(chain.stages, counts, strict=True), start=1):
-            print(f"# stage {number} of {len(chain.stages)}: {stage.name}")
+            say(f"# stage {number} of {len(chain.stages)}: {stage.name}")
             if stage.recipe is None:
-                print(f"#   rows       {stage.folder / 'rows.jsonl'}")
+                say(f"#   rows       {stage.folder / 'rows.jsonl'}")
                 continue
             for line in describe(stage.recipe, rows):
-                print(f"#   {line}")
+                say(f"#   {line}")
     return 0

@@ -138,5 +138,6 @@ def split_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 def _owner(policy: nn.Module) -> nn.Module:
     """The causal language model itself, without PEFT around it."""
     base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[operator]
-    assert isinstance(base, nn.Module)
+    if not isinstance(base, nn.Module):
+        raise TypeError(f"base: {type(base).__name__} is no nn.Module")
     return base

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +26,7 @@ from grace_rl.errors import UserError, reading
 from grace_rl.rollout.generator import Engine, end_token_ids
 from grace_rl.rollout.policy import load_outlined
 from grace_rl.rollout.prompts import PromptTemplate
+from grace_rl.run.screen import Screen
 
 CHUNK = 1024  # texts that are in memory as prompts at once
 VLLM_CHUNK = 8192  # more, so that its batches seldom run dry
@@ -404,7 +404,7 @@ class RationaleEncoder(EncoderModule):
         rest = iter(texts)
         with Progress(
             *Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("texts"),
-            console=Console(stderr=True), disable=not progress,
+            console=Screen(stderr=True), disable=not progress,
         ) as bar:  # fmt: skip
             task = bar.add_task("encoding", total=known)
             while chunk := list(islice(rest, size)):

@@ -219,7 +219,8 @@ class _Card(SentenceTransformerModelCardData):
 
     @property
     def base_model_revision(self) -> str:  # type: ignore[override]
-        assert self.encoder.folder is not None
+        if self.encoder.folder is None:
+            raise RuntimeError("encoder.folder must be there")
         told = json.dumps(self.encoder.settings_told(), sort_keys=True, default=str)
         files = model_fingerprint(self.encoder.folder, ENCODER_FILES)
         return hashlib.sha256((files + told).encode()).hexdigest()[:32]

@@ -269,7 +269,8 @@ class Reader:
             strings = [item.rationale for item in written]
         else:
             strings = [f"{item.prompt.text}\n{item.rationale}" for item in written]
-        assert self._sentence_encoder is not None
+        if self._sentence_encoder is None:
+            raise RuntimeError("_sentence_encoder must be there")
         vectors = self._sentence_encoder.encode(
             strings, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False
         )

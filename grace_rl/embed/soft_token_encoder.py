@@ -235,7 +235,8 @@ class SoftTokenEncoder(EncoderModule):
             raise UserError(f"gircse_steps: must be at least 0, not {steps}")
 
         def calm(states: Tensor) -> bool:
-            assert stop_above is not None
+            if stop_above is None:
+                raise RuntimeError("stop_above must be there")
             return bool(stopping_steps(running_mean(states), stop_above)[1].all())
 
         was_training = self.model.training

@@ -177,7 +177,8 @@ def _perplexity(
         rows = scenes.rows("test", "triplet", HELD_OUT_ROWS, 1)
         pairs = [(template.render(row["query"]).token_ids, row["rationale"]) for row in rows]
     else:
-        assert held_out is not None
+        if held_out is None:
+            raise RuntimeError("held_out must be there")
         texts = read_rows(DataConfig(held_out, rows=HELD_OUT_ROWS))
         pairs = [([], row.get("text") or row["query"]) for row in texts]
     return perplexity(policy, tokenizer, pairs)

@@ -299,7 +299,8 @@ def _content(recipe: Recipe, labelled: bool) -> str:
     resolved = recipe.resolved()
     if labelled:
         resolved.pop("dataset_rows", None)
-    return digest([resolved, input_digests(resolved, ignore=("output_dir",))])
+    inputs = input_digests(resolved, lambda key: key == "output_dir")
+    return digest([resolved, inputs])
 
 
 def _collected(source: RecipeSource, load: Any, *arguments: Any) -> Any:

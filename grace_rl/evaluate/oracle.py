@@ -26,6 +26,7 @@ from grace_rl.errors import UserError
 from grace_rl.rollout.generator import end_token_ids
 from grace_rl.rollout.policy import load_policy, resolve_model
 from grace_rl.rollout.prompts import PromptTemplate
+from grace_rl.run.screen import Screen
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -53,7 +54,7 @@ def print_oracle_table(recipe: Recipe, console: Console | None = None) -> None:
             f"{s['recall_at_1']:.3f} / {s['triplet_accuracy']:.3f}" for s in by_reader.values()
         ]
         table.add_row(name, *cells)
-    (console or Console()).print(table)
+    (console or Screen()).print(table)
 
 
 def oracle_scores(recipe: Recipe) -> dict[str, dict[str, dict[str, float]]]:

@@ -63,7 +63,8 @@ def page(title: str, body: str) -> str:
 def style() -> str:
     """The page's look, dark where the reader's system is."""
     dark = re.search(r"body\.body--dark \{(.*?)\}", LOOK, re.DOTALL)
-    assert dark is not None
+    if dark is None:
+        raise RuntimeError("dark must be there")
     return f"{LOOK}@media (prefers-color-scheme: dark) {{ :root {{{dark[1]}}} }}"
 
 

@@ -94,7 +94,8 @@ def shape_of(subject: Subject) -> ModelShape:
     """
     from trl import get_peft_config
 
-    assert subject.policy is not None
+    if subject.policy is None:
+        raise RuntimeError("subject.policy must be there")
     try:
         adapter = get_peft_config(subject.recipe.model_config())
         return model_shape(subject.policy.model, adapter)

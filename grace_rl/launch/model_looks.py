@@ -117,7 +117,8 @@ def _is_there(name: str, modules: Sequence[str]) -> bool:
 
 def _linear(subject: Subject) -> list[str]:
     """Last names of the linear layers below the head."""
-    assert subject.policy is not None
+    if subject.policy is None:
+        raise RuntimeError("subject.policy must be there")
     kinds = ("Linear", "Conv1D")
     stack = decoder_stack(subject.policy.model)
     names = [n for n, module in stack.named_modules() if type(module).__name__ in kinds]

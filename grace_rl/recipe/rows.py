@@ -21,7 +21,8 @@ class DataConfig:
     """Where rows come from.
 
     Attributes:
-        dataset_name: `scenes`, a local file (.jsonl, .csv, both also as .gz, or .parquet) or a hub id.
+        dataset_name: `scenes`, a local file (.jsonl, .csv, both also as .gz, or .parquet) or a hub
+            id.
         config: Configuration of a hub data set.
         train_split: Split of a hub data set or of scenes.
         rows: Only the first so many rows; None takes all (scenes: as many as `rows()` makes by

@@ -57,7 +57,8 @@ class Stage:
     def resolved(self) -> dict[str, Any]:
         """Its mapping in `stages`, every key given."""
         if self.recipe is None:
-            assert self.curation is not None
+            if self.curation is None:
+                raise RuntimeError("curation must be there")
             return {CURATE: str(self.curation.path)}
         tree = self.recipe.resolved()
         tree |= {key: value for key, value in self.made.items() if key == "rewards"}

@@ -33,6 +33,7 @@ from requests.adapters import HTTPAdapter
 from rich.console import Console
 
 from grace_rl.errors import UserError
+from grace_rl.run.screen import Screen
 
 ANSWER = 10.0  # seconds for what a live server answers at once
 LONGEST_PAUSE = 30.0
@@ -201,7 +202,7 @@ def keep_server(generation: Any, patience: float, console: Console | None = None
             request may take.
         console: Where the main process says what happens.
     """
-    _KeptServer(generation, patience, console or Console())
+    _KeptServer(generation, patience, console or Screen())
 
 
 class _KeptServer:

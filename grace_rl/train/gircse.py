@@ -210,7 +210,8 @@ class GIRCSETrainer(TokenCount, CheckpointMixin, Trainer):
     def _vectors(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """(N, max(K, 1), H) embeddings after each step, and the mean entropy of soft tokens."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
-        assert isinstance(args, GIRCSEConfig)
+        if not isinstance(args, GIRCSEConfig):
+            raise TypeError(f"args: {type(args).__name__} is no GIRCSEConfig")
         lengths = attention_mask.sum(1)
         order = lengths.argsort()
         groups = max(1, min(LENGTH_GROUPS, len(order) // GROUP_TEXTS))
@@ -265,7 +266,8 @@ class GIRCSETrainer(TokenCount, CheckpointMixin, Trainer):
     def _guide_weights(self, texts: list[str], batch: int, positives: Tensor) -> Tensor:
         """(Q, C) how much the guide lets a candidate count as a negative of a query."""
         guide, width = self.false_negatives, len(texts)
-        assert guide is not None
+        if guide is None:
+            raise RuntimeError("guide must be there")
         if self.accelerator.num_processes > 1:
             texts = gather_object(texts)
         parts = [texts[start : start + width] for start in range(0, len(texts), width)]
@@ -309,7 +311,8 @@ class GIRCSETrainer(TokenCount, CheckpointMixin, Trainer):
     def encoder(self) -> SoftTokenEncoder:
         """The model as it is now, as an encoder that writes no rationale."""
         args = self.args
-        assert isinstance(args, GIRCSEConfig)
+        if not isinstance(args, GIRCSEConfig):
+            raise TypeError(f"args: {type(args).__name__} is no GIRCSEConfig")
         steps = args.gircse_steps if args.inference_steps is None else args.inference_steps
         settings = SoftTokenSettings(
             gircse_steps=steps,

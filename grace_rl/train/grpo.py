@@ -63,6 +63,7 @@ from grace_rl.rollout.rollouts import Rollouts
 from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.rollout.server import keep_server
 from grace_rl.run.checkpoints import CheckpointMixin
+from grace_rl.run.screen import Screen
 from grace_rl.train.grpo_config import GraceGRPOConfig, check_batches
 from grace_rl.train.keep import RolloutKeeper, check_first_batch, check_totals
 from grace_rl.train.phases import PHASES, PhaseClock
@@ -132,7 +133,7 @@ class GraceGRPOTrainer(CheckpointMixin, GRPOTrainer):
             [row for bundles in self._bundles.values() for row in bundles.rows],
             run_folder,
         )
-        self.console = console or Console()
+        self.console = console or Screen()
         self._rollouts: Rollouts | None = None  # under way through TRL's methods
         self._anchor_count = 0  # of all processes
         self._clock = PhaseClock()

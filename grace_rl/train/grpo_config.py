@@ -72,7 +72,8 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
     @property
     def steps_between_generations(self) -> int:
         """Optimizer steps that one generation batch serves."""
-        assert self.steps_per_generation is not None  # TRL's config fills it in
+        if self.steps_per_generation is None:  # TRL's config fills it in
+            raise RuntimeError("steps_per_generation must be there")
         batches = self.steps_per_generation * self.num_iterations
         return max(1, batches // self.gradient_accumulation_steps)
 
@@ -80,7 +81,8 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
 def plan(recipe: Recipe, args: GraceGRPOConfig, rows: list[dict[str, Any]]) -> Build:
     """See `grace_rl.recipe.methods.Method`. The trainer is imported when it is built."""
     rewards = load_rewards(recipe.rewards, recipe.path.parent)
-    assert args.num_generations is not None  # TRL's config compares it with 2
+    if args.num_generations is None:  # TRL's config compares it with 2
+        raise RuntimeError("args.num_generations must be there")
     check_batches(args, Bundles(rows, parse_roles(args.roles, args.num_generations)), rewards)
     build_rewards(rewards)
 
@@ -107,7 +109,8 @@ def check_batches(args: GraceGRPOConfig, bundles: Bundles, rewards: Sequence[Loa
         UserError: With the arithmetic that does not work out.
     """
     # TRL's config compares the one with 2, and has worked the other out.
-    assert args.num_generations is not None and args.generation_batch_size is not None
+    if args.num_generations is None or args.generation_batch_size is None:
+        raise RuntimeError("args.num_generations and args.generation_batch_size must be there")
     problems = []
     bundle = len(bundles.trained) * args.num_generations
     rows, rest = divmod(args.generation_batch_size, bundle)

@@ -250,7 +250,8 @@ class GracePPOTrainer(GraceGRPOTrainer):
         ratio = log_ratio.exp()
         clipped = (ratio > 1 + self.epsilon_high) & (advantages > 0)
         clipped |= (ratio < 1 - self.epsilon_low) & (advantages < 0)
-        assert entropies is not None
+        if entropies is None:
+            raise RuntimeError("entropies must be there")
         columns = {
             "policy/approxkl_avg": 0.5 * log_ratio**2,
             "policy/clipfrac_avg": clipped,

@@ -38,6 +38,7 @@ from grace_rl.errors import UserError
 from grace_rl.rollout.generator import end_token_ids
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.run.checkpoints import CheckpointMixin
+from grace_rl.run.screen import Screen
 from grace_rl.train.reconstruction_config import ReconstructionConfig
 from grace_rl.train.reconstruction_loss import Objective, PairCollator, add_reconstruction
 from grace_rl.train.sft import sft_examples
@@ -161,7 +162,7 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
                 "so no rebuilt text could end"
             )
         args.remove_unused_columns = False
-        self.console = console or Console()
+        self.console = console or Screen()
         self.reader_config = ReaderConfig(**args.reader)
         self.template = PromptTemplate(
             processing_class, args.instruction, args.max_text_tokens, args.chat_template_kwargs

@@ -65,7 +65,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
     resolved = recipe.resolved()
     opened = run.open(
         resolved,
-        inputs=lambda: input_digests(resolved, may_change) | {"dataset_name": rows_digest(flight.rows)},
+        inputs=lambda: (
+            input_digests(resolved, may_change) | {"dataset_name": rows_digest(flight.rows)}
+        ),
         overwrite=overwrite,
         seed=args.seed,
     )

@@ -184,7 +184,8 @@ class GraceSFTTrainer(TokenCount, CheckpointMixin, SFTTrainer):
     def encoder(self) -> RationaleEncoder:
         """The policy as it is now, as an encoder."""
         tokenizer = self.processing_class
-        assert isinstance(tokenizer, PreTrainedTokenizerBase)  # as it was given to `__init__`
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # as it was given to `__init__`
+            raise TypeError(f"tokenizer: {type(tokenizer).__name__} is no PreTrainedTokenizerBase")
         return RationaleEncoder(
             self.accelerator.unwrap_model(self.model),
             tokenizer,

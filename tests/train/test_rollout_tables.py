@@ -87,6 +87,13 @@ def test_trackio_gets_the_rows(
     assert sent[0]["train/global_step"] == 5
 
 
-def test_nothing_is_sent_that_nobody_asked_for(run: RunDirectory) -> None:
-    log(run, 5, [])
-    log(run, 5, ["none"])
+@pytest.mark.parametrize("asked", [[], ["none"]])
+def test_nothing_is_sent_that_nobody_asked_for(
+    run: RunDirectory, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trackio = pytest.importorskip("trackio", reason="needs trackio")
+    sent: list[Any] = []
+    monkeypatch.setattr(trackio, "log", lambda *values, **_: sent.append(values))
+    writer = SimpleNamespace(add_text=lambda *values, **_: sent.append(values))
+    log(run, 5, asked, SimpleNamespace(tb_writer=writer))
+    assert sent == []

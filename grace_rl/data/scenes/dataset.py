@@ -113,7 +113,8 @@ def _graded_pair(split: Split, rng: random.Random) -> dict[str, Any]:
     while other is None:
         scene = random_scene(split, rng)
         other = change_facts(scene, rng.randint(0, len(VALUES)), rng)
-    assert scene is not None
+    if scene is None:
+        raise RuntimeError("scene must be there")
     marked = rng.choice((1, 2)) if split == "transfer" else None
     first = render(scene, rng, transfer=marked == 1)
     second = with_facts(

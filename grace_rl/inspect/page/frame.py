@@ -163,7 +163,8 @@ async def work(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 async def loaded(site: Site, place: Element) -> None:
     """Wait until the rollouts of all runs are read; files that cannot be are told at the top."""
-    assert place.parent_slot is not None
+    if place.parent_slot is None:
+        raise RuntimeError("place.parent_slot must be there")
     above = place.parent_slot.parent
     for run in site.runs.values():
         async with waiting(place, f"reading rollouts of {run.name}") as state:

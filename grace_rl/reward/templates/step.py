@@ -16,7 +16,8 @@ class MyReward:
     steps = True
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        assert batch.prefix_embeddings is not None  # there, because of `steps = True`
+        if batch.prefix_embeddings is None:  # there, because of `steps = True`
+            raise RuntimeError("batch.prefix_embeddings must be there")
         texts = batch.pool.by_text
         positive = batch.positives()[:, texts.rows].float()  # (B, G)
         weights = positive / positive.sum(1, keepdim=True)  # NaN, not scored, without a positive
