@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from grace_rl.data.guide import Guide, build_guide, is_guide
+from grace_rl.data.guide import Guide, build_guide, is_guide, named_digest
 from grace_rl.errors import UserError
 from grace_rl.recipe.keys import unknown_keys
 
@@ -230,6 +230,6 @@ def _built(folder: Path, rows: Sequence[dict[str, Any]], encoder: str) -> Guide:
         guide = Guide(folder)
         with contextlib.suppress(UserError):
             guide.check_knows(rows)
-            if guide.encoder == encoder:
+            if (guide.encoder, guide.encoder_content) == (encoder, named_digest(encoder)):
                 return guide
     return build_guide(folder, lambda: rows, encoder)

@@ -10,6 +10,7 @@ with the first missing block.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from grace_rl.errors import UserError
 from grace_rl.plugins import find
-from grace_rl.run.files import whole_file, write_text
+from grace_rl.run.files import whole_file, write_json
 from grace_rl.run.identity import ABSENT, path_digest
 
 VECTORS, KEYS, INFO, BLOCKS = "vectors.npy", "keys.npy", "guide.json", "blocks"
@@ -42,11 +43,12 @@ class Guide:
 
     Attributes:
         encoder: Name of the sentence encoder.
+        encoder_content: What `named_digest` gave for it.
         sigma: The calibrated threshold, or None where there were no pairs to calibrate with.
         scratch: A temporary folder to hold on to while the guide is used, or None.
 
     Raises:
-        UserError: The folder holds no guide.
+        UserError: The folder holds no guide, or a damaged one.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -54,11 +56,22 @@ class Guide:
         self.scratch: Any = None
         if not is_guide(self.folder):
             raise UserError(f"{folder}: there is no guide (no {INFO}); grace-rl curate writes one")
-        info = json.loads((self.folder / INFO).read_text(encoding="utf-8"))
-        self.encoder: str = info["encoder"]
-        self.sigma: float | None = info["sigma"]
-        self._vectors = np.load(self.folder / VECTORS, mmap_mode="r")
-        self._rows = {int(key): row for row, key in enumerate(np.load(self.folder / KEYS))}
+        try:
+            info = json.loads((self.folder / INFO).read_text(encoding="utf-8"))
+            self.encoder: str = info["encoder"]
+            self.encoder_content: str | None = info["encoder_content"]
+            self.sigma: float | None = info["sigma"]
+            self._vectors = np.load(self.folder / VECTORS, mmap_mode="r", allow_pickle=False)
+            keys = np.load(self.folder / KEYS, allow_pickle=False)
+            if len(keys) != len(self._vectors):
+                raise ValueError(f"{len(keys)} keys for {len(self._vectors)} vectors")
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{folder}: the guide is damaged ({reason}); remove the folder, and grace-rl "
+                "curate or the training writes it again"
+            ) from error
+        self._rows = {int(key): row for row, key in enumerate(keys)}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -157,10 +170,10 @@ def build_guide(
     if not keys:
         raise UserError(f"{folder}: there is no text to embed")
     _join_blocks(folder, keys, files)
-    info: dict[str, Any] = {"encoder": encoder, "texts": len(keys), "sigma": None}
-    write_text(folder / INFO, json.dumps(info, indent=2) + "\n")
+    info: dict[str, Any] = _encoder_note(encoder) | {"texts": len(keys), "sigma": None}
+    write_json(folder / INFO, info)
     info["sigma"], info["calibration"] = calibrate(Guide(folder), rows())
-    write_text(folder / INFO, json.dumps(info, indent=2) + "\n")
+    write_json(folder / INFO, info)
     shutil.rmtree(blocks)
     return Guide(folder)
 
@@ -260,18 +273,26 @@ def _blocks(texts: Iterator[str]) -> Iterator[list[str]]:
         yield block
 
 
+def _encoder_note(encoder: str) -> dict[str, Any]:
+    return {"encoder": encoder, "encoder_content": named_digest(encoder)}
+
+
 def _check_encoder(folder: Path, encoder: str) -> None:
-    """Vectors of two encoders must not meet in one folder."""
-    note = folder / BLOCKS / "encoder.txt"
-    started = next((folder / BLOCKS).glob("*.npy"), None) is not None
-    before = note.read_text(encoding="utf-8") if started and note.exists() else encoder
+    """Vectors of two encoders, or of one before and after a change, must not meet in one folder."""
+    note, now = folder / BLOCKS / "encoder.json", _encoder_note(encoder)
+    before = now
     if is_guide(folder):
-        before = json.loads((folder / INFO).read_text(encoding="utf-8"))["encoder"]
-    if before != encoder:
+        guide = Guide(folder)
+        before = {"encoder": guide.encoder, "encoder_content": guide.encoder_content}
+    elif next((folder / BLOCKS).glob("*.npy"), None) is not None:
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(note.read_text(encoding="utf-8"))
+    if before != now:
+        other = before["encoder"] if before["encoder"] != encoder else "another encoder of the name"
         raise UserError(
-            f"{folder}: holds vectors of {before}, not of {encoder}; remove the folder first"
+            f"{folder}: holds vectors of {other}, not of {encoder}; remove the folder first"
         )
-    write_text(note, encoder)
+    write_json(note, now)
 
 
 def _join_blocks(folder: Path, keys: list[int], files: list[Path]) -> None:

@@ -3,6 +3,13 @@
 Those losses see token ids, not texts. So every example's number comes along as its label, and what
 the guide knows of its texts is appended to their embeddings: it passes through gathering and
 chunking with them, and the similarity function takes it off again.
+
+Why not `CachedGISTEmbedLoss`: it knows the modes `margin` and `ratio` alone, not `absolute` (the
+default here, with a calibrated sigma) nor `soft`; it leaves no word to the labels
+(`own_negatives: false`); it compares queries with queries and documents with documents besides; and
+it runs the guide on every batch, which must be a SentenceTransformer, while here vectors are read
+that were made once, perhaps by a function. So the library's uncached and cached losses do the
+training, and only the weight of a pair is ours.
 """
 
 from __future__ import annotations

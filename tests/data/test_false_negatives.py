@@ -172,6 +172,30 @@ def test_a_killed_guide_embeds_no_text_twice(tmp_path, monkeypatch):
         build_guide(tmp_path, lambda: ROWS, "another", lives)
 
 
+def test_vectors_of_an_encoder_that_has_changed_are_not_taken_for_its_own(tmp_path):
+    encoder = tmp_path / "mine.py"
+    encoder.write_text("def encode(texts):\n    return [[1.0, 2.0] for text in texts]\n")
+    name, folder = f"{encoder}:encode", tmp_path / "guide"
+    build_guide(folder, lambda: ROWS, name)
+    build_guide(folder, lambda: ROWS, name)
+    encoder.write_text(encoder.read_text().replace("2.0", "3.0"))
+    with pytest.raises(UserError, match="holds vectors of another encoder of the name"):
+        build_guide(folder, lambda: ROWS, name)
+
+
+@pytest.mark.parametrize("name", ["guide.json", "keys.npy", "vectors.npy"])
+def test_a_damaged_guide_is_one_line(tmp_path, name):
+    build_guide(tmp_path, lambda: ROWS, "two_alike", two_alike)
+    for content in (b"{}", b"", (tmp_path / name).read_bytes()[:-40], None):
+        if content is None:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="guide") as error:
+            Guide(tmp_path)
+        assert len(error.value.problems) == 1 and "\n" not in error.value.problems[0]
+
+
 def test_a_misspelt_encoder_leaves_nothing_behind(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         build_guide(tmp_path, lambda: ROWS, str(tmp_path / "nowhere"))
