@@ -12,7 +12,7 @@ from grace_rl.errors import UserError
 
 HELP = "look at runs: a local web page, the terminal, or one file to send to somebody"
 RECIPE_OVERRIDES = False
-PACKAGES = ("duckdb", "pandas", "nicegui", "fastapi", "uvicorn")
+PACKAGES = ("duckdb", "pandas", "starlette", "uvicorn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--text", help="what text or rationale contains")
     chosen.add_argument("--score", help="such as 'contrastive >= 0.5, advantage < 0'")
     chosen.add_argument("--truncated", choices=["true", "false"], help="never ended, or ended")
+    chosen.add_argument("--empty", choices=["true", "false"], help="nothing written, or something")
     chosen.add_argument("--example", help="row of the data set")
     chosen.add_argument("--group", help="one group, best to worst; with --step")
     chosen.add_argument("--row", type=int, help="one rollout; with --step")
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         runs = [Run(path) for path in options.runs]
     distinct_names(runs)
     console = Screen()
-    names = ("step", "role", "text", "score", "truncated", "example", "group")
+    names = ("step", "role", "text", "score", "truncated", "empty", "example", "group")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     chosen = Filter.from_query(given)
     if options.limit < 1:
@@ -62,21 +63,21 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         from grace_rl.inspect.html_file import write_html
 
         write_html(runs, chosen, options.html, limit=options.limit)
-        console.print(f"wrote {options.html}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"wrote {options.html}")
         return 0
     if given or options.row is not None:
         raise UserError("these choose rollouts for --terminal and --html; the page has fields")
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing leaves the machine
-    os.environ.setdefault("NICEGUI_STORAGE_PATH", os.devnull)  # nothing is written either
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the page has its own
     with needs_extra():
         from grace_rl.inspect.page.server import serve, warn_of
 
     if warning := warn_of(options.host):
-        console.print(warning, markup=False, highlight=False, soft_wrap=True, style="yellow")
+        console.print(warning, style="yellow")
 
     def say(address: str) -> None:
         text = f"{', '.join(run.name for run in runs)}: {address} (Ctrl-C ends it)"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text)
 
     serve(runs, options.host, options.port, say)
     return 0

@@ -1,136 +1,119 @@
-"""Line charts as SVG: sharp at any size, readable without a script, in the page and in a file."""
+"""Line charts as SVG: sharp at any size, readable without a script, in the page and in a file.
+
+Here are the places of things; `templates/parts.html.jinja` draws them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-from grace_rl.inspect.markup import plain
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 380, 190
 LEFT, RIGHT, TOP, BOTTOM = 48, 8, 10, 24
 POINTS = 240  # more than these are thinned, extremes kept
-COLOURS = 8  # .c0 to .c7 in look.css
+LARGEST = 1e100  # what is beyond it is drawn like NaN
+LOOKS = 8  # colours .c0 to .c7 and dashes .d0 to .d7 in look.css
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its name, x and y; a NaN breaks it. Dashed curves are those of a second run."""
+    """One curve: its name, x and y; a NaN breaks it. Colour tells metrics apart, dashes runs."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     colour: int = 0
-    dashed: bool = False
+    dash: int = 0
+
+    @property
+    def look(self) -> str:
+        return f"c{self.colour % LOOKS} d{self.dash % LOOKS}"
 
 
-def line_chart(
-    title: str,
-    lines: Sequence[Line],
-    healthy: tuple[float | None, float | None] = (None, None),
-    alarms: Sequence[float] = (),
-    x_name: str = "step",
-) -> str:
-    """An SVG with axes, the healthy range shaded and a mark at each alarm.
+@dataclass(frozen=True)
+class Curve:
+    """A line as it is drawn: `path` of SVG, and (x, y, words) of each point."""
+
+    line: Line
+    path: str
+    points: list[tuple[float, float, str]]
+
+
+@dataclass
+class Chart:
+    """A chart of some lines.
 
     Args:
-        title: Read out by screen readers.
+        title: What it shows.
         lines: The curves.
         healthy: Lowest and highest healthy value; None is no limit.
         alarms: Where alarms fired, on the x axis.
         x_name: What x is.
+        note: A line below, such as the healthy range in words.
+
+    Attributes:
+        box: x, y, width and height of the plot.
+        ticks: y and label of each.
+        ends: x, label and anchor of the first and last x.
+        band: y and height of the healthy range; None without one.
+        marks: x and label of each alarm.
+        curves: The lines as they are drawn; none where there are no values.
     """
-    values = [y for line in lines for y in line.y if math.isfinite(y)]
-    places = [x for line in lines for x in line.x]
-    if not values:
-        return '<p class="quiet">no values yet</p>'
-    limits = [end for end in healthy if end is not None]
-    low, high = _span(values, limits)
-    first, last = min(places), max(places)
 
-    def x_at(x: float) -> float:
-        share = 0.5 if last == first else (x - first) / (last - first)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
+    title: str
+    lines: Sequence[Line]
+    healthy: tuple[float | None, float | None] = (None, None)
+    alarms: Sequence[float] = ()
+    x_name: str = "step"
+    note: str = ""
+    box: tuple[int, int, int, int] = (LEFT, TOP, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
+    size: tuple[int, int] = (WIDTH, HEIGHT)
+    ticks: list[tuple[float, float]] = field(default_factory=list)
+    ends: list[tuple[float, str, str]] = field(default_factory=list)
+    band: tuple[float, float] | None = None
+    marks: list[tuple[float, str]] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
 
-    def y_at(y: float) -> float:
-        return (
-            HEIGHT
-            - BOTTOM
-            - (min(max(y, low), high) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        )
+    def __post_init__(self) -> None:
+        values = [y for line in self.lines for y in line.y if abs(y) < LARGEST]
+        if not values:
+            return
+        limits = [end for end in self.healthy if end is not None]
+        self._low, self._high = _span(values, limits)
+        places = [x for line in self.lines for x in line.x]
+        self._first, self._last = min(places), max(places)
+        self.ticks = [(self._y(tick), tick) for tick in _ticks(self._low, self._high)]
+        self.ends = [
+            (self._x(self._first), f"{self.x_name} {self._first:g}", "start"),
+            (self._x(self._last), f"{self._last:g}", "end"),
+        ]
+        if limits:
+            low, high = self.healthy
+            top = self._y(self._high if high is None else high)
+            self.band = (top, max(0.0, self._y(self._low if low is None else low) - top))
+        self.marks = [(self._x(x), f"alarm at {self.x_name} {x:g}") for x in self.alarms]
+        self.curves = list(map(self._curve, self.lines))
 
-    parts = []
-    if limits:
-        bottom = low if healthy[0] is None else healthy[0]
-        top = high if healthy[1] is None else healthy[1]
-        parts.append(
-            f'<rect class="healthy" x="{LEFT}" width="{WIDTH - LEFT - RIGHT}" '
-            f'y="{y_at(top):.1f}" height="{max(0.0, y_at(bottom) - y_at(top)):.1f}">'
-            f"<title>healthy</title></rect>"
-        )
-    for tick in _ticks(low, high):
-        y = y_at(tick)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(f'<text x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{tick:.4g}</text>')
-    for place, anchor in ((first, "start"), (last, "end")):
-        label = f"{x_name} {place:g}" if place == first else f"{place:g}"
-        parts.append(
-            f'<text x="{x_at(place):.1f}" y="{HEIGHT - 7}" text-anchor="{anchor}">{label}</text>'
-        )
-    for place in alarms:
-        x = x_at(place)
-        parts.append(
-            f'<line class="alarm" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
-            f"<title>alarm at {x_name} {place:g}</title></line>"
-        )
-    for line in lines:
-        parts.append(_curve(line, x_at, y_at, x_name))
-    return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{plain(title)}">{"".join(parts)}</svg>'
-    )
+    def _x(self, x: float) -> float:
+        wide = self._last - self._first
+        return round(LEFT + (0.5 if not wide else (x - self._first) / wide) * self.box[2], 1)
 
+    def _y(self, y: float) -> float:
+        share = (min(max(y, self._low), self._high) - self._low) / (self._high - self._low)
+        return round(HEIGHT - BOTTOM - share * self.box[3], 1)
 
-def legend(lines: Sequence[Line]) -> str:
-    """The names of the curves, for more than one."""
-    if len(lines) < 2:
-        return ""
-    items = []
-    for line in lines:
-        swatch = f"swatch c{line.colour % COLOURS}{' dashed' if line.dashed else ''}"
-        items.append(f'<li><span class="{swatch}"></span>{plain(line.name)}</li>')
-    return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def _curve(
-    line: Line, x_at: Callable[[float], float], y_at: Callable[[float], float], x_name: str
-) -> str:
-    points = _thinned([(x, y) for x, y in zip(line.x, line.y, strict=True)])
-    path, pen = [], "M"
-    dots = []
-    for x, y in points:
-        if not math.isfinite(y):
-            pen = "M"
-            continue
-        path.append(f"{pen}{x_at(x):.1f} {y_at(y):.1f}")
-        dots.append(
-            f'<circle cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="6">'
-            f"<title>{plain(line.name)}, {x_name} {x:g}: {y:.4g}</title></circle>"
-        )
-        pen = "L"
-    lone = (
-        "".join(dot.replace('r="6"', 'r="2.5" class="dot"') for dot in dots)
-        if len(dots) == 1
-        else ""
-    )
-    dashed = " dashed" if line.dashed else ""
-    return (
-        f'<g class="c{line.colour % COLOURS}{dashed}"><path d="{" ".join(path)}"/>{lone}'
-        f'<g class="points">{"".join(dots)}</g></g>'
-    )
+    def _curve(self, line: Line) -> Curve:
+        path, points, pen = [], [], "M"
+        for x, y in _thinned(list(zip(line.x, line.y, strict=True))):
+            if not abs(y) < LARGEST:
+                pen = "M"
+                continue
+            place = self._x(x), self._y(y)
+            path.append(f"{pen}{place[0]} {place[1]}")
+            points.append((*place, f"{line.name}, {self.x_name} {x:g}: {y:.4g}"))
+            pen = "L"
+        return Curve(line, " ".join(path), points)
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -140,7 +123,7 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     size = math.ceil(len(points) / (POINTS / 2))
     kept = []
     for start in range(0, len(points), size):
-        part = [point for point in points[start : start + size] if math.isfinite(point[1])]
+        part = [point for point in points[start : start + size] if abs(point[1]) < LARGEST]
         if part:
             ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
             kept += sorted(ends)
@@ -155,6 +138,7 @@ def _span(values: Sequence[float], limits: Sequence[float]) -> tuple[float, floa
         if low - 2 * reach <= limit <= high + 2 * reach:
             low, high = min(low, limit), max(high, limit)
     margin = 0.06 * (high - low) or 0.5 * (abs(high) or 1.0)
+    margin = max(margin, 1e-300)
     return low - margin, high + margin
 
 

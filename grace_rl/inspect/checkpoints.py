@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,8 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from grace_rl.errors import UserError
+from grace_rl.data import scenes
+from grace_rl.data.rows import FILE_SUFFIXES, file_records
+from grace_rl.errors import UserError, reading
 from grace_rl.inspect.run import Run
+from grace_rl.inspect.safety import check_model
 from grace_rl.run.checkpoints import is_complete, list_checkpoints
 
 START, MODEL = "start", "model"
@@ -26,11 +28,17 @@ AT_ONCE = 32  # texts between two reports of progress
 
 @dataclass(frozen=True)
 class Seen:
-    """Texts as a checkpoint sees them: N rationales (empty ones where it writes none) and (N, H)
-    unit vectors."""
+    """A text as a checkpoint sees it.
 
-    rationales: list[str]
-    vectors: np.ndarray
+    Attributes:
+        rationale: What it writes greedily; empty where it writes nothing.
+        ended: False where it came to the longest rationale that is allowed.
+        vector: (H,) unit vector.
+    """
+
+    rationale: str
+    ended: bool
+    vector: np.ndarray
 
 
 def checkpoints(run: Run) -> dict[str, Path]:
@@ -63,8 +71,8 @@ class Checkpoint:
         if name not in there:
             raise UserError(f"{run.path}: no checkpoint {name!r}; there are: {', '.join(there)}")
         self.run, self.name, self.folder = run, name, there[name]
-        self._seen: dict[str, tuple[str, np.ndarray]] = {}
-        self._lock = threading.Lock()
+        self._seen: dict[str, Seen] = {}
+        check_model(self.folder)
         self.encoder = self._load()
 
     @property
@@ -77,20 +85,23 @@ class Checkpoint:
         """Whether a vector follows the rationale and nothing else."""
         return self.writes and self.encoder.reader.config.span == "bottleneck"
 
-    def see(self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None) -> Seen:
+    def see(self, texts: Sequence[str]) -> list[Seen]:
         """Greedy rationales and vectors; those seen before are remembered."""
-        with self._lock:
-            new = [text for text in dict.fromkeys(texts) if text not in self._seen]
-            for start in range(0, len(new), AT_ONCE):
-                if progress:
-                    progress(start, len(new))
-                part = new[start : start + AT_ONCE]
-                encoded = self.encoder.encode(part)
-                rationales = encoded.rationales if self.writes else [""] * len(part)
-                rows = zip(part, rationales, np.asarray(encoded.vectors), strict=True)
-                self._seen |= {text: (rationale, vector) for text, rationale, vector in rows}
-            found = [self._seen[text] for text in texts]
-        return Seen([item[0] for item in found], np.stack([item[1] for item in found]))
+        new = [text for text in dict.fromkeys(texts) if text not in self._seen]
+        if new:
+            encoded = self.encoder.encode(new)
+            longest = getattr(self.encoder, "max_rationale_tokens", 0)
+            for i, text in enumerate(new):
+                rationale = encoded.rationales[i] if self.writes else ""
+                ended = not (self.writes and encoded.lengths[i] >= longest)
+                self._seen[text] = Seen(rationale, ended, np.asarray(encoded.vectors[i]))
+        return [self._seen[text] for text in texts]
+
+    def see_many(self, texts: Sequence[str]) -> Iterator[int]:
+        """`see` in parts: how many have been seen, after each part."""
+        for start in range(0, len(texts), AT_ONCE):
+            yield start
+            self.see(texts[start : start + AT_ONCE])
 
     def see_plain(self, texts: Sequence[str]) -> np.ndarray:
         """(N, H) unit vectors of texts without a rationale, each read in the place of one.
@@ -100,8 +111,7 @@ class Checkpoint:
         """
         if not self.writes:
             raise UserError(f"{self.folder}: this model writes no rationales")
-        with self._lock:
-            return np.asarray(self.encoder.encode(list(texts), "none").vectors)
+        return np.asarray(self.encoder.encode(list(texts), "none").vectors)
 
     def read(self, rationale: str, text: str) -> np.ndarray:
         """(H,) the vector of a rationale that somebody wrote.
@@ -111,8 +121,7 @@ class Checkpoint:
         """
         if not self.writes:
             raise UserError(f"{self.folder}: this model reads no rationales")
-        with self._lock:
-            return np.asarray(self.encoder.encode_rationales([rationale], [text]))[0]
+        return np.asarray(self.encoder.encode_rationales([rationale], [text]))[0]
 
     @cached_property
     def pool(self) -> pd.DataFrame:
@@ -121,52 +130,52 @@ class Checkpoint:
 
     def _load(self) -> Any:
         from grace_rl.embed.encoder import RationaleEncoder
+        from grace_rl.embed.loading import load_encoder
         from grace_rl.embed.settings import EncoderSettings
 
-        if self.name != START and (self.folder / "modules.json").is_file():
-            from grace_rl.embed.loading import load_encoder
+        check_model(self.folder)
+        with reading(self.folder, "the model"):
+            if self.name != START and (self.folder / "modules.json").is_file():
+                return load_encoder(self.folder)
+            settings = None
+            if self.name == START:
+                saved = [path for name, path in checkpoints(self.run).items() if name != START]
+                saved = [path for path in saved if (path / "grace.json").is_file()]
+                if not saved:
+                    raise UserError(
+                        f"{self.run.path}: how the run reads rationales is known from its first "
+                        "checkpoint on"
+                    )
+                settings = EncoderSettings.load(saved[-1])
+            encoder = RationaleEncoder.from_pretrained(
+                self.folder,
+                settings=settings,
+                model_kwargs={"trust_remote_code": False, "use_safetensors": True},
+                tokenizer_kwargs={"trust_remote_code": False},
+            )
+            reader = encoder.reader
+            if reader.config.centre and reader.centre is None:
+                encoder.fit_centre(list(text_pool(self.run)["text"]))
+            return encoder
 
-            return load_encoder(self.folder)
-        settings = None
-        if self.name == START:
-            saved = [p for n, p in checkpoints(self.run).items() if n != START]
-            known = [path for path in saved if (path / "grace.json").is_file()]
-            if not known:
-                raise UserError(
-                    f"{self.run.path}: how the run reads rationales is known from its first "
-                    "checkpoint on"
-                )
-            settings = EncoderSettings.load(known[-1])
-        encoder = RationaleEncoder.from_pretrained(self.folder, settings=settings)
-        reader = encoder.reader
-        if encoder.writes_rationales and reader.config.centre and reader.centre is None:
-            encoder.fit_centre(list(text_pool(self.run)["text"]))
-        return encoder
+
+_LOADING = threading.Lock()
 
 
-class Loaded:
-    """The checkpoints in memory, the last `KEPT` that were asked for."""
+def loaded(run: Run, name: str) -> Checkpoint:
+    """A checkpoint; the last `KEPT` stay in memory until their files change.
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str, int], Checkpoint] = OrderedDict()
-        self._lock = threading.Lock()
+    Raises:
+        UserError: There is no such model, or it cannot be loaded.
+    """
+    folder = checkpoints(run).get(name)
+    with _LOADING:
+        return _loaded(run, name, 0 if folder is None else folder.stat().st_mtime_ns)
 
-    def get(self, run: Run, name: str) -> Checkpoint:
-        """A checkpoint, loaded anew only if its files have changed.
 
-        Raises:
-            UserError: There is no such model, or it cannot be loaded.
-        """
-        with self._lock:
-            folder = checkpoints(run).get(name)
-            stamp = 0 if folder is None else folder.stat().st_mtime_ns
-            key = (str(run.path), name, stamp)
-            if key not in self._kept:
-                self._kept[key] = Checkpoint(run, name)
-            self._kept.move_to_end(key)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-            return self._kept[key]
+@lru_cache(maxsize=KEPT)
+def _loaded(run: Run, name: str, changed: int) -> Checkpoint:
+    return Checkpoint(run, name)
 
 
 def text_pool(run: Run, size: int = POOL) -> pd.DataFrame:
@@ -182,21 +191,27 @@ def text_pool(run: Run, size: int = POOL) -> pd.DataFrame:
         if len(pool := pd.concat(parts).drop_duplicates("text")) >= size:
             break
     if not parts:
-        from grace_rl.reward.stored import run_rows
-
-        rows = run_rows(run.path) or []
-        pool = pd.DataFrame(
-            [
-                {"text": row[role], "role": role, "example": number}
-                for number, row in enumerate(rows[:size])
-                for role in ("query", "positive", "text")
-                if isinstance(row.get(role), str)
-            ]
-        )
+        pool = pd.DataFrame(list(itertools.islice(_rows_of_data(run), size)))
         if pool.empty:
             raise UserError(f"{run.path}: neither rollouts nor the data set's rows are there")
         pool = pool.drop_duplicates("text")
     return pool.head(size).reset_index(drop=True)
+
+
+def _rows_of_data(run: Run) -> Iterator[dict[str, Any]]:
+    """Texts of the run's data set, where that is the built-in world or a file of rows."""
+    recipe = run.recipe()
+    name, renamed = recipe.get("dataset_name"), recipe.get("dataset_columns") or {}
+    rows: Any = []
+    if name == "scenes":
+        rows = scenes.rows(count=POOL)
+    elif isinstance(name, str) and name.endswith(FILE_SUFFIXES) and Path(name).is_file():
+        rows = (record for _, record in file_records(Path(name)) if isinstance(record, dict))
+    for example, row in enumerate(rows):
+        for role in ("query", "positive", "text"):
+            text = row.get(renamed.get(role, role) if isinstance(renamed, dict) else role)
+            if isinstance(text, str):
+                yield {"text": text, "role": role, "example": example}
 
 
 def token_pieces(run: Run, token_ids: Sequence[int]) -> list[str] | None:
@@ -229,19 +244,10 @@ def _start(run: Run) -> Path | None:
     if not isinstance(name, str):
         return None
     if name == "scenes":
-        # Not imported: the world brings torch, and a list of checkpoints must be quick.
-        return Path(__file__).parents[1] / "data" / "scenes" / "cold_start"
+        return Path(scenes.__file__).parent / "cold_start"
     folder = run.path / "untrained" if name == "scenes/untrained" else Path(name)
     return folder if _is_model(folder) else None
 
 
 def _is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-
-
-def soft_words(run: Run) -> list[dict[str, Any]]:
-    """The lines of a refinement run's soft_tokens.jsonl; none for other runs."""
-    path = run.path / "soft_tokens.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

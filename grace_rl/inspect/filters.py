@@ -25,6 +25,7 @@ class Filter:
         example: Row of the data set.
         group: Within a step.
         truncated: Whether the rationale never ended.
+        empty: Whether nothing was written.
         score: Conditions such as `contrastive >= 0.5, advantage < 0`: a reward's label, `advantage`
             or `tokens`, compared with a number.
 
@@ -40,6 +41,7 @@ class Filter:
     example: int | None = None
     group: int | None = None
     truncated: bool | None = None
+    empty: bool | None = None
     score: str | None = None
 
     @classmethod
@@ -124,6 +126,7 @@ _READERS: dict[str, Any] = {
     "example": _whole,
     "group": _whole,
     "truncated": _truth,
+    "empty": _truth,
     "score": _score,
 }
 

@@ -1,7 +1,7 @@
-"""Rationales and tables as HTML: everything that somebody or some model wrote is shown as text.
+"""What the page and the file of `--html` share: templates, and foreign text made visible.
 
-Foreign text passes `text`, which escapes it and makes control and direction characters visible, so
-that it can neither act nor hide. The page and the file of `--html` are built from these parts.
+Everything that somebody or some model wrote is shown as text. Templates escape by themselves, and
+each value passes `visible` on its way, so that it can neither act nor hide.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import difflib
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 LOOK = (Path(__file__).parent / "look.css").read_text(encoding="utf-8")
-LONGEST = 4000  # characters of a text in a table
-SHORT = 20  # characters that are kept on one line
+LONGEST = 4000  # characters of a text
 
-Cell = Callable[[Any, Mapping[str, Any]], str]
-"""Makes a cell's HTML from the value and its row."""
+Pieces = list[tuple[str, str, str]]
+"""Parts of a text in their order: a class of look.css (or ""), a title (or ""), the part."""
 
 
 def visible(foreign: str, limit: int | None = None) -> str:
@@ -57,79 +58,70 @@ def _visible(c: str) -> str:
     return f"‹U+{number:04X}›"
 
 
-def plain(foreign: Any) -> str:
-    """A foreign name as HTML, also inside attributes."""
-    return escape(visible(str(foreign)))
-
-
-def text(foreign: Any, limit: int | None = LONGEST) -> str:
-    """HTML that shows foreign text, in the direction of its own first letter."""
-    shown = escape(visible(str(foreign), limit))
-    return f'<bdi class="foreign">{shown}</bdi>'
-
-
 def number(value: Any) -> str:
     """A short number; a dash for nothing.
 
     >>> number(0.12345), number(None), number(3)
     ('0.123', '–', '3')
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int):
-        return str(value)
     if isinstance(value, float):
         value += 0.0  # no -0.000
         return f"{value:.3f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
-    return number(value.item()) if hasattr(value, "item") else text(value)
+    return number(value.item()) if hasattr(value, "item") else str(value)
 
 
-def table(
-    rows: pd.DataFrame | Sequence[Mapping[str, Any]],
-    columns: Mapping[str, str],
-    cells: Mapping[str, Cell] | None = None,
-    caption: str = "",
-) -> str:
-    """An HTML table; on narrow screens each row becomes a card.
+def _shown(value: Any) -> Any:
+    """What a template prints of a value, before it is escaped."""
+    if isinstance(value, Markup):
+        return value
+    return visible(value if isinstance(value, str) else number(value), LONGEST)
 
-    Args:
-        rows: The rows.
-        columns: Name of a column in `rows`, and its heading.
-        cells: How to show a column; the default is `number` for numbers and `text` for the rest.
-        caption: Read out by screen readers.
+
+TEMPLATES = Environment(
+    loader=PackageLoader("grace_rl.inspect"),
+    autoescape=True,
+    finalize=_shown,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters["cut"] = visible
+TEMPLATES.tests["words"] = lambda value: isinstance(value, str)
+TEMPLATES.tests["pieces"] = lambda value: isinstance(value, list)
+
+
+def address(path: str, **query: Any) -> str:
+    """A link within the page; empty parameters are left out.
+
+    >>> address("/try", text="a fox", a=None)
+    '/try?text=a+fox'
     """
-    records = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
-    cells = cells or {}
-    head = "".join(f'<th scope="col">{plain(name)}</th>' for name in columns.values())
-    lines = []
-    for record in records:
-        made = []
-        for name, heading in columns.items():
-            value = record.get(name)
-            is_text = isinstance(value, str)
-            shown = cells[name](value, record) if name in cells else number(value)
-            kind = "words" if is_text else "number"
-            if is_text and len(value) <= SHORT:
-                kind = "short"
-            made.append(f'<td class="{kind}" data-label="{plain(heading)}">{shown}</td>')
-        lines.append(f"<tr>{''.join(made)}</tr>")
-    if not lines:
-        return '<p class="quiet">nothing to show</p>'
-    return (
-        f'<table class="plain"><caption class="unseen">{plain(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    )
+    made = urlencode({name: value for name, value in query.items() if value not in (None, "")})
+    return f"{path}?{made}" if made else path
 
 
-def link(address: str, shown: str) -> str:
-    """A link; `shown` is HTML already."""
-    return f'<a href="{escape(address)}">{shown}</a>'
+def _lead(link: Any, row: Mapping[str, Any]) -> str:
+    """Where a cell leads: what a function says, or a path and the values of the row that it takes,
+    as in `{"path": "/group", "run": "first", "of": ["step", "group"]}`."""
+    if callable(link):
+        return str(link(row))
+    return address(link["path"], run=link["run"], **{name: row[name] for name in link["of"]})
 
 
-def tokens(pieces: Sequence[str], advantages: Sequence[float] | float | None) -> str:
-    """A rationale with its tokens on a ground of green (advantage above 0) or red (below).
+TEMPLATES.globals |= {"address": address, "lead": _lead}
+
+
+def render(template: str, **context: Any) -> str:
+    """HTML of a template in `templates/`."""
+    return TEMPLATES.get_template(f"{template}.html.jinja").render(context)
+
+
+def shaded(pieces: Sequence[str], advantages: Sequence[float] | float | None) -> Pieces:
+    """The tokens of a rationale on a ground of green (advantage above 0) or red (below).
 
     Args:
         pieces: What each token wrote.
@@ -139,45 +131,28 @@ def tokens(pieces: Sequence[str], advantages: Sequence[float] | float | None) ->
         advantages = [math.nan if advantages is None else float(advantages)] * len(pieces)
     made = []
     for piece, advantage in zip(pieces, advantages, strict=True):
-        shown = escape(visible(piece)) or "∅"
         if math.isnan(advantage):
-            made.append(f'<span title="no advantage">{shown}</span>')
+            made.append(("", "no advantage", piece))
             continue
         sign = "up" if advantage >= 0 else "down"
         strength = min(5, math.ceil(abs(advantage) * 2.5))
-        made.append(
-            f'<span class="{sign}{strength}" title="advantage {advantage:+.3f}">{shown}</span>'
-        )
-    return f'<p class="tokens"><bdi>{"".join(made)}</bdi></p>'
+        made.append((f"{sign}{strength}", f"advantage {advantage:+.3f}", piece))
+    return made
 
 
-def differences(before: str, after: str) -> str:
-    """`after` with the words that are new marked, and those that went.
+def differences(before: str | None, after: str) -> Pieces:
+    """`after` with the words that are new marked, and those that went; all alike without `before`.
 
     >>> differences("red fox runs", "red fox sleeps")
-    '<bdi class="foreign">red fox <del>runs</del><ins>sleeps</ins></bdi>'
+    [('', '', 'red fox '), ('gone', '', 'runs'), ('new', '', 'sleeps')]
     """
-    old, new = (re.findall(r"\s+|\S+", visible(item, LONGEST)) for item in (before, after))
+    if before is None:
+        return [("", "", after)]
+    old, new = (re.findall(r"\s+|\S+", item[:LONGEST]) for item in (before, after))
     made = []
     matcher = difflib.SequenceMatcher(a=old, b=new, autojunk=False)
     for kind, a1, a2, b1, b2 in matcher.get_opcodes():
-        gone, come = escape("".join(old[a1:a2])), escape("".join(new[b1:b2]))
-        if kind == "equal":
-            made.append(come)
-            continue
-        made.append((f"<del>{gone}</del>" if gone else "") + (f"<ins>{come}</ins>" if come else ""))
-    return f'<bdi class="foreign">{"".join(made)}</bdi>'
-
-
-def mistakes(problems: Sequence[str]) -> str:
-    """What is wrong, as HTML that screen readers say at once; nothing for no problems."""
-    if not problems:
-        return ""
-    lines = "".join(f"<li>{plain(problem)}</li>" for problem in problems)
-    return f'<ul class="mistake" role="alert">{lines}</ul>'
-
-
-def facts(values: Mapping[str, str]) -> str:
-    """A few names and their values, as HTML; values are HTML already."""
-    items = "".join(f"<div><dt>{plain(k)}</dt><dd>{v}</dd></div>" for k, v in values.items())
-    return f'<dl class="facts">{items}</dl>'
+        gone, come = "".join(old[a1:a2]), "".join(new[b1:b2])
+        parts = [("", come)] if kind == "equal" else [("gone", gone), ("new", come)]
+        made += [(name, "", part) for name, part in parts if part]
+    return made

@@ -10,21 +10,24 @@ import pandas as pd
 from grace_rl.errors import UserError
 from grace_rl.inspect.run import Run
 
+COLUMNS = ["text", "role", "example", "rationale", "advantage", "embedding"]
+
 
 def pool_of_step(run: Run, step: int) -> tuple[pd.DataFrame, np.ndarray]:
     """The distinct texts of a step and a unit vector of each, the mean of its rollouts'.
 
     Returns:
-        A table with `text`, `role`, `example`; and (N, H) float32.
+        A table with `text`, `role`, `example` and `rationale`, the best one by advantage; and
+        (N, H) float32.
 
     Raises:
-        UserError: Nothing is stored of that step.
+        UserError: Nothing is stored of that step, or no embeddings are.
     """
-    columns = ["text", "role", "example", "embedding"]
-    stored = run.step_table(step, columns)
-    texts = stored.select(columns[:3]).to_pandas()
+    stored = run.step_table(step, COLUMNS)
     vectors = _vectors(stored["embedding"].to_pylist(), run, step)
-    pool = texts.drop_duplicates("text").reset_index(drop=True)
+    texts = stored.select(COLUMNS[:-1]).to_pandas()
+    best = texts.sort_values("advantage", ascending=False, kind="stable").drop_duplicates("text")
+    pool = best.loc[sorted(best.index), COLUMNS[:4]].reset_index(drop=True)
     place = {text: i for i, text in enumerate(pool["text"])}
     sums = np.zeros((len(pool), vectors.shape[1]), dtype=np.float32)
     np.add.at(sums, [place[text] for text in texts["text"]], vectors)
@@ -45,22 +48,26 @@ def ranked(
     """A pool in falling order of cosine, without the text itself.
 
     Args:
-        pool: Columns `text`, `role`, `example`.
+        pool: Columns `text`, `role`, `example`, and maybe `rationale`.
         cosines: (N,).
         text: The text whose neighbours these are.
         example: Its row: `same_row` marks the texts that belong with it, the counterpart and the
             hard negative.
 
     Returns:
-        `rank` from 1, `cosine`, `text`, `role`, `example`, `same_row`.
+        `rank` from 1, `cosine`, `text`, `role`, `example`, `same_row`, and maybe `rationale`.
     """
     table = pool.assign(cosine=np.asarray(cosines, dtype=float))
     table = table[table["text"] != text].sort_values("cosine", ascending=False, kind="stable")
     table = table.assign(rank=np.arange(1, len(table) + 1), same_row=table["example"] == example)
-    return table[["rank", "cosine", "text", "role", "example", "same_row"]].reset_index(drop=True)
+    columns = ["rank", "cosine", "text", "rationale", "role", "example", "same_row"]
+    return table[[name for name in columns if name in table]].reset_index(drop=True)
 
 
 def _vectors(lists: Sequence[Sequence[float] | None], run: Run, step: int) -> np.ndarray:
     if not lists or any(vector is None for vector in lists):
         raise UserError(f"{run.path}: step {step} was stored without embeddings")
-    return np.asarray(lists, dtype=np.float32)
+    try:
+        return np.asarray(lists, dtype=np.float32)
+    except ValueError:
+        raise UserError(f"{run.path}: step {step} holds embeddings of several lengths") from None

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import duckdb
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from grace_rl.errors import UserError
 from grace_rl.inspect.run import Run
@@ -29,6 +31,7 @@ FROM kept JOIN pairs USING (step, "group") JOIN best USING (step, "group")
 GROUP BY step, "group"
 ORDER BY order_kept, step, "group"
 """
+COLUMNS = ["step", "group", "role", "text", "rationale", "advantage", "replayed_advantage"]
 
 
 def replays(run: Run) -> dict[str, Path]:
@@ -44,12 +47,34 @@ def replayed_groups(run: Run, name: str) -> pd.DataFrame:
         of pairs of rollouts that keep their order, 0 to 1.
 
     Raises:
-        UserError: There is no replay of that name.
+        UserError: There is no replay of that name, or its file is damaged.
     """
+    kept = _read(run, name)
+    with duckdb.connect() as database:
+        database.register("kept", kept)
+        return database.execute(GROUPS).df()
+
+
+def replayed_advantages(run: Run, name: str, step: int, group: int) -> dict[str, list[float]]:
+    """What a replay gave the rollouts of one group: advantages by rationale, in stored order.
+
+    Raises:
+        UserError: There is no replay of that name, or its file is damaged.
+    """
+    advantages: dict[str, list[float]] = {}
+    kept = _read(run, name, [("step", "==", step), ("group", "==", group)])
+    for row in kept.select(["rationale", "replayed_advantage"]).to_pylist():
+        advantages.setdefault(row["rationale"], []).append(row["replayed_advantage"])
+    return advantages
+
+
+def _read(run: Run, name: str, only: list[tuple[str, str, int]] | None = None) -> pa.Table:
     known = replays(run)
     if name not in known:
         there = ", ".join(known) or "none yet"
         raise UserError(f"{run.name}: no replay {name!r}; there are: {there}")
-    with duckdb.connect() as database:
-        database.execute("CREATE TABLE kept AS SELECT * FROM read_parquet(?)", [str(known[name])])
-        return database.execute(GROUPS).df()
+    try:
+        return pq.read_table(known[name], columns=COLUMNS, filters=only)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{known[name]}: cannot be read: {reason}") from None

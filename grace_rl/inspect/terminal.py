@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from grace_rl.errors import UserError
-from grace_rl.inspect import health
-from grace_rl.inspect.checkpoints import soft_words, token_pieces
+from grace_rl.inspect import health, views
 from grace_rl.inspect.filters import Filter
 from grace_rl.inspect.markup import number, visible
 from grace_rl.inspect.neighbours import nearest_by_rationale
@@ -24,6 +23,9 @@ from grace_rl.rollout.store import REWARD
 
 BARS = "▁▂▃▄▅▆▇█"
 LONGEST = 800  # characters of a text
+TEXTS = ("text", "rationale", "best", "worst", "reason")
+NARROW = 100
+WIDE = 130  # columns of a terminal from which texts stand in a table's cells
 
 
 def show(
@@ -45,7 +47,7 @@ def show(
         raise UserError("--row and --group need one --step")
     for run in runs:
         console.rule(Text(visible(run.name)))
-        for problem in run.unreadable():
+        for problem in run.problems():
             console.print(_text(problem), style="bold red")
         if options.row is not None and alone is not None:
             _rollout(run, alone, options.row, console)
@@ -54,16 +56,32 @@ def show(
         elif options.groups:
             sort = {"sort": options.sort} if options.sort else {}
             found = run.groups(chosen, descending=options.descending, limit=options.limit, **sort)
-            names = ["step", "group", "role", "text", "best", "worst", "spread"]
+            names = ["step", "group", "role", "spread", "text", "best", "worst"]
             _print(found, names, console, f"{run.count_groups(chosen):,} groups")
         elif chosen != Filter() or options.sort:
             how = {"sort": options.sort, "descending": options.descending, "limit": options.limit}
             found = run.rollouts(chosen, **how)
             rewards = [REWARD + label for label in run.rewards]
-            names = ["step", "row", "group", "role", "text", "rationale", "advantage", *rewards]
+            names = [
+                "step",
+                "row",
+                "group",
+                "role",
+                "advantage",
+                "total",
+                *rewards,
+                "text",
+                "rationale",
+            ]
             _print(found, names, console, f"{run.count(chosen):,} rollouts")
         else:
             _overview(run, console)
+    if len(runs) > 1 and chosen == Filter() and not options.groups:
+        recipe = views.recipe_rows(runs)
+        rows = [{heading: row[name] for name, heading in recipe["columns"].items()}
+                for row in recipe["rows"]]  # fmt: skip
+        console.rule("what differs between the recipes")
+        _print(pd.DataFrame(rows), list(recipe["columns"].values()), console)
 
 
 def sparkline(values: Iterable[float], width: int = 40) -> str:
@@ -72,7 +90,7 @@ def sparkline(values: Iterable[float], width: int = 40) -> str:
     >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7])
     '▁▂▃▄▅▆▇█'
     """
-    known = [value for value in values if math.isfinite(value)]
+    known = [value for value in values if abs(value) < float("inf")]
     if len(known) > width:
         known = [known[i * len(known) // width] for i in range(width - 1)] + known[-1:]
     low, high = min(known, default=0.0), max(known, default=0.0)
@@ -81,80 +99,101 @@ def sparkline(values: Iterable[float], width: int = 40) -> str:
 
 
 def _overview(run: Run, console: Console) -> None:
-    metrics, status = run.metrics(), run.status()
-    step = number(int(metrics["step"].max()) if len(metrics) else None)
-    console.print(Text(f"{status.get('status', 'unknown')}, step {step}"))
-    curves, width = Table(box=box.SIMPLE_HEAD), 40 if console.width >= 120 else 14
-    for name in ("metric", "first", "last", "", "healthy"):
-        curves.add_column(name, justify="right" if name in ("first", "last") else "left")
+    metrics = run.metrics()
+    about = views.summary(run)
+    facts = ", ".join(f"{name} {_plain(value)}" for name, value in about["facts"].items())
+    console.print(_text(facts))
+    width = 40 if console.width >= WIDE else 14
+    curves = []
     for _, panel, names in health.shown_panels(list(metrics.columns)):
         for name in names:
-            values = pd.to_numeric(metrics[name], errors="coerce").dropna().astype(float)
+            values = metrics[name].dropna()
             if len(values):
-                limit = health.healthy(panel) if panel.judged else ""
-                ends = number(values.iloc[0]), number(values.iloc[-1])
-                curves.add_row(_text(name), *ends, sparkline(values, width), limit)
-    console.print(curves)
-    for alarm in health.alarms(metrics):
-        about = (
-            f"{alarm.metric}: {alarm.reason} (from step {alarm.steps[0]}, {len(alarm.steps)} times)"
-        )
-        console.print(_text(about), style="bold red")
-    evaluation = run.evaluation()
-    if len(evaluation):
-        _print(evaluation, list(evaluation.columns), console, "scores")
-    for line in soft_words(run):
-        steps = (", ".join(word for word, _ in s["words"][:3]) for s in line["steps"])
-        console.print(_text(f"step {line['step']}: {line['text']} -> {' | '.join(steps)}"))
+                curves.append(
+                    {
+                        "metric": name,
+                        "first": values.iloc[0],
+                        "last": values.iloc[-1],
+                        "curve": sparkline(values, width),
+                        "healthy": health.healthy(panel) if panel.judged else "",
+                    }
+                )
+    names = ["metric", "first", "last", "curve", "healthy"]
+    shown = names if console.width >= NARROW else names[:-1]  # alarms say it too
+    console.print(_table(pd.DataFrame(curves, columns=names), shown))
+    for alarm in views.alarm_rows(run):
+        line = f"{alarm['metric']}: {alarm['reason']} ({alarm['steps']})"
+        console.print(_text(line), style="bold red")
+    if about["scores"]:
+        console.print(_table(pd.DataFrame(about["scores"]), list(about["columns"]), "scores"))
+    for soft in run.soft_tokens():
+        steps = (", ".join(word for word, _ in words[:3]) for words in soft["words"])
+        console.print(_text(f"step {soft['step']}: {soft['text']} -> {' | '.join(steps)}"))
 
 
 def _group(run: Run, step: int, group: int, console: Console) -> None:
-    rows = run.group(step, group)
-    console.print(_text(f"step {step}, {rows['role'].iloc[0]}: {rows['text'].iloc[0]}"))
-    rewards = [REWARD + label for label in run.rewards]
-    _print(rows, ["row", "rationale", "tokens", "advantage", *rewards], console)
+    cards = views.group_cards(run, step, group)
+    console.print(_text(f"step {step}, {cards[0]['role']}: {cards[0]['text']}"))
+    rows = [
+        {"row": card["row"], **card["scores"], "rationale": card["rationale"]} for card in cards
+    ]
+    _print(pd.DataFrame(rows), list(rows[0]), console)
 
 
 def _rollout(run: Run, step: int, row: int, console: Console) -> None:
     rollout = run.rollout(step, row)
     console.print(_text(f"step {step}, {rollout['role']}: {rollout['text']}"))
-    console.print(_coloured(run, rollout))
-    values = {"advantage": rollout["advantage"]}
-    values |= {n.removeprefix(REWARD): v for n, v in rollout.items() if n.startswith(REWARD)}
-    about = ", ".join(f"{name} {number(value)}" for name, value in values.items())
-    console.print(_text(about + (", never ended" if rollout["truncated"] else "")))
+    pieces, colour = views.rollout_tokens(run, rollout)
+    made = Text(overflow="fold")
+    for kind, _, piece in pieces:
+        style = "green" if kind.startswith("up") else "red" if kind.startswith("down") else ""
+        made.append(visible(piece), style=style)
+    console.print(made if made.plain.strip() else Text("(empty)"))
+    console.print(_text(colour), style="dim")
+    values = views.scores(run, rollout).items()
+    console.print(_text(", ".join(f"{name} {_plain(value)}" for name, value in values)))
     if rollout["step_scores"] is not None:
         scores = " ".join(number(value) for value in rollout["step_scores"])
         console.print(_text(f"s_k: {scores}"))
     if rollout["embedding"] is not None:
         near = nearest_by_rationale(run, step, row).head(5)
-        _print(near, ["rank", "cosine", "role", "text"], console, "nearest texts of the step")
-
-
-def _coloured(run: Run, rollout: Mapping[str, Any]) -> Text:
-    """The rationale, tokens that are made likelier in green, less likely in red."""
-    pieces = token_pieces(run, rollout["token_ids"]) or [rollout["rationale"]]
-    each = rollout["token_advantages"]
-    if each is None or len(each) != len(pieces):
-        each = [rollout["advantage"]] * len(pieces)
-    made = Text(overflow="fold")
-    for piece, advantage in zip(pieces, each, strict=True):
-        style = "" if advantage is None else "green" if advantage >= 0 else "red"
-        made.append(visible(piece), style=style)
-    return made
+        names = ["rank", "cosine", "role", "text", "rationale"]
+        _print(near, names, console, "nearest texts of the step")
 
 
 def _print(rows: pd.DataFrame, names: list[str], console: Console, title: str = "") -> None:
+    """A table; in a narrow terminal a line of numbers for each row, and its texts below."""
+    texts = [name for name in names if name in TEXTS]
+    if console.width >= WIDE or not texts:
+        console.print(_table(rows, names, title))
+        return
+    if title:
+        console.print(_text(title))
+    for row in rows.to_dict("records"):
+        short = [
+            f"{name.removeprefix(REWARD)} {_plain(row[name])}"
+            for name in names
+            if name not in texts
+        ]
+        console.print(_text(" · ".join(short)), style="bold")
+        for name in texts:
+            console.print(Padding(_text(f"{name}: {row[name].strip() or '(empty)'}"), (0, 0, 0, 2)))
+
+
+def _table(rows: pd.DataFrame, names: list[str], title: str = "") -> Table:
+    """Texts fold; names and numbers stay whole as long as the terminal is wide enough."""
     made = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
     for name in names:
-        made.add_column(_text(name.removeprefix(REWARD)), overflow="fold")
+        whole = name in ("step", "row", "group", "metric", "first", "last", "rank")
+        heading = _text(name.removeprefix(REWARD))
+        made.add_column(heading, overflow="fold", ratio=1 if name in TEXTS else None, no_wrap=whole)
     for record in rows.to_dict("records"):
-        made.add_row(*(_cell(record[name]) for name in names))
-    console.print(made)
+        made.add_row(*(_text(_plain(record[name])) for name in names))
+    return made
 
 
-def _cell(value: Any) -> Text:
-    return _text(value) if isinstance(value, str) else Text(number(value))
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else number(value)
 
 
 def _text(foreign: str) -> Text:

@@ -51,6 +51,7 @@ def write_step(run: Path, step: int, rationales: list[str] | None = None) -> Non
             "step_scores": [*[[0.0, 0.5, v] for v in values], None],
             "step_ends": [*[[0, 1, 3]] * 8, None],
             "embedding": [[0.6, 0.8] if i % 2 else [0.8, -0.6] for i in range(9)],
+            "total": [*values, None],
             "reward/contrastive": [*values, None],
             "reward/length": [*[0.0] * 8, None],
         },
@@ -118,7 +119,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, root: Path) -> list[Path]:
             )
         )
     for process in started:
-        said = process.communicate(timeout=300)[1]
+        said = process.communicate()[1]
         assert process.returncode == 0, said
     return [folder / "first", folder / "second"]
 
@@ -141,7 +142,7 @@ class Server:
     def stop(self) -> str:
         """End it and return what it said on stderr."""
         self.process.terminate()
-        return self.process.communicate(timeout=20)[1]
+        return self.process.communicate()[1]
 
 
 @pytest.fixture(scope="session")
@@ -159,32 +160,23 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def page_of_trained(trained: list[Path]) -> Iterator[str]:
-    """Address of the page on the two real runs; it must have had nothing to complain about."""
-    pytest.importorskip("nicegui", reason="needs nicegui: pip install 'grace-rl[inspect]'")
-    server = Server(*trained)
-    yield server.address
-    said = server.stop()
-    assert "Traceback" not in said, said
-
-
-@pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The written run, for tests that leave it as it is."""
     return write_run(tmp_path_factory.mktemp("hostile") / "written")
 
 
 @pytest.fixture(scope="session")
-def page_of_written(written: Path) -> Iterator[str]:
-    """Address of the page on the written run with its hostile rationales."""
-    pytest.importorskip("nicegui", reason="needs nicegui: pip install 'grace-rl[inspect]'")
-    server = Server(written)
+def live(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A written run that goes on while it is looked at."""
+    return write_run(tmp_path_factory.mktemp("going on") / "live")
+
+
+@pytest.fixture(scope="session")
+def site(trained: list[Path], written: Path, live: Path) -> Iterator[str]:
+    """Address of the one page server of all tests, on the runs first, second, written and live; it
+    must have had nothing to complain about."""
+    pytest.importorskip("starlette", reason="needs starlette: pip install 'grace-rl[inspect]'")
+    server = Server(*trained, written, live)
     yield server.address
     said = server.stop()
     assert "Traceback" not in said, said
-
-
-@pytest.fixture
-def serve() -> Callable[..., Server]:
-    """Starts a server on the runs that it is given."""
-    return Server

@@ -12,11 +12,10 @@ from urllib.parse import parse_qsl
 import pytest
 
 from grace_rl.errors import UserError
-from grace_rl.inspect import Filter, Run
-from grace_rl.inspect import run as run_module
+from grace_rl.inspect import Filter, Run, database
 from grace_rl.inspect.checkpoints import Checkpoint, checkpoints
 from grace_rl.inspect.neighbours import nearest_by_rationale, pool_of_step
-from grace_rl.inspect.run import distinct_names
+from grace_rl.inspect.run import HEAVY, distinct_names
 from grace_rl.rollout.store import cut_rollouts
 from grace_rl.run.checkpoints import mark_complete
 
@@ -24,7 +23,7 @@ AddStep = Callable[..., None]
 
 
 def look_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(database, "LOOK_AGAIN", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +38,8 @@ def look_again(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"text": "rollout 3"}, 2),
         ({"text": "%"}, 0),
         ({"truncated": True}, 3),
+        ({"empty": True}, 0),
+        ({"empty": False, "step": 1}, 9),
         ({"example": 0, "group": 0}, 6),
         ({"score": "contrastive >= 1.2, tokens < 4"}, 9),
         ({"score": "advantage < 0", "step": 1}, 4),
@@ -53,7 +54,7 @@ def test_each_filter_keeps_what_fits(run_folder: Path, filters: dict, count: int
 
 def test_heavy_columns_come_only_when_asked_and_belong_to_their_rows(run_folder: Path) -> None:
     run = Run(run_folder)
-    assert not set(run.rollouts().columns) & set(run_module.HEAVY)
+    assert not set(run.rollouts().columns) & set(HEAVY)
     table = run.rollouts(columns=["token_ids", "row"], sort="advantage", descending=True)
     assert [ids[-1] - 3 for ids in table["token_ids"]] == list(table["row"])
     assert len(table) == 27 and table["row"].iloc[0] == 6
@@ -99,7 +100,7 @@ def test_broken_files_are_named_and_the_others_are_shown(
         (run_folder / "rollouts" / f"step-{step:06d}.parquet").write_bytes(content)
     run = Run(run_folder)
     assert run.count() == 9 and len(run.rollouts(step=3)) == 9
-    assert [s.partition(" are left out")[0] for s in run.unreadable()] == [
+    assert [s.partition(" are left out")[0] for s in run.problems()] == [
         "the rollouts of step 1",
         "the rollouts of step 2",
     ]
@@ -107,7 +108,7 @@ def test_broken_files_are_named_and_the_others_are_shown(
         run.rollout(1, 0)
     add_step(run_folder, 1)
     cut_rollouts(run_folder, 1)
-    assert run.count() == 9 and run.unreadable() == []
+    assert run.count() == 9 and run.problems() == []
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path, run_folder: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,8 +20,8 @@ from rich.console import Console
 from grace_rl.cli import main
 from grace_rl.commands.inspect import needs_extra
 from grace_rl.errors import UserError
-from grace_rl.inspect import Filter, Run, markup
-from grace_rl.inspect.chart import Line, line_chart
+from grace_rl.inspect import Filter, Run, markup, views
+from grace_rl.inspect.chart import Chart, Line
 from grace_rl.inspect.csv_file import csv_text
 from grace_rl.inspect.html_file import write_html
 from grace_rl.inspect.terminal import show
@@ -32,6 +33,13 @@ SHOWN = {
     "g", "path", "line", "rect", "circle", "text", "title", "details", "summary", "main", "html",
     "head", "body", "meta", "style",
 }  # fmt: skip
+
+
+EXTREMES = [
+    [], [float("nan")], [1.0], [1e30, -1e30], [0.0, 0.0], [1e-300, 2e-300], [5e-324, 1e-323],
+    [1e308, -1e308], [float("inf"), 1.0],
+]  # fmt: skip
+PARTS: Any = markup.TEMPLATES.get_template("parts.html.jinja").module
 
 
 class Tags(HTMLParser):
@@ -70,16 +78,17 @@ def test_every_part_shows_hostile_text_as_text(written: Path) -> None:
     hostile = run.rollouts(step=3)["rationale"].tolist()[:8]
     for text in hostile:
         for html in (
-            markup.text(text),
-            markup.tokens([text, "x"], [0.5, -3.0]),
-            markup.differences("before", text),
-            markup.differences(text, "after"),
-            markup.table([{text: text}], {text: text}),
-            markup.link(f"/a?b={quote(text)}", markup.text("x")),
-            line_chart(text, [Line(text, [0, 1], [0.0, 1.0])]) if text.isprintable() else "",
+            PARTS.text(text),
+            PARTS.tokens(markup.shaded([text, "x"], [0.5, -3.0]), text),
+            PARTS.pieces(markup.differences("before", text)),
+            PARTS.pieces(markup.differences(text, "after")),
+            PARTS.table([{text: text}], {text: text}, text, {text: lambda row: "/a"}),
+            PARTS.facts({text: text}),
+            PARTS.mistakes([text]),
+            PARTS.chart(Chart(text, [Line(text, [0, 1], [0.0, 1.0]), Line(text, [0], [1.0])])),
         ):
             only_shows(html)
-    assert "<script>" in only_shows(markup.text(hostile[0])).text
+    assert "<script>" in only_shows(PARTS.text(hostile[0])).text
 
 
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " =1", "\r=1", "＝1+1"])
@@ -97,25 +106,49 @@ def test_no_text_in_a_csv_is_a_formula(cell: str) -> None:
 
 
 def test_marks_say_what_changed() -> None:
-    tags = parsed(markup.differences("a b c", "a x c"))
-    assert [tag for tag, _ in tags.seen] == ["bdi", "del", "ins"] and tags.text == "a bx c"
+    tags = parsed(PARTS.pieces(markup.differences("a b c", "a x c")))
+    assert [tag for tag, _ in tags.seen] == ["del", "ins"] and tags.text == "a bx c"
 
 
 def test_tokens_are_coloured_by_sign_and_size() -> None:
-    html = markup.tokens(["a", "b", "c", "d"], [2.5, 0.1, -0.1, -9.0])
-    assert re.findall(r'class="(\w+\d)"', html) == ["up5", "up1", "down1", "down5"]
-    assert "class=" not in markup.tokens(["a"], None).replace('class="tokens"', "")
+    kinds = [kind for kind, _, _ in markup.shaded(["a", "b", "c", "d"], [2.5, 0.1, -0.1, -9.0])]
+    assert kinds == ["up5", "up1", "down1", "down5"]
+    assert markup.shaded(["a"], None)[0][0] == ""
+
+
+def test_colour_that_is_not_credit_is_named(written: Path) -> None:
+    """One colour for all tokens says so; an anchor has none; own advantages are called that."""
+    run = Run(written)
+    plain = views.rollout_tokens(run, run.rollout(1, 0))
+    anchor = views.rollout_tokens(run, run.rollout(1, 8))
+    own = views.rollout_tokens(run, run.rollout(1, 0) | {"token_advantages": [0.5]})
+    assert len({plain[1], anchor[1], own[1]}) == 3 and "not which words" in plain[1]
 
 
 def test_charts_shade_the_healthy_range_mark_alarms_and_survive_anything() -> None:
     lines = [Line("x", list(range(5)), [0.1, float("nan"), 0.3, 0.9, 0.2])]
-    html = line_chart("t", lines, healthy=(None, 0.5), alarms=[3])
+    html = PARTS.chart(Chart("t", lines, healthy=(None, 0.5), alarms=[3]))
     assert html.count('class="healthy"') == html.count('class="alarm"') == 1
     assert html.count("M") == 2  # the NaN breaks the curve
     many = Line("y", list(range(10_000)), [float(i == 777) for i in range(10_000)])
-    assert "step 777: 1<" in line_chart("t", [many])
-    for values in ([], [float("nan")], [1.0], [1e30, -1e30], [0.0, 0.0], [1e-300, 2e-300]):
-        line_chart("t", [Line("z", list(range(len(values))), values)], (0.0, 1.0))
+    assert "step 777: 1<" in PARTS.chart(Chart("t", [many]))
+    for values in EXTREMES:
+        line = Line("z", list(range(len(values))), values)
+        PARTS.chart(Chart("t", [line], (0.0, 1.0)))
+
+
+def test_no_two_curves_of_a_chart_look_alike(tmp_path: Path) -> None:
+    """Three runs of eleven metrics in one chart, and three runs of one."""
+    runs = []
+    for name in "abc":
+        (folder := tmp_path / name).mkdir()
+        (folder / "status.json").write_text('{"grace_rl": "0", "status": "running"}')
+        values = {f"time/{i}": i for i in range(11)} | {"step": 1, "entropy": 0.5}
+        (folder / "metrics.jsonl").write_text(json.dumps(values) + "\n")
+        runs.append(Run(folder))
+    for figures in views.charts(runs).values():
+        for chart in figures:
+            assert len({line.look for line in chart.lines}) == len(chart.lines)
 
 
 def test_the_file_to_send_is_whole_and_asks_for_nothing(written: Path, tmp_path: Path) -> None:

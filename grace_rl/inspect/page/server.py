@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import json
 import socket
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
-from nicegui import app as nice
-from nicegui import ui
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from grace_rl.errors import UserError
-from grace_rl.inspect.page import frame, overview, replays, rollout, rollouts, training, trial
+from grace_rl.inspect.csv_file import csv_text
+from grace_rl.inspect.markup import LOOK, render
+from grace_rl.inspect.page.answers import STREAMS, TABLES, trial
 from grace_rl.inspect.page.guard import Guard, is_loopback
+from grace_rl.inspect.page.site import CSV, VIEWS, Page, Site
 from grace_rl.inspect.run import Run
+
+HEADINGS = {
+    "/": "Overview",
+    "/rollouts": "Rollouts",
+    "/training": "Through training",
+    "/replays": "Replays",
+    "/try": "Try it",
+}
+LONGEST_ADDRESS = 1 << 19  # bytes; a text and its rationale travel in it
+FAVICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">'
+    '<path d="M2 13 6 7l3 3 5-8" fill="none" stroke="#1f6fd6" stroke-width="2"/></svg>'
+)
 
 
 def serve(runs: Sequence[Run], host: str, port: int, say: Callable[[str], None]) -> None:
@@ -37,69 +56,100 @@ def serve(runs: Sequence[Run], host: str, port: int, say: Callable[[str], None])
     shown = f"[{host}]" if ":" in host else host
     if host in ("0.0.0.0", "::"):
         shown = socket.gethostname()
-    application = app(runs)
     config = uvicorn.Config(
-        Guard(application, host), log_level="warning", lifespan="on", access_log=False
+        Guard(app(runs), host),
+        log_level="warning",
+        access_log=False,
+        http="h11",
+        h11_max_incomplete_event_size=LONGEST_ADDRESS,
     )
-    server = uvicorn.Server(config)
     for run in runs:  # so that the first view of rollouts need not wait
         threading.Thread(target=_read_ahead, args=(run,), daemon=True).start()
     say(f"http://{shown}:{number}")
-    server.run(sockets=[listener])
+    uvicorn.Server(config).run(sockets=[listener])
 
 
-def app(runs: Sequence[Run]) -> Any:
+def app(runs: Sequence[Run]) -> Starlette:
     """The page as an ASGI application, without its guard."""
-    logging.getLogger("nicegui").setLevel(logging.WARNING)
-    site = frame.Site({run.name: run for run in runs})
-    outer = FastAPI(openapi_url=None)
+    site = Site({run.name: run for run in runs})
+    own = Path(__file__).parent
+    files = {
+        "/look.css": (LOOK + (own / "page.css").read_text(encoding="utf-8"), "text/css"),
+        "/page.js": ((own / "page.js").read_text(encoding="utf-8"), "text/javascript"),
+        "/favicon.ico": (FAVICON, "image/svg+xml"),
+    }
+    routes = [Route(path, _file(*content)) for path, content in files.items()]
+    for path, view in {**VIEWS, "/try": trial}.items():
+        routes.append(Route(path, _page(site, view)))
+    for name, table in {**CSV, **TABLES}.items():
+        routes.append(Route(f"/csv/{name}", _csv(site, table)))
+    for name, answer in STREAMS.items():
+        routes.append(Route(f"/stream/{name}", _stream(site, answer)))
+    routes.append(Route("/stamp", lambda request: PlainTextResponse(_stamp(site))))
+    return Starlette(routes=routes)
 
-    @ui.page("/")
-    async def _overview() -> None:
-        await overview.show(site)
 
-    @ui.page("/rollouts")
-    async def _rollouts(request: Request) -> None:
-        await rollouts.show(site, request.query_params)
+def _file(content: str, kind: str) -> Callable[[Request], Response]:
+    headers = {"cache-control": "no-cache"}
+    return lambda request: Response(content, media_type=kind, headers=headers)
 
-    @ui.page("/group")
-    def _group(request: Request) -> None:
-        rollouts.group_view(site, request.query_params)
 
-    @ui.page("/rollout")
-    async def _rollout(request: Request) -> None:
-        await rollout.show(site, request.query_params)
+def _page(site: Site, view: Any) -> Callable[[Request], Response]:
+    """A view as a whole page; a mistake in its address is a page too."""
 
-    @ui.page("/training")
-    async def _training(request: Request) -> None:
-        await training.show(site, request.query_params)
+    def answer(request: Request) -> Response:
+        here = request.url.path
+        stamp = _stamp(site)  # before: what is written meanwhile is news
+        try:
+            page = view(site, request.query_params)
+        except UserError as error:
+            page = Page("mistake", "Not shown", here, {"problems": error.problems})
+        states = {
+            run.name: str(run.status().get("status", "unknown")) for run in site.runs.values()
+        }
+        frame = {
+            "title": page.title,
+            "here": page.here,
+            "headings": HEADINGS,
+            "stamp": stamp,
+            "states": states,
+            "clock": time.strftime("%H:%M:%S"),
+            "names": list(site.runs),
+        }
+        return HTMLResponse(render(page.template, frame=frame, **page.values))
 
-    @ui.page("/try")
-    async def _trial(request: Request) -> None:
-        await trial.show(site, request.query_params)
+    return answer
 
-    @ui.page("/replays")
-    async def _replays(request: Request) -> None:
-        await replays.show(site, request.query_params)
 
-    ui.run_with(
-        outer,
-        title="grace-rl",
-        favicon=FAVICON,
-        dark=None,
-        language="en-US",
-        tailwind=False,
-        show_welcome_message=False,
-        reconnect_timeout=10.0,
+def _csv(site: Site, table: Any) -> Callable[[Request], Response]:
+    def answer(request: Request) -> Response:
+        try:
+            return Response(csv_text(table(site, request.query_params)), media_type="text/csv")
+        except UserError as error:
+            return PlainTextResponse(f"{error}\n", status_code=404)
+
+    return answer
+
+
+def _stream(site: Site, events: Any) -> Callable[[Request], Response]:
+    """Events as lines of JSON, each sent when it is there."""
+
+    def lines(query: Any) -> Iterator[str]:
+        try:
+            for event in events(site, query):
+                yield json.dumps(event) + "\n"
+        except UserError as error:
+            html = render("problems", problems=error.problems)
+            yield json.dumps({"html": html, "into": "answer"}) + "\n"
+
+    return lambda request: StreamingResponse(
+        lines(request.query_params), media_type="application/x-ndjson"
     )
-    nice.config.socket_io_js_transports = ["websocket"]  # polling would need POST
-    return outer
 
 
-FAVICON = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">'
-    '<path d="M2 13 6 7l3 3 5-8" fill="none" stroke="#1f6fd6" stroke-width="2"/></svg>'
-)
+def _stamp(site: Site) -> str:
+    """Changes whenever a run has written something."""
+    return ";".join("{}-{}".format(*run.stamp()) for run in site.runs.values())
 
 
 def warn_of(host: str) -> str | None:

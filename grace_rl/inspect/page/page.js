@@ -1,0 +1,148 @@
+// The page works without this script, but for models; with it lists follow their fields and runs
+// that train, and answers come in parts.
+"use strict";
+
+const root = document.documentElement;
+const kept = localStorage.getItem("grace-rl-theme");
+if (kept) root.dataset.theme = kept;
+
+function switchTheme() {
+  const dark = getComputedStyle(root).colorScheme === "dark" ||
+    (!root.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
+  root.dataset.theme = dark ? "light" : "dark";
+  localStorage.setItem("grace-rl-theme", root.dataset.theme);
+}
+
+// -- following ---------------------------------
+
+const LOOK_AGAIN = 2000;
+let asked = 0;
+
+// Put a page's live parts in the place of ours: the place on the screen, the focus and what was
+// folded open stay, and fields are no live parts.
+async function follow(address) {
+  const mine = ++asked;
+  const answer = await fetch(address);
+  const text = await answer.text();
+  if (mine !== asked) return;  // something newer was asked meanwhile
+  const fresh = new DOMParser().parseFromString(text, "text/html");
+  const focus = document.activeElement?.getAttribute("href");
+  const place = scrollY;
+  const open = [...document.querySelectorAll("details[id][open]")].map(part => part.id);
+  const shut = [...document.querySelectorAll("details[id]:not([open])")].map(part => part.id);
+  for (const part of document.querySelectorAll("[data-live]")) {
+    const other = fresh.getElementById(part.id);
+    if (other && other.innerHTML !== part.innerHTML) part.replaceChildren(...other.childNodes);
+  }
+  for (const id of open) document.getElementById(id)?.setAttribute("open", "");
+  for (const id of shut) document.getElementById(id)?.removeAttribute("open");
+  if (focus && document.activeElement === document.body)
+    document.querySelector(`a[href="${CSS.escape(focus)}"]`)?.focus({preventScroll: true});
+  scrollTo({top: place, behavior: "instant"});
+  document.body.dataset.stamp = fresh.body.dataset.stamp;
+}
+
+async function look() {
+  if (!document.hidden) {
+    try {
+      const stamp = await (await fetch("/stamp")).text();
+      if (stamp !== document.body.dataset.stamp) await follow(location.href);
+      const clock = document.querySelector("#as-of time");
+      clock.textContent = new Date().toTimeString().slice(0, 8);
+    } catch {
+      document.querySelector("#as-of").classList.add("lost");
+      document.querySelector("#as-of span").textContent = "the server is gone";
+    }
+  }
+  setTimeout(look, LOOK_AGAIN);
+}
+
+// -- fields ---------------------------------
+
+function addressOf(form) {
+  const pairs = [...new FormData(form)].filter(([, value]) => value !== "");
+  return `${form.getAttribute("action")}?${new URLSearchParams(pairs)}`;
+}
+
+let waiting = 0;
+function fieldChanged(event) {
+  const form = event.target.closest("form[data-fields]");
+  if (!form) return;
+  clearTimeout(waiting);
+  waiting = setTimeout(async () => {
+    const address = addressOf(form);
+    if (event.target.hasAttribute("data-anew")) return location.assign(address);
+    history.replaceState(null, "", address);
+    await follow(address);
+  }, event.type === "input" ? 150 : 0);
+}
+
+// -- answers in parts ---------------------------------
+
+async function stream(address, target) {
+  const mine = target.dataset.asked = String(Math.random());
+  const answer = await fetch(address);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  const note = document.createElement("div");
+  note.setAttribute("role", "status");
+  note.className = "waiting";
+  let rest = "";
+  for (;;) {
+    const {done, value} = await reader.read();
+    if (done || target.dataset.asked !== mine) break;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) show(JSON.parse(line), target, note);
+  }
+  note.remove();
+}
+
+function show(event, target, note) {
+  if ("html" in event) {
+    const part = target.querySelector(`[data-part="${event.into || "answer"}"]`) || target;
+    part.innerHTML = event.html;
+    note.remove();
+    return;
+  }
+  note.textContent = `${event.label} …`;
+  const bar = document.createElement("progress");
+  bar.setAttribute("aria-label", event.label);
+  if (event.share !== null) bar.value = event.share;
+  note.append(bar);
+  if (!note.isConnected) target.append(note);
+}
+
+function edited(event) {
+  const field = event.target.closest("textarea[data-reads]");
+  if (!field) return;
+  clearTimeout(waiting);
+  waiting = setTimeout(() => {
+    const rationale = new URLSearchParams({rationale: field.value});
+    stream(`${field.dataset.reads}&${rationale}`, field.closest("[data-side]"));
+  }, 150);
+}
+
+// -- keys ---------------------------------
+
+function key(event) {
+  const typing = event.target.closest("input, textarea, select");
+  if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+  const rel = {j: "next", k: "prev"}[event.key];
+  if (rel) document.querySelector(`a[rel="${rel}"]`)?.click();
+}
+
+addEventListener("DOMContentLoaded", () => {
+  document.getElementById("theme").addEventListener("click", switchTheme);
+  for (const kind of ["input", "change"]) document.addEventListener(kind, fieldChanged);
+  document.addEventListener("input", edited);
+  document.addEventListener("keydown", key);
+  document.addEventListener("click", async event => {
+    const button = event.target.closest("button[data-ask]");
+    if (!button) return;
+    button.disabled = true;
+    await stream(button.dataset.ask, document.getElementById(button.dataset.into));
+    button.disabled = false;
+  });
+  for (const place of document.querySelectorAll("[data-stream]")) stream(place.dataset.stream, place);
+  setTimeout(look, LOOK_AGAIN);
+});
