@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 
 from grace_rl.data import scenes
-from grace_rl.data.rows import FILE_SUFFIXES, file_records
+from grace_rl.data.files import file_records
 from grace_rl.errors import UserError, reading
 from grace_rl.inspect.run import Run
 from grace_rl.inspect.safety import check_model
+from grace_rl.recipe.rows import ROW_SUFFIXES
 from grace_rl.run.checkpoints import is_complete, list_checkpoints
 
 START, MODEL = "start", "model"
@@ -205,7 +206,7 @@ def _rows_of_data(run: Run) -> Iterator[dict[str, Any]]:
     rows: Any = []
     if name == "scenes":
         rows = scenes.rows(count=POOL)
-    elif isinstance(name, str) and name.endswith(FILE_SUFFIXES) and Path(name).is_file():
+    elif isinstance(name, str) and name.endswith(ROW_SUFFIXES) and Path(name).is_file():
         rows = (record for _, record in file_records(Path(name)) if isinstance(record, dict))
     for example, row in enumerate(rows):
         for role in ("query", "positive", "text"):
