@@ -12,7 +12,7 @@ from grace_rl.reward.batch import (
 from grace_rl.reward.infonce import TextContrast, contrast_texts
 from grace_rl.reward.loading import LoadedReward, RewardSpec, build_rewards, load_rewards
 from grace_rl.reward.outputs import score_prefixes
-from grace_rl.reward.runtime import RewardError, RewardInterrupted, RewardRuntime, Scored
+from grace_rl.reward.runtime import RewardError, RewardRuntime, Scored
 from grace_rl.rollout.groups import group_means, group_stds
 from grace_rl.rollout.rollouts import Rollouts
 
@@ -22,7 +22,6 @@ __all__ = [
     "PoolTexts",
     "RewardBatch",
     "RewardError",
-    "RewardInterrupted",
     "RewardOutput",
     "RewardRuntime",
     "RewardSpec",

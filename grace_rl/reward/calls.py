@@ -22,24 +22,13 @@ from typing import Any
 
 import torch
 
-POLL = 0.2  # seconds between two looks at the clock
 ANSWERS = 1.0  # seconds after which an event loop that does not answer is blocked
 
 
-class Interrupted(Exception):
-    """The caller's patience ended before the call did."""
-
-
 class Calls:
-    """Runs calls that never raise: what they return tells how they ended.
-
-    Attributes:
-        seconds_left: Asked again and again while a call is waited for: how long the caller still
-            waits, whatever the call's own limit.
-    """
+    """Runs calls that never raise: what they return tells how they ended."""
 
     def __init__(self) -> None:
-        self.seconds_left: Callable[[], float] = lambda: math.inf
         self._jobs: SimpleQueue[Callable[[], None] | None] | None = None
         self._loop: _Loop | None = None
         self._given_up: dict[str, Future[Any]] = {}
@@ -54,7 +43,6 @@ class Calls:
 
         Raises:
             TimeoutError: The limit is over; or the owner's last call was given up and still runs.
-            Interrupted: No seconds are left.
         """
         before = self._given_up.pop(owner, None)
         if before is not None and not before.done():
@@ -66,8 +54,8 @@ class Calls:
         future: Future[Any] = Future()
         self._jobs.put(lambda: future.set_result(function()))
         try:
-            return self._wait(future, time.monotonic(), limit)
-        except (TimeoutError, Interrupted):
+            return _result(future, time.monotonic(), limit)
+        except TimeoutError:
             self._given_up[owner] = future
             self._leave_thread()  # the next call needs one that is free
             raise
@@ -95,12 +83,12 @@ class Calls:
             owner, future = coroutines[i][0], futures[i]
             try:
                 if blocked is None:
-                    results[i] = self._wait(future, began, limits[i])
+                    results[i] = _result(future, began, coroutines[i][2])
                 else:
                     results[i] = future.result(0)
             except CancelledError as error:  # by another call on the loop, before it had begun
                 results[i] = error
-            except (TimeoutError, Interrupted) as error:
+            except TimeoutError as error:
                 future.cancel()
                 results[i] = error
                 if blocked is not None:
@@ -113,20 +101,6 @@ class Calls:
             loop.end()
             self._loop = None
         return [results[i] for i in range(len(futures))]
-
-    def _wait(self, future: Future[Any], began: float, limit: float | None) -> Any:
-        end = began + (math.inf if limit is None else limit)
-        while not future.done():
-            left, within = self.seconds_left(), end - time.monotonic()
-            if left <= 0:
-                raise Interrupted
-            if within <= 0:
-                raise TimeoutError(f"no answer within {limit:g} s")
-            try:
-                return future.result(min(POLL, left, within))
-            except TimeoutError:
-                continue
-        return future.result()
 
     def _leave_thread(self) -> None:
         if self._jobs is not None:
@@ -165,6 +139,13 @@ class _Loop:
         self.loop.call_soon_threadsafe(self.loop.stop)
 
 
+def _result(future: Future[Any], began: float, limit: float | None) -> Any:
+    try:
+        return future.result(None if limit is None else max(0.0, began + limit - time.monotonic()))
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {limit:g} s") from None
+
+
 def _run_loop(loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
     asyncio.set_event_loop(loop)
     torch.set_grad_enabled(False)  # in this thread
@@ -177,7 +158,9 @@ def _run_loop(loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
 
 
 def _run_jobs(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
-    asyncio.set_event_loop(asyncio.new_event_loop())  # as the main thread has one
+    loop = asyncio.new_event_loop()  # as the main thread has one
+    asyncio.set_event_loop(loop)
     torch.set_grad_enabled(False)
     while (job := jobs.get()) is not None:
         job()
+    loop.close()

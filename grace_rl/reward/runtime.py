@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grace_rl.errors import UserError, describe_error
 from grace_rl.reward.batch import RewardBatch
-from grace_rl.reward.calls import Calls, Interrupted
+from grace_rl.reward.calls import Calls
 from grace_rl.reward.loading import LoadedReward, build_rewards
 from grace_rl.reward.outputs import (
     CheckedOutput,
@@ -34,17 +34,13 @@ from grace_rl.reward.totals import apply_gates, weighted_totals
 from grace_rl.rollout.groups import fill_unscored, group_stds
 from grace_rl.run.zero import outside_zero3
 
-__all__ = ["RewardError", "RewardInterrupted", "RewardRuntime", "Scored", "weighted_totals"]
+__all__ = ["RewardError", "RewardRuntime", "Scored", "weighted_totals"]
 
 FLAT_BATCHES = 10  # a weighted reward that is flat for so many batches in a row is named once
 
 
 class RewardError(UserError):
     """A reward with `on_error: raise` failed; the same text on every process."""
-
-
-class RewardInterrupted(Exception):
-    """A process was told to stop and a reward did not end in time; raised on every process."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +72,6 @@ class _Report:
     """What every process tells the others before any tensor is gathered; one entry per reward."""
 
     errors: list[str | None]
-    interrupted: bool = False
     nonfinite: list[int] = field(default_factory=list)
     components: list[str] = field(default_factory=list)
 
@@ -91,10 +86,6 @@ class RewardRuntime:
         gather: (B, ...) tensor of this process -> (W, ...) tensor of all, in world order.
         gather_object: An object of this process -> the list of every process's object.
         main_process: Only this process warns.
-
-    Attributes:
-        calls: Its `seconds_left` says how long a reward is still waited for; where that ends,
-            `RewardInterrupted` is raised on every process.
 
     Raises:
         UserError: There are no rewards, or one cannot be built.
@@ -115,7 +106,7 @@ class RewardRuntime:
         self.labels = [reward.label for reward in self.rewards]
         self.weights = torch.tensor([reward.weight for reward in self.rewards])  # (R,)
         self.gates = [r.label for r in self.rewards if r.gates and r.weight != 0]
-        self.calls = Calls()
+        self._calls = Calls()
         self._gather = gather
         self._gather_object = gather_object
         self._main_process = main_process
@@ -131,7 +122,7 @@ class RewardRuntime:
         abstains is told again with each batch, until it succeeds.
 
         Raises:
-            RewardError, RewardInterrupted: As `score`.
+            RewardError: As `score`.
         """
         self._policy, self._not_started = policy, set(self.labels)
         outcomes = self._outcomes(self._start, lambda reward, result: None)
@@ -149,7 +140,6 @@ class RewardRuntime:
 
         Raises:
             RewardError: A reward with `on_error: raise` failed on any process.
-            RewardInterrupted: See `calls`.
         """
         outcomes = self._call_all(batch, trainer_arguments)
         rows = sorted(set(batch.example.tolist()))
@@ -257,13 +247,13 @@ class RewardRuntime:
         outcomes: list[Any] = []
         for reward in self.rewards:
             try:
-                result = self.calls.run(reward.label, partial(attempt, reward), reward.timeout)
-            except (TimeoutError, Interrupted) as error:
+                result = self._calls.run(reward.label, partial(attempt, reward), reward.timeout)
+            except TimeoutError as error:
                 result = error
             outcomes.append(result)
         waiting = [i for i, outcome in enumerate(outcomes) if inspect.iscoroutine(outcome)]
         together = [(self.labels[i], outcomes[i], self.rewards[i].timeout) for i in waiting]
-        for i, outcome in zip(waiting, self.calls.run_together(together), strict=True):
+        for i, outcome in zip(waiting, self._calls.run_together(together), strict=True):
             outcomes[i] = outcome
         return outcomes
 
@@ -276,7 +266,6 @@ class RewardRuntime:
                 None if error is None else f"{when}: {_explain(error, reward)}"
                 for reward, error in zip(self.rewards, errors, strict=True)
             ],
-            interrupted=any(isinstance(error, Interrupted) for error in errors),
             nonfinite=[0 if output is None else output.nonfinite for output in outputs],
             components=[
                 f"{label}/{name}"
@@ -285,9 +274,6 @@ class RewardRuntime:
             ],
         )
         reports: list[_Report] = self._gather_object(own)
-        cause = next((error for error in errors if error is not None), None)
-        if any(report.interrupted for report in reports):
-            raise RewardInterrupted("a reward did not end in time to stop") from cause
         fatal: list[str] = []
         for i, reward in enumerate(self.rewards):
             found = [
@@ -302,6 +288,7 @@ class RewardRuntime:
             elif found:
                 self._warn_once(f"errors {reward.label}", f"{found[0]}; it abstains")
         if fatal:
+            cause = next((error for error in errors if error is not None), None)
             raise RewardError(fatal) from cause
         return reports
 

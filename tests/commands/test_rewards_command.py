@@ -40,6 +40,8 @@ def test_show_has_signature_file_and_docstring(capsys):
     assert main(["rewards", "show", "consistency"]) == 0
     shown = capsys.readouterr().out
     assert "consistency.py" in shown and "Recommendations:" in shown
+    assert main(["rewards", "show", "length"]) == 0
+    assert "length(margin: float = 1.0, cost_per_token" in capsys.readouterr().out  # no quotes
     assert main(["rewards", "show", "consistancy"]) == 2
     assert "did you mean consistency" in capsys.readouterr().err
 
@@ -90,7 +92,12 @@ def test_check_explains_mistakes_with_the_line(tmp_path, monkeypatch, capsys):
     assert main(["rewards", "check", "length", "--arguments", "{1: 1}"]) == 2
     assert "rewards[0].1: unknown argument" in capsys.readouterr().err
     assert main(["rewards", "check", "bad.py"]) == 2
-    assert "bad.py:Name" in capsys.readouterr().err
+    assert "it has late" in capsys.readouterr().err
+    (tmp_path / "waits.py").write_text(
+        "import time\n\ndef waits(batch):\n    time.sleep(60)\n", encoding="utf-8"
+    )
+    assert main(["rewards", "check", "waits.py:waits", "--timeout", "0.1"]) == 2
+    assert "no answer within 0.1 s" in capsys.readouterr().out
 
 
 def test_check_says_that_it_waits(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import signal
 import threading
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grace_rl.reward import RewardError, RewardInterrupted, RewardOutput, RewardRuntime
+from grace_rl.reward import RewardError, RewardOutput, RewardRuntime
 from grace_rl.reward import load_rewards as load
 from grace_rl.reward.example import example_batch, split_batch
 
@@ -265,12 +266,21 @@ def test_the_time_limit_is_for_one_call_and_quick_ones_keep_it(batch):
 
 
 @pytest.mark.parametrize("fault", [sleeps, never, blocks_its_loop, holds_on])
-def test_a_stop_does_not_wait_for_a_reward(fault, batch, world):
-    """One process is out of patience: all leave, although the reward abstains on errors."""
-    simulated = world(rewards_of(on_the_second(fault), "abstain", None), 2)
-    simulated.runtimes[1].calls.seconds_left = lambda: 0.0
-    results = simulated.score(split_batch(batch, 2))
-    assert [type(result) for result in results] == [RewardInterrupted] * 2
+def test_ctrl_c_does_not_wait_for_a_reward(fault, batch):
+    """It reaches the main thread only, which leaves; no reward can catch it."""
+    called = threading.Event()
+
+    def reward(batch):
+        called.set()
+        return fault(batch)
+
+    def interrupt():
+        called.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        RewardRuntime(rewards_of(reward, "abstain", None)).score(batch)
 
 
 def test_a_reward_that_could_not_start_and_abstains_is_asked_again(batch):

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import math
 import signal
-import threading
 import warnings
 from collections import deque
 from fractions import Fraction
@@ -168,24 +167,6 @@ def test_leaving_and_being_cancelled_are_a_rewards_mistakes(batch, failure):
         with pytest.warns(UserWarning, match="it abstains"):
             values = runtime_of(reward, on_error="abstain").score(batch).values
         assert values.isnan().all()
-
-
-def test_an_interrupt_of_the_user_is_not_a_rewards_mistake(batch):
-    """Ctrl-C reaches the main thread, and ends the waiting at once."""
-    called, leave = threading.Event(), threading.Event()
-
-    def waits(batch):
-        called.set()
-        leave.wait()
-
-    def interrupt():
-        called.wait()
-        signal.raise_signal(signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        runtime_of(waits, on_error="abstain").score(batch)
-    leave.set()
 
 
 @pytest.mark.parametrize("on_error", ["raise", "abstain"])
