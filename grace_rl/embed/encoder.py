@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
@@ -20,7 +20,7 @@ from grace_rl.embed.encoder_module import (
     write_modules,
 )
 from grace_rl.embed.reader import FROZEN_FOLDER, Reader, Written
-from grace_rl.embed.settings import SETTINGS_FILE, EncoderSettings, RationaleMode, Writing
+from grace_rl.embed.settings import SETTINGS_FILE, Changes, EncoderSettings, RationaleMode, Writing
 from grace_rl.embed.writer import RationaleWriter
 from grace_rl.errors import UserError, reading
 from grace_rl.rollout.generator import Engine, end_token_ids
@@ -30,15 +30,6 @@ from grace_rl.run.screen import Screen
 
 CHUNK = 1024  # texts that are in memory as prompts at once
 VLLM_CHUNK = 8192  # more, so that its batches seldom run dry
-
-
-class Changes(TypedDict, total=False):
-    """What one call may do differently; see `RationaleEncoder`."""
-
-    max_rationale_tokens: int | None
-    temperature: float | None
-    seed: int | None
-    instruction: str | None
 
 
 class RationaleEncoder(EncoderModule):
@@ -85,6 +76,7 @@ class RationaleEncoder(EncoderModule):
         # Registered, so that `to(device)` moves them too.
         beside = [reader.frozen_policy, reader.sentence_encoder]
         self.readers = nn.ModuleList([module for module in beside if module is not None])
+        self.end_ids = list(end_ids)
         self.max_rationale_tokens = max_rationale_tokens
         self.rationale: RationaleMode = "greedy"
         self.temperature = 1.0
@@ -130,11 +122,7 @@ class RationaleEncoder(EncoderModule):
             with reading(frozen, "the model"):
                 readers = AutoModelForCausalLM.from_pretrained(frozen)
         template = PromptTemplate(
-            tokenizer,
-            own.instruction,
-            own.max_text_tokens,
-            own.chat_template_kwargs,
-            None if own.prompt is None else (own.prompt[0], own.prompt[1]),
+            tokenizer, own.instruction, own.max_text_tokens, own.chat_template_kwargs, own.prompt
         )
         end_ids = end_token_ids(model.generation_config, tokenizer)
         many = 64 if device == "cpu" else 256  # a CPU's caches like it smaller
@@ -172,22 +160,18 @@ class RationaleEncoder(EncoderModule):
     def template(self) -> PromptTemplate:
         return self.writer.template
 
-    @property
-    def end_ids(self) -> list[int]:
-        """Token ids that end a rationale."""
-        return self.writer.end_ids
-
     def use_cache(self, path: str | Path) -> None:
         """Remember rationales and raw vectors in a sqlite file, and take them from there.
 
-        Several processes and threads may share it. The model must not be changed after it was
-        loaded.
+        Several processes and threads may share it. The model must stay as it was loaded.
 
         Raises:
             UserError: The model was not loaded from a folder, or the file cannot be used.
         """
-        alone = self.reader.config.reads_with_language_model
-        self.writer.use_cache(path, None if alone else Path(self.reader.config.weights))
+        config = self.reader.config
+        self.writer.use_cache(
+            path, None if config.reads_with_language_model else Path(config.weights)
+        )
 
     @property
     def max_seq_length(self) -> int:
@@ -196,11 +180,7 @@ class RationaleEncoder(EncoderModule):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        own = self.template
-        self.writer.template = PromptTemplate(
-            own.tokenizer, own.instruction, value, own.chat_template_kwargs,
-            (own.prefix, own.suffix),
-        )  # fmt: skip
+        self.writer.template = self.template.with_limit(value)
 
     def settings_told(self) -> dict[str, Any]:
         """What decides its vectors besides the files it was loaded from."""
@@ -216,9 +196,9 @@ class RationaleEncoder(EncoderModule):
 
     def get_embedding_dimension(self) -> int:
         reader = self.reader.sentence_encoder
-        if reader is not None:
-            return int(reader.get_embedding_dimension())
-        return super().get_embedding_dimension()
+        if reader is None:
+            return super().get_embedding_dimension()
+        return int(reader.get_embedding_dimension())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         moved = super()._apply(fn, recurse)
@@ -317,8 +297,8 @@ class RationaleEncoder(EncoderModule):
                 rationales[row], lengths[row] = string, count
         if vectors is None:
             return Encoded([], torch.empty(0, 0))
-        rows = [place[text] for text in texts]
-        return Encoded([rationales[i] for i in rows], vectors[rows], [lengths[i] for i in rows])
+        back = [place[text] for text in texts]
+        return Encoded([rationales[i] for i in back], vectors[back], [lengths[i] for i in back])
 
     def encode_rationales(
         self, rationales: Sequence[str], texts: Sequence[str] | None = None
@@ -400,8 +380,7 @@ class RationaleEncoder(EncoderModule):
 
     def _chunks(self, texts: Iterable[str], progress: bool) -> Iterator[list[str]]:
         size = VLLM_CHUNK if self.writer.generator.name == "vllm" else CHUNK
-        known = len(texts) if isinstance(texts, list) else None
-        rest = iter(texts)
+        known, rest = len(texts) if isinstance(texts, list) else None, iter(texts)
         with Progress(
             *Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("texts"),
             console=Screen(stderr=True), disable=not progress,
@@ -410,8 +389,6 @@ class RationaleEncoder(EncoderModule):
             while chunk := list(islice(rest, size)):
                 yield chunk
                 bar.advance(task, len(chunk))
-
-    # -- settings of one call ---------------------------------
 
     def _how(self, rationale: RationaleMode | None, changes: Changes) -> Writing:
         given = {name: value for name, value in changes.items() if value is not None}

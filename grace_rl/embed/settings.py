@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
-from pydantic import Field
+from pydantic import Field, Strict
 
 from grace_rl.embed.reader import ReaderConfig
 from grace_rl.errors import UserError
-from grace_rl.recipe.schema import Items, Section
+from grace_rl.recipe.schema import Section
 from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION
 from grace_rl.run.files import write_text
 
@@ -40,6 +40,15 @@ class Writing(Section):
     instruction: str | None = None
 
 
+class Changes(TypedDict, total=False):
+    """What one call may do differently; see `RationaleEncoder`."""
+
+    max_rationale_tokens: int | None
+    temperature: float | None
+    seed: int | None
+    instruction: str | None
+
+
 class EncoderSettings(Section):
     """What an encoder must know besides the weights; `grace.json` beside them.
 
@@ -60,7 +69,7 @@ class EncoderSettings(Section):
     max_rationale_tokens: int = Field(default=64, ge=1)
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     rationale: RationaleMode = "greedy"
-    prompt: Items[str] | None = Field(default=None, min_length=2, max_length=2)
+    prompt: Annotated[tuple[str, str], Strict(False)] | None = None
 
     def save(self, folder: Path) -> None:
         text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from grace_rl.embed.cache import ENCODER_FILES, KeyMaker, RationaleCache, model_fingerprint
-from grace_rl.embed.reader import Written
+from grace_rl.embed.reader import ReaderConfig, Written
 from grace_rl.embed.settings import Writing
 from grace_rl.errors import UserError
 from grace_rl.rollout.generator import (
@@ -92,19 +92,19 @@ class RationaleWriter:
             gpu_memory_utilization=VLLM_GPU_SHARE,
         )
 
-    def use_cache(self, path: str | Path, reader: Path | None) -> None:
+    def use_cache(self, path: str | Path, reader: ReaderConfig) -> None:
         """Remember rationales, and raw vectors of the reader, in a sqlite file.
 
         Args:
             path: The file.
-            reader: The folder of a sentence encoder that reads, if one does.
+            reader: What reads; a sentence encoder's files decide its vectors too.
 
         Raises:
             UserError: The model was not loaded from a folder, or the file cannot be used.
         """
         self.fingerprint = model_fingerprint(self._own_folder("a cache"))
-        if reader is not None:
-            self.fingerprint += model_fingerprint(reader, ENCODER_FILES)
+        if not reader.reads_with_language_model:
+            self.fingerprint += model_fingerprint(Path(reader.weights), ENCODER_FILES)
         self.cache = RationaleCache(path)
 
     def _own_folder(self, what: str) -> Path:

@@ -69,8 +69,10 @@ class PromptTemplate:
                 f"{tokenizer.name_or_path}: prompts need a fast tokenizer "
                 "(one with a tokenizer.json)"
             )
-        if max_text_tokens < 1:
-            raise UserError(f"max_text_tokens must be at least 1, not {max_text_tokens}")
+        if type(max_text_tokens) is not int or max_text_tokens < 1:
+            raise UserError(
+                f"max_text_tokens must be a whole number of at least 1, not {max_text_tokens!r}"
+            )
         self.tokenizer = tokenizer
         self.instruction = instruction
         self.max_text_tokens = max_text_tokens
@@ -85,6 +87,16 @@ class PromptTemplate:
             pinned = (self.prefix.replace(self.instruction, instruction), self.suffix)
         return PromptTemplate(
             self.tokenizer, instruction, self.max_text_tokens, self.chat_template_kwargs, pinned
+        )
+
+    def with_limit(self, max_text_tokens: int) -> PromptTemplate:
+        """The same prompt for longer or shorter texts."""
+        return PromptTemplate(
+            self.tokenizer,
+            self.instruction,
+            max_text_tokens,
+            self.chat_template_kwargs,
+            (self.prefix, self.suffix),
         )
 
     def changes_with(self) -> list[str]:
