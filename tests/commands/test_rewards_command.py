@@ -8,8 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from grace_rl.cli import main
+from grace_rl.credit.by_group import GroupCredit
+from grace_rl.reward import RewardRuntime, load_rewards
+from grace_rl.reward.example import random_batch
+from grace_rl.reward.scores import with_scores
+from grace_rl.rollout.rollouts import Rollouts, row_fields
 from grace_rl.rollout.store import write_rollouts
 
 ROOT = Path(__file__).parents[2]
@@ -112,22 +119,48 @@ def test_check_says_that_it_waits(tmp_path, monkeypatch, capsys):
     assert "slow.py:slow: no answer for 0.0 s" in capsys.readouterr().err
 
 
-def test_a_replay_says_where_it_differs_from_its_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "300")
-    recipe = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
-    recipe += "false_negatives: {guide: scenes}\n"
-    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    embedding = [[1.0, 0.0], [0.0, 1.0]]
-    columns = {"example": [0, 0], "group": [0, 0], "role": ["query"] * 2, "text": ["a"] * 2}
-    columns |= {"rationale": ["b", "c"], "token_ids": [[1], [2]], "truncated": [False] * 2}
-    write_rollouts(tmp_path, 1, columns | {"advantage": [1.0, -1.0], "embedding": embedding})
+@pytest.fixture
+def stored(tmp_path):
+    """A run with one stored step, whose recipe names code of its own."""
+    batch = random_batch("triplet")
+    rewards = load_rewards(["contrastive"], ".")
+    pool = batch.pool
+    columns = {name: getattr(pool, name) for name in row_fields(pool)}
+    columns["trained"] = torch.arange(len(pool)) < len(batch)
+    world = Rollouts(**columns, step=1, notes={"credit": GroupCredit().notes(0.0)})
+    world = with_scores(world, rewards, RewardRuntime(rewards).score(batch))
+    run = tmp_path / "run"
+    run.mkdir()
+    write_rollouts(run, 1, world.with_advantages(GroupCredit()(world.trained_rows)).to_arrow())
+    (run / "evil.py").write_text(
+        "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n\n"
+        "class Evil:\n    def __call__(self, batch): ...\n",
+        encoding="utf-8",
+    )
+    recipe = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8"))
+    recipe["rewards"] = [
+        {"name": "evil.py:Evil"},
+        {"name": f"{run}/evil.py:Evil"},
+        {"name": "subprocess:Popen", "args": ["touch", f"{run}/ran"]},
+    ]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return run
+
+
+def test_a_replay_shows_what_other_rewards_would_change(stored, tmp_path, capsys):
     new = tmp_path / "new.yaml"
-    new.write_text("rewards: [{name: length}]", encoding="utf-8")
-    assert main(["replay", str(tmp_path), "--rewards", str(new), "--steps", "1", "1"]) == 0
-    shown = capsys.readouterr().out
-    assert "the run has false_negatives: a replay has no guide" in shown
-    assert "1 groups; in 0 another" in shown
-    assert main(["replay", str(tmp_path), "--rewards", str(new), "--show", "-1"]) == 2
+    new.write_text("rewards: [{name: consistency}]", encoding="utf-8")
+    assert main(["replay", str(stored), "--rewards", str(new), "--steps", "1", "1"]) == 0
+    assert "8 groups; in " in capsys.readouterr().out
+    assert (stored / "replays" / "new.parquet").is_file()
+    assert main(["replay", str(stored), "--rewards", str(new), "--show", "-1"]) == 2
+
+
+def test_checking_on_the_rollouts_of_a_run_runs_nothing_that_it_names(stored, capsys):
+    assert main(["rewards", "check", "contrastive", "--rollouts", str(stored)]) == 0
+    assert f"step 1 of {stored}" in capsys.readouterr().out.replace("\n", "")
+    assert main(["replay", str(stored)]) == 2  # its own rewards are code, and ask for a word
+    assert not (stored / "ran").exists()
 
 
 def test_columns_of_canned_rows_can_be_given(tmp_path, monkeypatch):
