@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -135,12 +139,16 @@ FAULTS = {
 ENDLESS = {name for name in FAULTS if "never ends" in name or "loop" in name or "ignores" in name}
 
 
-@pytest.fixture
-def batch():
+def two_texts():
     """Two texts with two rollouts each."""
     return example_batch(
         [{"query": [[1, 0], [3, 4]], "positive": [[1, 0], [0, 1]]}], ["query", "positive"]
     )
+
+
+@pytest.fixture
+def batch():
+    return two_texts()
 
 
 def healthy(batch):
@@ -302,3 +310,56 @@ def test_a_reward_that_could_not_start_and_abstains_is_asked_again(batch):
     assert runtime.score(batch).values.isfinite().all()
     assert runtime.score(batch).values.isfinite().all()
     assert runtime.rewards[0].function.told == 3
+
+
+TWO = """
+import dataclasses, importlib.util, json, sys, warnings
+from accelerate import PartialState
+from accelerate.utils import gather, gather_object
+from grace_rl.reward import RewardError, RewardRuntime
+from grace_rl.reward.example import split_batch
+
+spec = importlib.util.spec_from_file_location("faults", sys.argv[1])
+faults = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(faults)
+warnings.simplefilter("ignore")
+state = PartialState(cpu=True)
+batch = split_batch(faults.two_texts(), 2)[state.process_index]
+seen = {}
+for name, fault in faults.FAULTS.items():
+    for on_error in ("raise", "abstain"):
+        limit = faults.LIMIT if name in faults.ENDLESS else None
+        rewards = faults.rewards_of(faults.on_the_second(fault), on_error, limit)
+        try:
+            runtime = RewardRuntime(
+                rewards, gather=gather, gather_object=lambda item: gather_object([item])
+            )
+            runtime.start_from("policy")
+            values = runtime.score(batch).values
+            seen[f"{name}, {on_error}"] = values.nan_to_num(9.0).tolist()
+        except RewardError as error:
+            seen[f"{name}, {on_error}"] = str(error)
+with open(f"{sys.argv[2]}/{state.process_index}.json", "w") as out:
+    json.dump(seen, out)
+"""
+
+
+@pytest.mark.slow
+def test_all_faults_one_after_the_other_on_two_real_processes(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO, encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    ended = subprocess.run(
+        [sys.executable, *launcher, str(script), __file__, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    assert first == second and len(first) == 2 * len(FAULTS)
+    for name, seen in first.items():
+        if name.endswith("raise"):
+            assert seen.startswith("the reward 'faulty' failed on process"), name
+        else:
+            assert seen[2][0] == 9.0 and seen[2][1] != 9.0, name
