@@ -363,7 +363,7 @@ def noise(options: argparse.Namespace, console: Console) -> int:
         for _ in range(max(options.after, 1)):  # at least one batch to calibrate with
             step(learn=options.after > 0)
         tables = []
-        trainer._give_credit = lambda rollouts, _: tables.append(rollouts.trained_rows) or rollouts
+        trainer.give_credit = lambda rollouts, _: tables.append(rollouts.trained_rows) or rollouts
         batches = iter(trainer.get_train_dataloader())
         for _ in range(options.batches):
             output = trainer._generate_and_score_completions(next(batches))

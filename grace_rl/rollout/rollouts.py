@@ -238,7 +238,7 @@ class Rollouts:
     ) -> Self:
         """The table of all processes: their trained rollouts in world order, then their anchors.
 
-        Every process calls it with as many rows.
+        Every process calls it with as many rows, before they are scored.
 
         Args:
             anchors: how many anchors all have together; repeats that fill up a share are left out.
@@ -267,7 +267,7 @@ class Rollouts:
         }
         rows = torch.tensor(place, device=device)
         kept |= {name: value[rows.to(value.device)] for name, value in vectors.items()}
-        return dataclasses.replace(self, **kept)
+        return dataclasses.replace(self, **kept, totals=_nothing(), advantages=_nothing())
 
     # -- on disk ---------------------------------
 

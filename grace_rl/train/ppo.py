@@ -48,7 +48,8 @@ from grace_rl.credit.value_model import (
 )
 from grace_rl.errors import UserError
 from grace_rl.rollout.rollouts import Rollouts
-from grace_rl.train.grpo import GraceGRPOTrainer, like_completions
+from grace_rl.train.grpo import GraceGRPOTrainer
+from grace_rl.train.hooks import like_completions
 from grace_rl.train.ppo_config import GracePPOConfig
 
 VALUE_MODEL_FILE = "value_model.safetensors"
@@ -152,7 +153,7 @@ class GracePPOTrainer(GraceGRPOTrainer):
             margin=self.shaping.margin,
         )
 
-    def _give_credit(self, world: Rollouts, output: dict[str, Any]) -> Rollouts:
+    def give_credit(self, world: Rollouts, output: dict[str, Any]) -> Rollouts:
         """Values and KL per token for all processes; then advantages and returns, (B, T) each."""
         written = output["completion_mask"].bool()
         values = self._values_of_rollouts(output).where(written, torch.nan)
@@ -165,12 +166,12 @@ class GracePPOTrainer(GraceGRPOTrainer):
             token_kl=None if kl is None else self._of_all(kl, world, 0.0),
         )
         self.credit.kl_coefficient = self.beta if self.args.kl_in == "reward" else 0.0
-        estimate = self.credit.estimate(world.trained_rows, self._progress)
-        own = self._own_rows(world)
+        estimate = self.credit.estimate(world.trained_rows, self.progress)
+        own = self.own_rows(world)
         output["returns"] = like_completions(estimate.returns[own], output)
         output["old_values"] = like_completions(estimate.values[own], output)
         output["value_mask"] = like_completions(estimate.mask[own], output)
-        world = super()._give_credit(world, output)
+        world = super().give_credit(world, output)
         self._log_rollouts(estimate, world.trained_rows)
         return world
 
@@ -198,11 +199,11 @@ class GracePPOTrainer(GraceGRPOTrainer):
         if self.beta != 0.0 and rollouts.token_kl is not None:
             kl = float(rollouts.token_kl.sum(1).double().sum()) / count
             metrics |= {"objective/kl": kl, "objective/kl_coefficient": self.beta}
-            if self._mode == "train" and self.args.kl_target is not None:
+            if self.mode == "train" and self.args.kl_target is not None:
                 self.beta = adapted_kl_coefficient(
                     self.beta, kl, self.args.kl_target, count, self.args.kl_horizon
                 )
-        self._log_all(metrics)
+        self.log_all(metrics)
 
     # -- loss ---------------------------------
 

@@ -217,14 +217,14 @@ def test_segments_are_paid_where_they_end(build: Any, tmp_path: Path) -> None:
     settings = {"segments": 2, "segment_min_tokens": 2, "lam": 1.0, "whiten_advantages": False}
     trainer = build(tmp_path, ["stepwise", "length"], **settings)
     seen: list[Any] = []
-    give = trainer._give_credit
+    give = trainer.give_credit
 
     def spy(world: Any, output: Any) -> Any:
         rollouts = world.trained_rows
         seen.append((rollouts.step_scores, rollouts.prefix_ends, rollouts.totals, output))
         return give(world, output)
 
-    trainer._give_credit = spy
+    trainer.give_credit = spy
     trainer.train()
     for scores, ends, totals, output in seen:
         first = scores[:, 0].reshape(-1, 2).mean(1).repeat_interleave(2)  # the same in a group

@@ -110,7 +110,7 @@ def test_advantages_by_group_are_trls_own(tiny_trainer: Any, tmp_path: Path) -> 
             GraceGRPOTrainer, GraceGRPOConfig, tmp_path, REWARDS, scale_rewards=scale
         )
         compared = []
-        give = trainer._give_credit
+        give = trainer.give_credit
 
         def compare(world: Any, output: Any, give: Any = give, seen: Any = compared) -> Any:
             trls = output["advantages"].clone()
@@ -118,6 +118,6 @@ def test_advantages_by_group_are_trls_own(tiny_trainer: Any, tmp_path: Path) -> 
             seen.append(torch.equal(output["advantages"], trls) and bool(trls.any()))
             return rollouts
 
-        trainer._give_credit = compare
+        trainer.give_credit = compare
         trainer.train()
         assert compared and all(compared), scale
