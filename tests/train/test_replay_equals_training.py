@@ -23,9 +23,7 @@ PUBLISHED = {"positive": {}, "query": {"train": False}, "negative": {"train": Fa
 UNSUPERVISED = {"text": {}, "anchor": {"train": False}}
 STEPS = {"segments": 3, "segment_min_tokens": 2}
 ELSEWHERE = {"judge", "reconstruction"}  # a server; a model that is not in the run directory
-SHIPPED = [
-    RewardSpec(n) for n in sorted(set(installed(REWARDS)) - ELSEWHERE - {"grace_published"})
-]
+SHIPPED = [RewardSpec(n) for n in sorted(set(installed(REWARDS)) - ELSEWHERE - {"grace_published"})]
 REWARDS = [RewardSpec("contrastive"), RewardSpec("length", weight=0.5)]
 STEPWISE = [RewardSpec("stepwise"), RewardSpec("length", weight=0.5)]
 LINEAR = [RewardSpec("contrastive"), RewardSpec("consistency", weight=0.3)]
