@@ -130,7 +130,8 @@ def load_judge(step: RateStep, generator: str | None, models: Models) -> Judge:
         UserError: It cannot be loaded.
     """
     if step.is_own:
-        return _own_judge(step)
+        judge: Judge = own_judge(step).object
+        return judge
     name = str(step.model_name_or_path or generator)
     if step.judge == "encoder":
         return EncoderJudge(load_encoder(name, step.batch_size))
@@ -148,21 +149,23 @@ def load_judge(step: RateStep, generator: str | None, models: Models) -> Judge:
     )
 
 
-def _own_judge(step: RateStep) -> Judge:
+def own_judge(step: RateStep) -> Plugin:
+    """The user's judge, found and its options checked; it is built when it is first asked for.
+
+    Raises:
+        UserError: There is none, or it does not take the options.
+    """
     try:
         target = find(step.judge, Path.cwd())
-        problems = [
-            f"rate.options.{key}: {problem}" if key else f"rate.options: {problem}"
-            for key, problem in argument_problems(target, step.options)
-        ]
-        if problems:
-            raise UserError(problems)
-        judge: Judge = Plugin(step.judge, target, step.options).object
     except UserError as error:
-        raise UserError(
-            [p if p.startswith("rate.") else f"rate.judge: {p}" for p in error.problems]
-        ) from error
-    return judge
+        raise UserError([f"rate.judge: {problem}" for problem in error.problems]) from error
+    problems = [
+        f"rate.options.{key}: {problem}" if key else f"rate.options: {problem}"
+        for key, problem in argument_problems(target, step.options)
+    ]
+    if problems:
+        raise UserError(problems)
+    return Plugin(step.judge, target, step.options)
 
 
 def checked(ratings: Sequence[Any], count: int, judge: str) -> list[Rating]:

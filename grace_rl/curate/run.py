@@ -41,7 +41,7 @@ from grace_rl.curate.candidates import (
 from grace_rl.curate.chunks import Chunks, rows_of, write_rows
 from grace_rl.curate.cleaning import words
 from grace_rl.curate.filtering import Choice, choose
-from grace_rl.curate.judges import load_judge
+from grace_rl.curate.judges import load_judge, own_judge
 from grace_rl.curate.models import Models
 from grace_rl.curate.prompts import SidePrompts
 from grace_rl.curate.report import Report
@@ -91,6 +91,8 @@ def curate(
     Raises:
         UserError: The rows, a model or a setting is wrong.
     """
+    if recipe.rate is not None and recipe.rate.is_own:
+        own_judge(recipe.rate)  # a mistake in it is told before anything is generated
     curation = _Curation(recipe, shard, overwrite, console or Screen())
     if recipe.generate is not None:
         curation.generate(recipe.generate)

@@ -169,6 +169,26 @@ def test_work_on_other_inputs_of_the_same_name_and_size_is_not_continued(tmp_pat
     changed.write_text(text)
 
 
+@pytest.mark.parametrize(
+    ("judge", "options", "key"),
+    [
+        ("judge.py:nobody", "", "rate.judge"),
+        ("gone.py:judge", "", "rate.judge"),
+        ("judge.py:judge", ", options: {good: 1}", "rate.options.good"),
+    ],
+)
+def test_a_judge_of_ones_own_is_checked_before_anything_is_generated(
+    tmp_path, capsys, judge, options, key
+):
+    triplets(tmp_path)
+    rate = f"rate: {{judge: '{tmp_path / judge}'{options}}}\n"
+    file = tmp_path / "generate.yaml"
+    file.write_text(SCENES.read_text().split("\nrate:")[0] + "\n" + rate)
+    assert main(["curate", str(file), "--output_dir", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"{key}: ")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["settings.json", "00000.jsonl"])
 def test_damaged_work_is_one_line_and_made_again(tmp_path, name, capsys):
     command = triplets(tmp_path)
