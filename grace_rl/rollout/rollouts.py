@@ -238,7 +238,7 @@ class Rollouts:
     ) -> Self:
         """The table of all processes: their trained rollouts in world order, then their anchors.
 
-        Every process calls it with as many rows, before they are scored.
+        Every process calls it with as many rows, before they are scored or have their columns.
 
         Args:
             anchors: how many anchors all have together; repeats that fill up a share are left out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -127,6 +128,10 @@ def check_batches(args: GraceGRPOConfig, bundles: Bundles, rewards: Sequence[Loa
             f"but there are only {len(bundles.rows)}; "
             "lower per_device_train_batch_size or give more rows"
         )
+    for key in ("temperature", "anchor_temperature"):
+        value = getattr(args, key)
+        if value is not None and not 0 < value < math.inf:
+            problems.append(f"{key} = {value} must be a number above 0")
     between = args.steps_between_generations
     if args.save_strategy == "steps" and args.save_steps >= 1 and args.save_steps % between:
         problems.append(
