@@ -139,7 +139,7 @@ class Budget(TrainerCallback):
             limit.
     """
 
-    def __init__(self, seconds: float | None = None, tokens: int | None = None) -> None:
+    def __init__(self, seconds: float | None = None, tokens: float | None = None) -> None:
         self.seconds = math.inf if seconds is None else seconds
         self.tokens = math.inf if tokens is None else tokens
         self._began = 0.0

@@ -107,9 +107,8 @@ def test_a_chain_that_is_killed_goes_on_in_the_stage_where_it_was(
     )
     try:
         wanted = run / "stages" / "2-sft" / "checkpoints" / "checkpoint-4" / "COMPLETE"
-        until = time.monotonic() + 200
         while not wanted.exists():
-            assert process.poll() is None and time.monotonic() < until
+            assert process.poll() is None
             time.sleep(0.01)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -169,7 +168,7 @@ def test_curated_rows_feed_the_next_stage(tmp_path: Path) -> None:
     curation = {
         "dataset_name": str(pairs),
         "rate": {"judge": "likelihood", "model_name_or_path": "scenes", "engine": "transformers"},
-        "filter": {"alpha": 0.0, "beta": 5.0, "gamma": -5.0},
+        "filter": {"alpha": 0.0, "beta": 5.0, "gamma": 0.0},
     }
     recipe = tmp_path / "curate.yaml"
     recipe.write_text(yaml.safe_dump(curation), encoding="utf-8")
