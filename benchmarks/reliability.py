@@ -365,7 +365,7 @@ WORKS: dict[str, Callable[[Path], Work]] = {
 def inputs(folder: Path, count: int, seed: int, limit: int = 10) -> dict[str, Any]:
     """Damaged and invented inputs: each is read, or refused by a `UserError` within the limit."""
     sys.path.insert(0, str(Path(__file__).parent))
-    from reliability_inputs import KINDS
+    from reliability_inputs import KINDS, SLOW_KINDS
 
     from grace_rl.errors import UserError
 
@@ -374,8 +374,8 @@ def inputs(folder: Path, count: int, seed: int, limit: int = 10) -> dict[str, An
     handler = signal.signal(signal.SIGALRM, _too_slow)
     try:
         for number in range(count):
-            kind = draw.choice(list(KINDS))
-            make, must_refuse = KINDS[kind](draw, folder)
+            kind = draw.choice(list(SLOW_KINDS if draw.random() < 0.01 else KINDS))
+            make, must_refuse = (KINDS | SLOW_KINDS)[kind](draw, folder)
             signal.alarm(limit)
             try:
                 make()

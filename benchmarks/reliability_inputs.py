@@ -167,9 +167,7 @@ def _spoil(draw: random.Random, tree: dict[str, Any]) -> str:
         if place:
             place[draw.choice(list(place))] = draw.choice(ODD)
     if draw.random() < 0.3:
-        draw.choice([tree, tree["rewards"][0]] if isinstance(tree["rewards"], list) else [tree])[
-            "zz_unknown"
-        ] = draw.choice(ODD)
+        tree["zz_unknown"] = draw.choice(ODD)
         return "zz_unknown"
     return ""
 

@@ -35,13 +35,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, reading
 from grace_rl.run.files import whole_file
 from grace_rl.run.records import cut_rollouts, rollout_files
 
@@ -159,13 +160,12 @@ def read_rollouts(
             )
         files = {step: files[step] for step in wanted}
     opened: list[pq.ParquetFile] = []
+    streams: list[BinaryIO] = []
     for path in files.values():
-        try:
-            opened.append(pq.ParquetFile(path))
-        except FileNotFoundError:
-            continue  # cut off by a resuming run since the folder was listed
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path}: cannot be read: {error}") from error
+        with suppress(FileNotFoundError):  # cut off by a resuming run since the folder was listed
+            streams.append(path.open("rb"))
+            with reading(path, "rollouts"):
+                opened.append(pq.ParquetFile(streams[-1]))
     names = dict.fromkeys(name for file in opened for name in file.schema_arrow.names)
     schema = _schema(names)
     if columns is not None:
@@ -175,12 +175,12 @@ def read_rollouts(
             )
         schema = pa.schema([schema.field(name) for name in columns])
     tables = [schema.empty_table()]
-    for file in opened:
-        with file:
+    for stream, file in zip(streams, opened, strict=True):
+        with stream, reading(stream.name, "rollouts"), file:
             own = [name for name in schema.names if name in file.schema_arrow.names]
             table, rows = file.read(columns=own), file.metadata.num_rows
-        arrays = [table[f.name] if f.name in own else pa.nulls(rows, f.type) for f in schema]
-        tables.append(pa.Table.from_arrays(arrays, schema=schema))
+            arrays = [table[f.name] if f.name in own else pa.nulls(rows, f.type) for f in schema]
+            tables.append(pa.Table.from_arrays(arrays, schema=schema))
     notes = opened[0].schema_arrow.metadata if len(opened) == 1 else None
     return pa.concat_tables(tables).replace_schema_metadata(notes)
 
