@@ -14,7 +14,7 @@ import torch
 from grace_rl.cli import main
 
 SETTINGS = (
-    "--dataset_rows 8 --per_device_train_batch_size 16 --num_generations 2 --max_steps 2 "
+    "--dataset_rows 8 --per_device_train_batch_size 16 --max_steps 2 "
     "--save_steps 1 --max_completion_length 8 --evaluation null --print_rollouts_steps 0"
 )
 DATA = {".safetensors", ".json", ".jsonl", ".yaml", ".parquet", ".jinja", ".md", ".txt", ".lock"}
