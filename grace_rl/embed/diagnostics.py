@@ -114,8 +114,9 @@ def describe_encoder(
         steps: K, the prefixes of rationales that are compared.
 
     Returns:
-        `anisotropy` (mean cosine of different texts), `effective_rank`, `uniformity`, `alignment`
-        (of pairs whose gold is at least 0.8); where rationales are written also `rationales`, and
+        `anisotropy` (mean cosine of different texts), `shared_vectors` (share of texts whose vector
+        another text has too, as those of empty rationales do), `effective_rank`, `uniformity`,
+        `alignment` (of pairs whose gold is at least 0.8); where rationales are written also `rationales`, and
         `prefix_scores`: Spearman with gold when only a prefix of each rationale is read, from none
         of it (s_0) to all (s_K).
     """
@@ -125,6 +126,8 @@ def describe_encoder(
     encoded = encoder.encode(list(texts), rationale)
     unit = encoded.vectors.float()
     found["anisotropy"] = mean_cosine(unit, torch.arange(len(unit)))
+    _, counts = unit.round(decimals=5).unique(dim=0, return_counts=True)
+    found["shared_vectors"] = int(counts[counts > 1].sum()) / len(unit)
     found["effective_rank"] = effective_rank(unit)
     found["uniformity"] = uniformity(unit)
     if alike := [pair for pair in pairs if pair[2] >= 0.8]:

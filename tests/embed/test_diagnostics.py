@@ -44,6 +44,7 @@ def test_a_collapsed_encoder_is_seen():
 
     found = describe_encoder(Collapsed(), "none", ["a", "b", "c"], [("a", "b", 1.0)] * 3)
     assert found["anisotropy"] == pytest.approx(1)
+    assert found["shared_vectors"] == 1
     assert found["effective_rank"] == pytest.approx(1, abs=1e-3)
     assert found["uniformity"] == pytest.approx(0, abs=1e-6)
     assert "prefix_scores" not in found

@@ -114,9 +114,9 @@ def test_empty_rationales_are_an_alarm_and_visible(
 ) -> None:
     assert callable(add_step)
     add_step(run_folder, 4, ["", " ", *[f"rollout {i}" for i in range(6)]])
-    (run_folder / "metrics.jsonl").write_text('{"step": 4, "completions/empty_share": 0.25}\n')
+    (run_folder / "metrics.jsonl").write_text('{"step": 4, "rollouts/empty": 0.25}\n')
     run = Run(run_folder)
-    assert [a.metric for a in alarms(run.metrics())] == ["completions/empty_share"]
+    assert [a.metric for a in alarms(run.metrics())] == ["rollouts/empty"]
     assert run.count(empty=True) == 2
     file = tmp_path / "report.html"
     assert main(["inspect", str(run_folder), "--html", str(file)]) == 0
