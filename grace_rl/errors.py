@@ -5,7 +5,9 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 
 class UserError(ValueError):
@@ -20,6 +22,25 @@ class UserError(ValueError):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at before a run, or of a reward.
+
+    Attributes:
+        name: What was looked at; a recipe's key where that is what to change.
+        message: What was found.
+        level: `ok`; `warning`, a run would go on but something is odd; `problem`, it would end.
+        advice: What to do, the most useful first.
+        estimate: Whether it is reckoned or of this moment, so that a run may try nevertheless.
+    """
+
+    name: str
+    message: str
+    level: Literal["ok", "warning", "problem"] = "ok"
+    advice: list[str] = field(default_factory=list)
+    estimate: bool = False
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from grace_rl.run.printing import say
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from grace_rl.launch.subject import Finding
+    from grace_rl.errors import Finding
 
 HELP = "look before a run starts: recipe, rows, rewards, memory, disk, ports, versions"
 RECIPE_OVERRIDES = True
@@ -95,7 +95,7 @@ def screen(plan: list[str], findings: list[Finding]) -> RenderableType:
         table.add_row("", name, _plain(found.strip()))
     table.add_section()
     for finding in findings:
-        table.add_row(MARKS[finding.level], finding.name, _plain(finding.found))
+        table.add_row(MARKS[finding.level], finding.name, _plain(finding.message))
     return table
 
 

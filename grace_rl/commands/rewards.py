@@ -148,12 +148,12 @@ def _check(options: argparse.Namespace) -> int:
     findings = try_reward(rewards[0], batches)
     note.cancel()
     table = Table(box=None, pad_edge=False, show_header=False)
-    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
+    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
     for finding in findings:
         table.add_row(marks[finding.level], finding.name, _plain(finding.message))
     console = Screen()
     console.print(table)
-    errors = sum(finding.level == "error" for finding in findings)
+    errors = sum(finding.level == "problem" for finding in findings)
     rollouts = sum(map(len, batches.values()))
     console.print(
         f"{rollouts} rollouts of {', '.join(batches)}: {errors or 'no'} error{'s' * (errors != 1)}"

@@ -116,9 +116,9 @@ def describe_encoder(
     Returns:
         `anisotropy` (mean cosine of different texts), `shared_vectors` (share of texts whose vector
         another text has too, as those of empty rationales do), `effective_rank`, `uniformity`,
-        `alignment` (of pairs whose gold is at least 0.8); where rationales are written also `rationales`, and
-        `prefix_scores`: Spearman with gold when only a prefix of each rationale is read, from none
-        of it (s_0) to all (s_K).
+        `alignment` (of pairs whose gold is at least 0.8); where rationales are written also
+        `rationales`, and `prefix_scores`: Spearman with gold when only a prefix of each rationale
+        is read, from none of it (s_0) to all (s_K).
     """
     found: dict[str, Any] = {"texts": len(texts), "rationale": rationale}
     if len(texts) < 3:

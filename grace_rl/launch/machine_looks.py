@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from grace_rl.errors import UserError
+from grace_rl.errors import Finding, UserError
 from grace_rl.launch.memory import (
     GIB,
     MemoryPlan,
@@ -23,7 +23,7 @@ from grace_rl.launch.memory import (
 )
 from grace_rl.launch.model_looks import adapter
 from grace_rl.launch.plan import memory_plan
-from grace_rl.launch.subject import Finding, Subject
+from grace_rl.launch.subject import Subject
 from grace_rl.run.versions import installed_versions, untested
 
 PORT = 29500  # where the processes of one machine meet, by default

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from grace_rl.embed.hidden_states import decoder_blocks, decoder_stack, layer_numbers
-from grace_rl.errors import UserError
-from grace_rl.launch.subject import Finding, Subject
+from grace_rl.errors import Finding, UserError
+from grace_rl.launch.subject import Subject
 
 WAYS = {"date": "today's date", "chance": "chance"}
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from grace_rl.data.rows import read_rows
-from grace_rl.errors import UserError
+from grace_rl.errors import Finding, UserError
 from grace_rl.launch import machine_looks, model_looks
 from grace_rl.launch.alone import arguments_alone
 from grace_rl.launch.lines import Launch
 from grace_rl.launch.rehearsal import rehearse
-from grace_rl.launch.subject import Finding, Subject, this_machine
+from grace_rl.launch.subject import Subject, this_machine
 from grace_rl.recipe.methods import METHODS, named
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Preflight:
         """What is certainly wrong, each as `recipe.yaml: key: what to do`."""
         certain = [f for f in self.findings if f.level == "problem" and not f.estimate]
         return [
-            f.found if f.name == "recipe" else f"{self.recipe.path}: {f.name}: {f.found}"
+            f.message if f.name == "recipe" else f"{self.recipe.path}: {f.name}: {f.message}"
             for f in certain
         ]
 
@@ -152,7 +152,7 @@ def looked(subject: Subject) -> list[Finding]:
             findings += look(subject)
         except UserError as error:
             findings += _as_findings(error)
-    kept = {(finding.name, finding.found): finding for finding in findings}
+    kept = {(finding.name, finding.message): finding for finding in findings}
     return list(kept.values())
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from grace_rl.data.bundles import Bundles, parse_roles
-from grace_rl.errors import UserError
-from grace_rl.launch.subject import Finding
+from grace_rl.errors import Finding, UserError
 from grace_rl.reward.example import example_batch, with_prefixes
 from grace_rl.reward.loading import load_rewards
 from grace_rl.reward.runtime import RewardRuntime

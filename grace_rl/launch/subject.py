@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -31,25 +31,6 @@ if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
 
 TOKENIZED = 2000  # texts, the longest first, among which the one with most tokens is looked for
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the screen.
-
-    Attributes:
-        name: What was looked at; a recipe's key where that is what to change.
-        found: What was found.
-        level: `ok`; `warning`, the run would go on; `problem`, it would fail.
-        advice: What to do, the most useful first.
-        estimate: Whether it is reckoned or of this moment, so that a run may try nevertheless.
-    """
-
-    name: str
-    found: str
-    level: Literal["ok", "warning", "problem"] = "ok"
-    advice: list[str] = field(default_factory=list)
-    estimate: bool = False
 
 
 @dataclass(frozen=True)

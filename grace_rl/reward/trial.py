@@ -10,13 +10,12 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from grace_rl.embed.similarity import rank_correlation
+from grace_rl.errors import Finding
 from grace_rl.reward.batch import RewardBatch
 from grace_rl.reward.example import (
     batch_of_pool,
@@ -45,21 +44,6 @@ RATIONALES = (
     "An animal rests outside in the sun, and it does not move for a long time.",
     "The cat. The cat. The cat. The cat.",
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        level: `ok`; `warning`, a run would go on but something is odd; `error`, it would end.
-        name: What was looked at, such as `within-group variance`.
-        message: A sentence.
-    """
-
-    level: Literal["ok", "warning", "error"]
-    name: str
-    message: str
 
 
 def canned_batches() -> dict[str, RewardBatch]:
@@ -102,7 +86,7 @@ def try_reward(reward: LoadedReward, batches: Mapping[str, RewardBatch]) -> list
         try:
             scored[name] = score(batch)
         except RewardError as error:
-            findings.append(Finding("error", "call", f"on {name}: {error}"))
+            findings.append(Finding("call", f"on {name}: {error}", "problem"))
             if time.perf_counter() - start > SLOW:  # each batch might wait for the same service
                 break
     if not scored:
@@ -116,7 +100,7 @@ def try_reward(reward: LoadedReward, batches: Mapping[str, RewardBatch]) -> list
         findings.append(_negatives(score, batches, values))
     findings.append(_peers(reward, batches[first], values[first]))
     findings.append(_time(score, batches[first]))
-    order = ("error", "warning", "ok")
+    order = ("problem", "warning", "ok")
     return sorted(findings, key=lambda finding: order.index(finding.level))
 
 
@@ -135,11 +119,11 @@ def _range(values: Mapping[str, Tensor]) -> Finding:
     whole = torch.cat(list(values.values()))
     known = whole[~whole.isnan()]
     if not len(known):
-        return Finding("error", "range", "it scored no rollout at all")
+        return Finding("range", "it scored no rollout at all", "problem")
     share = len(known) / len(whole)
     unscored = "" if share == 1 else f"; {1 - share:.0%} of the rollouts were not scored"
     text = f"{float(known.min()):.4g} to {float(known.max()):.4g}, mean {float(known.mean()):.4g}"
-    return Finding("ok" if share > 0.5 else "warning", "range", text + unscored)
+    return Finding("range", text + unscored, "ok" if share > 0.5 else "warning")
 
 
 def _nonfinite(scored: Mapping[str, Scored], reward: LoadedReward) -> Finding:
@@ -149,8 +133,8 @@ def _nonfinite(scored: Mapping[str, Scored], reward: LoadedReward) -> Finding:
     bad = [f"{count:.0f} on {name}" for name, count in counts.items() if count]
     if bad:
         message = f"infinite values, which count as not scored: {', '.join(bad)}"
-        return Finding("error", "finite", message)
-    return Finding("ok", "finite", "no infinite value")
+        return Finding("finite", message, "problem")
+    return Finding("finite", "no infinite value")
 
 
 def _variance(
@@ -165,15 +149,15 @@ def _variance(
             flat.append(name)
     text = f"standard deviation inside groups {sum(spreads) / len(spreads):.4g}"
     if not flat:
-        return Finding("ok", "within-group variance", text)
+        return Finding("within-group variance", text)
     if reward.gates:
-        return Finding("ok", "within-group variance", f"{text}; a gate may be flat")
+        return Finding("within-group variance", f"{text}; a gate may be flat")
     message = (
         f"none on {', '.join(flat)}: what is the same for all rollouts of a text changes no "
         "advantage; compare batch.embeddings, or something that the rationale decides"
     )
     return Finding(
-        "error" if len(flat) == len(scored) else "warning", "within-group variance", message
+        "within-group variance", message, "problem" if len(flat) == len(scored) else "warning"
     )
 
 
@@ -185,26 +169,26 @@ def _repeat(score: Score, batch: RewardBatch, values: Tensor, name: str) -> list
             f"{_change(again, values)} from one call to the next on {name}; derive random numbers "
             "from batch.seed and batch.step, so that a resumed run scores alike"
         )
-        return [Finding("warning", "deterministic", message)]
-    findings = [Finding("ok", "deterministic", "two calls agree")]
+        return [Finding("deterministic", message, "warning")]
+    findings = [Finding("deterministic", "two calls agree")]
     order = torch.arange(len(batch) - 1, -1, -1)
     turned = score(take_rows(batch, order)).values[:, 0]
     if _same(turned, values[order]):
-        findings.append(Finding("ok", "order", "the order of the rollouts does not matter"))
+        findings.append(Finding("order", "the order of the rollouts does not matter"))
     else:
         message = f"{_change(turned, values[order])} when the rollouts come in another order"
-        findings.append(Finding("error", "order", message))
+        findings.append(Finding("order", message, "problem"))
     halves = torch.arange(len(batch)).tensor_split(2)  # a stored step may have an odd number
     parts = [take_rows(batch, half) for half in halves if len(half)]
     split = torch.cat([score(part).values[:, 0] for part in parts])
     if _same(split, values):
-        findings.append(Finding("ok", "processes", "1 and 2 processes give the same values"))
+        findings.append(Finding("processes", "1 and 2 processes give the same values"))
     else:
         message = (
             f"{_change(split, values)} when two processes share the batch; compare with "
             "batch.pool, which is the same on all, not within batch"
         )
-        findings.append(Finding("error", "processes", message))
+        findings.append(Finding("processes", message, "problem"))
     return findings
 
 
@@ -214,7 +198,7 @@ def _negatives(
     """Do advantages change when the negatives (anchors, never in the batch) are other vectors?"""
     name = next((n for n in values if "negative" in batches[n].pool.roles[len(batches[n]) :]), None)
     if name is None:
-        return Finding("ok", "negatives", "not looked at: no rollouts with negative anchors")
+        return Finding("negatives", "not looked at: no rollouts with negative anchors")
     batch = batches[name]
     rows = torch.tensor([role == "negative" for role in batch.pool.roles])
     rows[: len(batch)] = False
@@ -230,10 +214,10 @@ def _negatives(
             "negatives move its values, but equally for all rollouts of a text, so they cancel in "
             "the advantages; let the rollout's own embedding meet the negatives"
         )
-        return Finding("warning", "negatives", message)
+        return Finding("negatives", message, "warning")
     if _same(values[name], after):
-        return Finding("ok", "negatives", "it does not look at negatives")
-    return Finding("ok", "negatives", "negatives move advantages")
+        return Finding("negatives", "it does not look at negatives")
+    return Finding("negatives", "negatives move advantages")
 
 
 def _peers(reward: LoadedReward, batch: RewardBatch, values: Tensor) -> Finding:
@@ -248,14 +232,14 @@ def _peers(reward: LoadedReward, batch: RewardBatch, values: Tensor) -> Finding:
             correlation = rank_correlation(own[known].tolist(), theirs[known].tolist())
             found.append(f"{peer.label} {correlation:+.2f}")
     text = "rank correlation inside groups: " + (", ".join(found) or "none can be computed")
-    return Finding("ok", "shipped rewards", text)
+    return Finding("shipped rewards", text)
 
 
 def _time(score: Score, batch: RewardBatch) -> Finding:
     start = time.perf_counter()
     score(batch)
     seconds = (time.perf_counter() - start) / len(batch) * 1000
-    return Finding("ok", "time", f"{seconds:.3g} s for 1,000 rollouts")
+    return Finding("time", f"{seconds:.3g} s for 1,000 rollouts")
 
 
 def _change(a: Tensor, b: Tensor) -> str:

@@ -11,9 +11,10 @@ import yaml
 
 from grace_rl.cli import main
 from grace_rl.commands.check import SUGGESTIONS, suggestions
+from grace_rl.errors import Finding
 from grace_rl.launch import machine_looks, preflight, subject
 from grace_rl.launch.memory import GIB, MemoryPlan, ModelShape, remedies
-from grace_rl.launch.subject import Finding, Machine
+from grace_rl.launch.subject import Machine
 from grace_rl.run import versions
 
 ROOT = Path(__file__).resolve().parents[2]

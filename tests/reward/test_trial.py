@@ -32,7 +32,7 @@ def test_a_sound_reward_has_no_complaint():
 def test_shipped_rewards_have_no_error_on_rollouts_that_they_take(name):
     if name == "grace_published":
         pytest.skip("takes only the published roles")
-    assert "error" not in {finding.level for finding in findings_of(name).values()}
+    assert "problem" not in {finding.level for finding in findings_of(name).values()}
 
 
 def test_wrong_shapes_and_exceptions_are_errors_with_the_line():
@@ -59,7 +59,7 @@ def test_what_never_varies_inside_a_group_is_an_error():
         return [float(len(text)) for text in batch.texts]
 
     finding = findings_of(of_the_text)["within-group variance"]
-    assert finding.level == "error" and "changes no advantage" in finding.message
+    assert finding.level == "problem" and "changes no advantage" in finding.message
 
 
 def test_randomness_is_told_from_dependence_on_order():
@@ -73,7 +73,7 @@ def test_randomness_is_told_from_dependence_on_order():
     assert found["deterministic"].level == "warning" and "order" not in found
     assert "negatives" not in found  # whatever moves may be chance
     found = findings_of(by_place)
-    assert found["deterministic"].level == "ok" and found["order"].level == "error"
+    assert found["deterministic"].level == "ok" and found["order"].level == "problem"
 
 
 def test_rollouts_that_are_scored_by_their_place_are_found():
@@ -81,7 +81,7 @@ def test_rollouts_that_are_scored_by_their_place_are_found():
         return [float(len(r)) if i % 2 else None for i, r in enumerate(batch.rationales)]
 
     found = findings_of(every_second)["order"]
-    assert found.level == "error" and found.message.startswith("other rollouts are scored")
+    assert found.level == "problem" and found.message.startswith("other rollouts are scored")
 
 
 def test_an_odd_number_of_rollouts_can_be_shared():
@@ -95,7 +95,7 @@ def test_comparing_within_the_batch_is_found_by_splitting_it():
         return (batch.embeddings @ batch.embeddings.T).sum(1)
 
     found = findings_of(within_batch)
-    assert found["order"].level == "ok" and found["processes"].level == "error"
+    assert found["order"].level == "ok" and found["processes"].level == "problem"
     assert "batch.pool" in found["processes"].message
 
 

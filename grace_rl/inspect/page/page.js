@@ -33,6 +33,8 @@ async function follow(address) {
   for (const part of document.querySelectorAll("[data-live]")) {
     const other = fresh.getElementById(part.id);
     if (other && other.innerHTML !== part.innerHTML) part.replaceChildren(...other.childNodes);
+    const mistake = fresh.querySelector("#main [role=alert]");
+    if (!other && mistake) part.replaceChildren(mistake);
   }
   for (const id of open) document.getElementById(id)?.setAttribute("open", "");
   for (const id of shut) document.getElementById(id)?.removeAttribute("open");
