@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -98,7 +99,8 @@ def shape_of(subject: Subject) -> ModelShape:
         raise RuntimeError("subject.policy must be there")
     try:
         adapter = get_peft_config(subject.recipe.model_config())
-        return model_shape(subject.policy.model, adapter)
+        with warnings.catch_warnings(action="ignore"):  # said when the run begins
+            return model_shape(subject.policy.model, adapter)
     except ValueError as error:
         raise UserError(f"lora_target_modules: {str(error).splitlines()[0]}") from error
 

@@ -150,4 +150,4 @@ def _wrong(key: str, found: str, advice: str) -> Finding:
     return Finding(key, f"{found}; {advice}", "problem", [f"{key}: {advice}"])
 
 
-LOOKS = (folder, end_token, reader_layers, lengths, adapter, hardware)
+LOOKS = (folder, end_token, template, reader_layers, lengths, adapter, hardware)

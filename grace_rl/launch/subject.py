@@ -14,7 +14,6 @@ import torch
 
 from grace_rl.data import scenes
 from grace_rl.embed.reader import ReaderConfig
-from grace_rl.errors import reading
 from grace_rl.launch.lines import Launch
 from grace_rl.rollout.policy import (
     SCENES_UNTRAINED,
@@ -131,13 +130,12 @@ class Subject:
         """The policy's prompt; None for methods without prompts. Raises UserError."""
         if self.policy is None or not isinstance(self.args, ReadingConfig):
             return None
-        with reading(self.place, "the chat template"):
-            return PromptTemplate(
-                self.policy.tokenizer,
-                self.args.instruction,
-                self.args.max_text_tokens,
-                self.args.chat_template_kwargs,
-            )
+        return PromptTemplate(
+            self.policy.tokenizer,
+            self.args.instruction,
+            self.args.max_text_tokens,
+            self.args.chat_template_kwargs,
+        )
 
     @property
     def reader(self) -> ReaderConfig | None:

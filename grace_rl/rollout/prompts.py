@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, reading
 
 DEFAULT_INSTRUCTION = (
     "Read the text and say in a few plain words what it is about: who or what, what happens, "
@@ -78,7 +78,8 @@ class PromptTemplate:
         self.max_text_tokens = max_text_tokens
         self.chat_template_kwargs = chat_template_kwargs or {}
         self._special = [token for token in tokenizer.get_added_vocab() if token.strip()]
-        self.prefix, self.suffix = surroundings or self._surroundings()
+        with reading(tokenizer.name_or_path, "the chat template"):
+            self.prefix, self.suffix = surroundings or self._surroundings()
 
     def with_instruction(self, instruction: str) -> PromptTemplate:
         """The same prompt with another instruction; whatever else it has rendered stays."""

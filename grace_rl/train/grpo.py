@@ -271,7 +271,7 @@ class GraceGRPOTrainer(RolloutTrainer):
 
     def keep(self, rollouts: Rollouts) -> None:
         """Store and print, where it is time to."""
-        self._keeper.keep(rollouts, self.state, self.rewards)
+        self._keeper.keep(rollouts, self, self.rewards)
 
     def _say(self, advice: str | None) -> None:
         if advice and self.accelerator.is_main_process:

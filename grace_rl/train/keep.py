@@ -35,19 +35,20 @@ class RolloutKeeper:
         self.print_steps = print_steps
         self.main_process = main_process
 
-    def keep(self, rollouts: Rollouts, state: Any, rewards: Sequence[LoadedReward]) -> None:
+    def keep(self, rollouts: Rollouts, trainer: Any, rewards: Sequence[LoadedReward]) -> None:
         """Keep those of all processes.
 
         Args:
             rollouts: With scores and advantages.
-            state: The trainer's.
+            trainer: For the steps that it logs.
             rewards: In the order to print them.
         """
         if not self.main_process:
             return
         step = rollouts.step
-        logged = step % max(1, int(state.logging_steps)) == 0
-        if self.run_folder is not None and (logged or (step == 1 and state.logging_first_step)):
+        logged = step % max(1, int(trainer.state.logging_steps)) == 0
+        logged |= step == 1 and trainer.args.logging_first_step
+        if self.run_folder is not None and logged:
             write_rollouts(self.run_folder, step, rollouts.to_arrow())
         if self.print_steps > 0 and (step % self.print_steps == 0 or step == 1):
             group = rollouts.take(rollouts.trained & (rollouts.group == rollouts.group[0]))
