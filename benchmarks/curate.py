@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="a JSON file")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    rows = read_rows(DataConfig(options.texts, rows=options.sentences))
+    rows = read_rows(DataConfig(dataset_name=options.texts, rows=options.sentences))
     rows = [row | {"id": i} for i, row in enumerate(rows)]
 
     speeds = {}

@@ -223,7 +223,7 @@ def train_one(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, ["--seed", str(options.seed), *options.override])
     recipe.training.update(
         {key: value for key, value in ROWS[options.row].items() if key != "icr"}
-        | {"icr": {**recipe.training["icr"], **ROWS[options.row].get("icr", {})}}
+        | {"icr": recipe.training["icr"].changed(**ROWS[options.row].get("icr", {}))}
         | {"save_strategy": "no", "disable_tqdm": True, "word_examples": 0}
     )
     recipe.training["output_dir"] = str(options.output / "trainer")
@@ -284,7 +284,7 @@ def held_out_losses(trainer: Any, options: argparse.Namespace) -> dict[str, Any]
     from grace_rl.train.gircse_terms import step_losses
 
     path = str(SHARED / "data/train/nli-triplets.validation.jsonl.gz")
-    rows = read_rows(DataConfig(path, rows=256))
+    rows = read_rows(DataConfig(dataset_name=path, rows=256))
     encoder = trainer.encoder()
     sides = [
         encoder.every_step(texts, 5)

@@ -6,7 +6,6 @@ predict.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +53,7 @@ class SegmentCredit(Credit):
         return {
             "kind": "segments",
             "scale": self.scale,
-            "shaping": dataclasses.asdict(self.shaping),
+            "shaping": self.shaping.model_dump(mode="json"),
             "calibration": self.calibration.state_dict(),
             "progress": progress,
         }

@@ -18,25 +18,23 @@ order. `ends` are the (W, K+1) numbers of tokens before each cut, from
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from grace_rl.errors import UserError
-from grace_rl.recipe.keys import unknown_keys
+from grace_rl.recipe.schema import Section
 from grace_rl.reward.loading import LoadedReward
 from grace_rl.rollout.groups import group_counts, group_means, group_sums
 
 EPSILON = 1e-4  # added to the standard deviation, as in TRL
 
 
-@dataclass(frozen=True)
-class ShapingConfig:
+class ShapingConfig(Section):
     """How the scores of prefixes become advantages; `shaping` in a recipe.
 
     Args:
@@ -54,25 +52,18 @@ class ShapingConfig:
         UserError: With every mistake in the values.
     """
 
-    gae_lambda: float = 1.0
-    calibrate: bool = True
-    penalty: float = 0.0
-    margin: float | None = None
+    recipe_key = "shaping"
 
-    def __post_init__(self) -> None:
-        problems = []
-        if not _is_number(self.gae_lambda) or not 0 <= self.gae_lambda <= 1:
-            problems.append(f"shaping.gae_lambda: must be from 0 to 1, not {self.gae_lambda!r}")
-        if not isinstance(self.calibrate, bool):
-            problems.append(f"shaping.calibrate: must be true or false, not {self.calibrate!r}")
-        if not _is_number(self.penalty) or self.penalty < 0:
-            problems.append(f"shaping.penalty: must be at least 0, not {self.penalty!r}")
-        if self.margin is not None and (not _is_number(self.margin) or self.margin < 0):
-            problems.append(f"shaping.margin: must be at least 0 or null, not {self.margin!r}")
+    gae_lambda: float = Field(1.0, ge=0, le=1)
+    calibrate: bool = True
+    penalty: float = Field(0.0, ge=0)
+    margin: float | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
         if self.margin is not None and self.penalty == 0:
-            problems.append("shaping.margin: has no effect without shaping.penalty")
-        if problems:
-            raise UserError(problems)
+            raise UserError("margin: has no effect without shaping.penalty")
+        return self
 
 
 def step_labels(rewards: Sequence[LoadedReward]) -> list[str]:
@@ -80,85 +71,52 @@ def step_labels(rewards: Sequence[LoadedReward]) -> list[str]:
     return [reward.label for reward in rewards if reward.steps and reward.weight]
 
 
-def check_shaping(settings: Mapping[str, Any], rewards: Sequence[LoadedReward]) -> ShapingConfig:
-    """The recipe's shaping, if its other settings let it have an effect.
+def shaping_problems(config: Any, rewards: Sequence[LoadedReward]) -> list[str]:
+    """What keeps shaping, or the rewards that give credit to segments, from having an effect.
 
     Args:
-        settings: fields of `GraceGRPOConfig` by name: those of `SHAPING_SETTINGS`.
-        rewards: the recipe's. If none of them gives credit to segments, only what is given for
+        config: A `GraceGRPOConfig`.
+        rewards: The recipe's. If none of them gives credit to segments, only what is given for
             such ones is checked.
 
-    Raises:
-        UserError: every mistake, each beginning with its key.
+    Returns:
+        Each as `key: what to do`.
     """
-    problems = _segment_problems(settings, [reward.label for reward in rewards if reward.steps])
-    problems += unknown_keys("shaping", settings["shaping"], ShapingConfig)
-    known = {f.name for f in dataclasses.fields(ShapingConfig)}
-    given = {key: value for key, value in settings["shaping"].items() if key in known}
-    config = ShapingConfig()
-    try:
-        config = ShapingConfig(**given)
-    except UserError as error:
-        problems += error.problems
-    paying = step_labels(rewards)
-    if settings["shaping"] and not paying:
-        problems.append("shaping: has no effect without a reward that returns steps: stepwise")
-    if paying:
-        problems += loss_problems(settings, f"{', '.join(paying)} gives credit to segments")
-    if problems:
-        raise UserError(problems)
-    return config
-
-
-SHAPING_SETTINGS = (
-    "segments",
-    "segment_min_tokens",
-    "shaping",
-    "reader",
-    "importance_sampling_level",
-    "use_liger_kernel",
-    "loss_type",
-    "off_policy_mask_threshold",
-    "multi_objective_aggregation",
-)
-
-
-def _segment_problems(settings: Mapping[str, Any], step_rewards: Sequence[str]) -> list[str]:
-    """What keeps prefixes from being embedded."""
-    problems = [
-        f"{key}: must be at least 1, not {settings[key]!r}"
-        for key in ("segments", "segment_min_tokens")
-        if settings[key] < 1
-    ]
-    weights = settings["reader"].get("weights", "policy")
-    if step_rewards and weights not in ("policy", "frozen"):
+    problems = []
+    weights, with_steps = config.reader.weights, [one.label for one in rewards if one.steps]
+    if with_steps and not config.reader.reads_with_language_model:
         problems.append(
-            f"reader.weights: {', '.join(step_rewards)} needs the embeddings of prefixes, which a "
+            f"reader.weights: {', '.join(with_steps)} needs the embeddings of prefixes, which a "
             f"sentence encoder ({weights}) does not give; use policy or frozen"
         )
+    paying = step_labels(rewards)
+    if config.shaping.model_fields_set and not paying:
+        problems.append("shaping: has no effect without a reward that returns steps: stepwise")
+    if paying:
+        problems += loss_problems(config, f"{', '.join(paying)} gives credit to segments")
     return problems
 
 
-def loss_problems(settings: Mapping[str, Any], why: str) -> list[str]:
+def loss_problems(config: Any, why: str) -> list[str]:
     """TRL's settings that would silently average the credit of segments away."""
     problems = []
-    if settings["importance_sampling_level"] != "token":
+    if config.importance_sampling_level != "token":
         problems.append(
             f"importance_sampling_level: {why}, and a ratio per sequence averages it; use token"
         )
-    if settings["use_liger_kernel"]:
+    if config.use_liger_kernel:
         problems.append(f"use_liger_kernel: {why}, and its loss takes one advantage a rationale")
-    if settings["loss_type"] in ("luspo", "vespo"):
+    if config.loss_type in ("luspo", "vespo"):
         problems.append(
-            f"loss_type: {why}, and {settings['loss_type']} weighs whole sequences; use dapo, "
+            f"loss_type: {why}, and {config.loss_type} weighs whole sequences; use dapo, "
             "grpo, dr_grpo, bnpo, cispo or sapo"
         )
-    if settings["off_policy_mask_threshold"] is not None:
+    if config.off_policy_mask_threshold is not None:
         problems.append(
             f"off_policy_mask_threshold: {why}, and the mask keeps or drops whole rationales by "
             "the sign of one advantage"
         )
-    if settings["multi_objective_aggregation"] != "sum_then_normalize":
+    if config.multi_objective_aggregation != "sum_then_normalize":
         problems.append(
             f"multi_objective_aggregation: {why} of the total, which normalize_then_sum does not "
             "form; use sum_then_normalize"

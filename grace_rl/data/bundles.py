@@ -9,7 +9,7 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 from grace_rl.errors import UserError
-
-SUPERVISED_ROLES = ("query", "positive", "negative", "negative_positive")
-UNSUPERVISED_ROLES = ("text", "anchor")
+from grace_rl.recipe.roles import RoleConfig, role_problems
 
 
 @dataclass(frozen=True)
@@ -52,49 +50,20 @@ class RoleText:
     side: int
 
 
-def parse_roles(roles: dict[str, Any], num_generations: int) -> list[Role]:
-    """Checked roles, in the order of the recipe.
+def parse_roles(roles: Mapping[str, RoleConfig], num_generations: int) -> list[Role]:
+    """The roles in the order of the recipe, each with its number of rationales.
 
     Raises:
-        UserError: With every mistake: unknown role or key, supervised and unsupervised roles mixed,
-            no trained role, `samples` below 1, or a trained role whose `samples` is not
-            `num_generations`.
+        UserError: With every mistake: supervised and unsupervised roles mixed, no trained role, or
+            a trained role whose `samples` is not `num_generations`.
     """
-    problems, parsed = [], []
-    known = SUPERVISED_ROLES + UNSUPERVISED_ROLES
-    for name, options in roles.items():
-        options = dict(options or {})
-        train = options.pop("train", True)
-        samples = options.pop("samples", num_generations if train else 1)
-        if name not in known:
-            problems.append(f"roles.{name}: unknown role; roles are {', '.join(known)}")
-        if options:
-            problems.append(
-                f"roles.{name}: unknown keys {sorted(options)}; a role has 'samples' and 'train'"
-            )
-        if not isinstance(train, bool):
-            problems.append(f"roles.{name}.train: must be true or false, not {train!r}")
-        elif not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-            problems.append(
-                f"roles.{name}.samples: must be a whole number of at least 1, not {samples!r}"
-            )
-        elif train and samples != num_generations:
-            problems.append(
-                f"roles.{name}.samples: is {samples}, but trained roles are rolled out "
-                f"num_generations = {num_generations} times; set both to the same number, "
-                "or train: false"
-            )
-        else:
-            parsed.append(Role(name, samples, train))
-    if set(roles) & set(SUPERVISED_ROLES) and set(roles) & set(UNSUPERVISED_ROLES):
-        problems.append(
-            "roles: text and anchor belong to unsupervised rows and cannot be mixed with the others"
-        )
-    if not problems and not any(role.train for role in parsed):
-        problems.append("roles: no role is trained; leave out train: false for at least one")
+    problems = list(role_problems(roles, num_generations))
     if problems:
         raise UserError(problems)
-    return parsed
+    return [
+        Role(name, role.samples or (num_generations if role.train else 1), role.train)
+        for name, role in roles.items()
+    ]
 
 
 class Bundles:

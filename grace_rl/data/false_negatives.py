@@ -14,25 +14,24 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from grace_rl.data.guide import Guide, build_guide, is_guide, named_digest
 from grace_rl.errors import UserError
-from grace_rl.recipe.keys import unknown_keys
+from grace_rl.recipe.schema import Section
 
 Mode = Literal["absolute", "margin", "ratio", "soft"]
 WATCHED_BATCHES = 10  # the share of masked candidates is judged once it has seen so many
 MOST_MASKED = 0.1  # healthy is 0.1% to 3%
 
 
-@dataclass(frozen=True)
-class FalseNegativeConfig:
+class FalseNegativeConfig(Section):
     """The recipe's `false_negatives`.
 
     With c the guide's cosine of a text and a candidate of another meaning, and p its cosine of the
@@ -56,56 +55,26 @@ class FalseNegativeConfig:
         UserError: With every mistake in the values.
     """
 
-    guide: str
+    recipe_key = "false_negatives"
+
+    guide: str = Field(min_length=1)
     mode: Mode = "absolute"
-    sigma: float | None = None
+    sigma: float | None = Field(None, gt=-1, le=1)
     margin: float | None = None
-    width: float | None = None
+    width: float | None = Field(None, gt=0)
     own_negatives: bool = True
 
-    def __post_init__(self) -> None:
-        problems = []
-        if self.mode not in get_args(Mode):
-            problems.append(f"mode: must be one of {', '.join(get_args(Mode))}, not {self.mode!r}")
-        if not isinstance(self.guide, str) or not self.guide:
-            problems.append("guide: name a sentence encoder, or the folder of a guide")
-        if not isinstance(self.own_negatives, bool):
-            problems.append(f"own_negatives: must be true or false, not {self.own_negatives!r}")
-        uses = {
-            "sigma": ("absolute", "soft"),
-            "margin": ("margin", "ratio"),
-            "width": ("soft",),
-        }
-        for key, modes in uses.items():
-            value = getattr(self, key)
-            if value is None:
-                continue
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                problems.append(f"{key}: must be a number, not {value!r}")
-            elif self.mode not in modes:
-                problems.append(f"{key}: belongs to mode {' and '.join(modes)}, not {self.mode}")
-            elif key == "sigma" and not -1 < value <= 1:
-                problems.append(f"sigma: is a cosine, above -1 and at most 1, not {value}")
-            elif key == "width" and value <= 0:
-                problems.append(f"width: must be above 0, not {value}")
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        uses = {"sigma": ("absolute", "soft"), "margin": ("margin", "ratio"), "width": ("soft",)}
+        problems = [
+            f"{key}: belongs to mode {' and '.join(modes)}, not {self.mode}"
+            for key, modes in uses.items()
+            if getattr(self, key) is not None and self.mode not in modes
+        ]
         if problems:
-            raise UserError([f"false_negatives.{problem}" for problem in problems])
-
-
-def false_negative_config(values: Mapping[str, Any] | None) -> FalseNegativeConfig | None:
-    """The config of a recipe's mapping; None stays None.
-
-    Raises:
-        UserError: Unknown or missing keys, or wrong values.
-    """
-    if values is None:
-        return None
-    unknown = unknown_keys("false_negatives", values, FalseNegativeConfig)
-    if "guide" not in values:
-        unknown.append("false_negatives.guide: is missing; name a sentence encoder or a folder")
-    if unknown:
-        raise UserError(unknown)
-    return FalseNegativeConfig(**values)
+            raise UserError(problems)
+        return self
 
 
 class FalseNegatives:

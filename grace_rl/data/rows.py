@@ -46,7 +46,7 @@ def stream_rows(data: DataConfig) -> Iterator[Row]:
         from grace_rl.data import scenes
 
         count = {} if data.rows is None else {"count": data.rows}
-        options: dict[str, Any] = {**data.options, **count}
+        options: dict[str, Any] = {**data.options.given(), **count}
         yield from scenes.rows(split=data.train_split, **options)  # type: ignore[arg-type]
         return
     problems: list[str] = []

@@ -76,19 +76,20 @@ class ReaderConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _layers_of_span(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("layers") is not None:
-            return values
-        alone = values.get("span", "bottleneck") == "bottleneck"
-        return values | {"layers": (0, -1) if alone else (-1,)}
+    def _null_is_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("layers", ()) is None:
+            return {key: value for key, value in values.items() if key != "layers"}
+        return values
 
     @model_validator(mode="after")
-    def _strings_have_no_span(self) -> Self:
+    def _rules(self) -> Self:
         if not self.reads_with_language_model and self.span == "rationale":
             raise UserError(
                 "span: a sentence encoder cannot read the rationale's tokens with the text in "
                 "view; use bottleneck (the rationale alone) or context (text and rationale)"
             )
+        if not self.layers:  # and stays a key that was not given
+            object.__setattr__(self, "layers", (0, -1) if self.span == "bottleneck" else (-1,))
         return self
 
     @property

@@ -87,20 +87,19 @@ def _training(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) 
 def _untrained_encoder(recipe: Any, scratch: Path) -> Any:
     """The recipe's policy as it is before any training, read as the recipe reads."""
     from grace_rl.embed.encoder import RationaleEncoder
-    from grace_rl.embed.reader import Reader, ReaderConfig
-    from grace_rl.recipe.keys import trainer_value
+    from grace_rl.embed.reader import Reader
     from grace_rl.rollout.generator import end_token_ids
     from grace_rl.rollout.policy import load_policy, resolve_model
 
-    training = recipe.training
+    config = recipe.config
     model, tokenizer = load_policy(
-        resolve_model(recipe.model["model_name_or_path"], scratch, training.get("seed", 0)),
+        resolve_model(recipe.model["model_name_or_path"], scratch, config.seed),
         dtype="float32",
     )
     model.eval()
     end_ids = end_token_ids(model.generation_config, tokenizer)
-    reader = Reader(ReaderConfig(**training["reader"]), tokenizer, end_ids, model)
-    longest = trainer_value(training, "max_completion_length")
+    reader = Reader(config.reader, tokenizer, end_ids, model)
+    longest = config.max_completion_length
     return RationaleEncoder(
         model, tokenizer, _template(recipe, tokenizer), reader, end_ids, longest
     )
@@ -179,7 +178,7 @@ def _perplexity(
     else:
         if held_out is None:
             raise RuntimeError("held_out must be there")
-        texts = read_rows(DataConfig(held_out, rows=HELD_OUT_ROWS))
+        texts = read_rows(DataConfig(dataset_name=held_out, rows=HELD_OUT_ROWS))
         pairs = [([], row.get("text") or row["query"]) for row in texts]
     return perplexity(policy, tokenizer, pairs)
 

@@ -74,7 +74,7 @@ def oracle_scores(recipe: Recipe) -> dict[str, dict[str, dict[str, float]]]:
     else:
         rows, forced = _row_rationales(read_rows(recipe.data))
     readers = dict(READERS)
-    own = ReaderConfig(**recipe.training.get("reader", {}))
+    own = recipe.training.get("reader", ReaderConfig())
     if own.reads_with_language_model and own not in readers.values():
         readers["recipe's reader"] = own
     with tempfile.TemporaryDirectory() as scratch:

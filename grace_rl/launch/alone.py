@@ -19,8 +19,6 @@ def arguments_alone(recipe: Recipe, processes: int, **settled: Any) -> Any:
     Raises:
         UserError: The config refuses the values on this machine.
     """
-    from grace_rl.recipe.keys import trainer_value
-
-    batch = trainer_value(recipe.training, "per_device_train_batch_size") * processes
+    batch = recipe.config.per_device_train_batch_size * processes
     alone = {"deepspeed": None, "per_device_train_batch_size": batch}
     return recipe.training_arguments(**(alone | settled))

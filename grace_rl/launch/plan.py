@@ -6,7 +6,6 @@ import math
 import os
 from typing import Any
 
-from grace_rl.embed.reader import ReaderConfig
 from grace_rl.launch.memory import GIB, OPTIMIZER_STATES, MemoryPlan, ModelShape
 from grace_rl.launch.subject import Subject
 from grace_rl.recipe.methods import METHODS
@@ -73,14 +72,14 @@ def _held(
     # One process that stands for all has the batch of all.
     batch = max(1, args.per_device_train_batch_size * args.world_size // processes)
     if METHODS[method].rollouts:
-        alone = ReaderConfig(**args.reader).span == "bottleneck"
+        alone = args.reader.span == "bottleneck"
         again = args.max_completion_length if args.reader_loss and alone else 0
         return batch, text + PROMPT + args.max_completion_length + again, 0
     if method == "sft":  # a rationale is no longer than the longest text of the rows
         tokens = min(2 * text + PROMPT, args.max_length or math.inf)
         return batch, int(tokens), batch * int(tokens)
     if method == "reconstruction":  # both sides are read, both are rebuilt, and some are written
-        alone = ReaderConfig(**args.reader).span == "bottleneck"
+        alone = args.reader.span == "bottleneck"
         tokens = text + (1 if alone else PROMPT)
         written = math.ceil(batch * args.writing_share)
         return 4 * batch + written, tokens, (2 * batch + written) * (text + 1)

@@ -140,8 +140,7 @@ class Subject:
     @property
     def reader(self) -> ReaderConfig | None:
         """How the policy's rationales are read."""
-        given = getattr(self.args, "reader", None)
-        return ReaderConfig(**given) if isinstance(given, dict) else given
+        return getattr(self.args, "reader", None)
 
     @cached_property
     def text_tokens(self) -> int:

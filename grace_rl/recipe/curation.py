@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from grace_rl.errors import UserError
-from grace_rl.recipe.keys import OWN_KEYS, convert
-from grace_rl.recipe.rows import DataConfig, data_config, looks_like_path
+from grace_rl.recipe.rows import DATA_KEYS, DataConfig, looks_like_path, read_data
 from grace_rl.recipe.schema import FilePath, Items, Section, unknown_key, validated
-from grace_rl.recipe.source import RecipeSource, read_source
+from grace_rl.recipe.source import read_source
 
 STEPS = ("generate", "rate", "filter", "guide")
 JUDGES = ("digits", "likelihood", "encoder")
@@ -251,28 +250,15 @@ def load_curation(path: str | Path, overrides: Sequence[str] = ()) -> CurationRe
         UserError: With every mistake: where, the key, what to do.
     """
     source = read_source(path, overrides)
-    data = _data(source)
+    data = read_data(source)
     keys, known = CurationFile.model_fields, [*DATA_KEYS, *CurationFile.model_fields]
     source.problems += [
         source.problem((key,), unknown_key(key, known)) for key in source.tree if key not in known
     ]
     steps = {key: value for key, value in source.tree.items() if key in keys}
     file = validated(CurationFile, steps, source)
-    if source.problems:
+    if source.problems or data is None:
         raise UserError(source.problems)
     values = {key: getattr(file, key) for key in file.model_fields_set}
     values["output_dir"] = file.output_dir or Path("curated") / source.path.stem
     return CurationRecipe(**values, data=data, path=source.path)
-
-
-DATA_KEYS = {key: hint for key, hint in OWN_KEYS.items() if key.startswith("dataset_")}
-
-
-def _data(source: RecipeSource) -> DataConfig:
-    values: dict[str, Any] = {}
-    for key in DATA_KEYS.keys() & source.tree.keys():
-        try:
-            values[key] = convert(source.tree[key], DATA_KEYS[key])
-        except TypeError as error:
-            source.problems.append(source.problem((key,), str(error)))
-    return data_config(source, values)

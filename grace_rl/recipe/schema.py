@@ -165,7 +165,7 @@ def mistakes(
         kind, context = one["type"], one.get("ctx", {})
         path = _path_of(one["loc"], values, kind)
         if kind == "extra_forbidden":
-            keys = list(_section_at(model, path[:-1]).model_fields) if model else []
+            keys = list(_fields(_section_at(model, path[:-1]))) if model else []
             others.append((path, unknown_key(path[-1], keys)))
         elif kind == "missing":
             others.append((path, "is missing"))
@@ -178,8 +178,10 @@ def mistakes(
         else:
             phrase = _PHRASES.get(kind, "").format(**context) or one["msg"]
             phrases = wanted.setdefault(path, [])
+            if kind == "literal_error":
+                phrase = phrase.replace("'", "").replace(" or ", ", ")
             if phrase not in phrases:
-                phrases.append(phrase.replace("'", "") if kind == "literal_error" else phrase)
+                phrases.append(phrase)
             inputs[path] = one["input"]
     musts = [
         (path, f"must be {' or '.join(phrases)}, not {shown(inputs[path])}")
@@ -234,15 +236,20 @@ def _path_of(location: Iterable[str | int], values: Any, kind: str) -> KeyPath:
 
 def _section_at(model: type[Section], path: KeyPath) -> type[Section]:
     for part in path:
-        field = model.model_fields.get(str(part))
-        model = (_section_in(field.annotation) if field else None) or model
+        model = section_in(_fields(model).get(str(part))) or model
     return model
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
+def _fields(model: type[Section]) -> dict[str, Any]:
+    """Key as it is written -> annotation."""
+    return {one.alias or name: one.annotation for name, one in model.model_fields.items()}
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section class that an annotation names, such as `dict[str, RoleConfig] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    inner = (_section_in(argument) for argument in typing.get_args(annotation))
+    inner = (section_in(argument) for argument in typing.get_args(annotation))
     return next((section for section in inner if section is not None), None)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -97,6 +97,11 @@ class RecipeSource:
         """One more problem."""
         self.problems.append(self.problem(path, message))
 
+    def take(self, problems: Iterable[str]) -> None:
+        """More problems, each beginning with a dotted key."""
+        for problem in problems:
+            self.add(*split_key(problem))
+
     def missing(self, key: str, advice: str) -> None:
         """A key without a usable value is a problem, unless what was written is one already."""
         if not self.tree.get(key):
@@ -111,8 +116,7 @@ class RecipeSource:
         try:
             return check()
         except UserError as error:
-            for problem in error.problems:
-                self.add(*split_key(problem))
+            self.take(error.problems)
             return None
 
 

@@ -23,11 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from grace_rl.errors import UserError
-from grace_rl.recipe import Recipe, default_name, load_recipe, recipe_of
 from grace_rl.recipe.curation import CurationRecipe, load_curation
-from grace_rl.recipe.keys import OWN_KEYS, model_hints, nearest, trainer_hints
 from grace_rl.recipe.methods import METHODS
-from grace_rl.recipe.source import KeyPath, RecipeSource, read_source
+from grace_rl.recipe.recipe import (
+    Recipe,
+    default_name,
+    load_recipe,
+    recipe_keys,
+    recipe_of,
+    unknown_recipe_key,
+)
+from grace_rl.recipe.schema import KeyPath, shown
+from grace_rl.recipe.source import RecipeSource, read_source
 
 REFERENCE = "stage:"
 CURATE = "curate"
@@ -57,9 +64,7 @@ class Stage:
     def resolved(self) -> dict[str, Any]:
         """Its mapping in `stages`, every key given."""
         if self.recipe is None:
-            if self.curation is None:
-                raise RuntimeError("curation must be there")
-            return {CURATE: str(self.curation.path)}
+            return {CURATE: str(self.curation.path) if self.curation else ""}
         tree = self.recipe.resolved()
         tree |= {key: value for key, value in self.made.items() if key == "rewards"}
         gone = {"output_dir", *self.made} - {"rewards"}
@@ -139,13 +144,16 @@ def _items(source: RecipeSource, problems: list[str]) -> list[dict[str, Any]]:
     for i, item in enumerate(given):
         item = {"method": item} if isinstance(item, str) else item
         if not isinstance(item, dict):
-            problems.append(source.problem(("stages", i), f"must be a mapping, not {item!r}"))
+            problems.append(source.problem(("stages", i), f"must be a mapping, not {shown(item)}"))
         elif CURATE in item and len(item) > 1:
             message = f"{CURATE} takes a recipe's file and no other keys; put them there"
             problems.append(source.problem(("stages", i), message))
         elif CURATE not in item and item.get("method") not in list(METHODS):
-            message = f"method must be one of {known}, not {item.get('method')!r}"
+            message = f"method must be one of {known}, not {shown(item.get('method'))}"
             problems.append(source.problem(("stages", i), message))
+        elif "output_dir" in item:
+            message = "is set by the recipe's own output_dir: <output_dir>/stages/<number>-<method>"
+            problems.append(source.problem(("stages", i, "output_dir"), message))
         else:
             items.append(item)
     if "method" in source.tree:
@@ -216,7 +224,7 @@ class _Stages:
         model_keys = {k: v for k, v in made.items() if k == "model_name_or_path"}
         data = stand_in.data
         if "dataset_name" in made:
-            data = dataclasses.replace(data, dataset_name=made["dataset_name"])
+            data = data.model_copy(update={"dataset_name": made["dataset_name"]})
         recipe = dataclasses.replace(
             stand_in, model=stand_in.model | model_keys, data=data, rewards=rewards
         )
@@ -224,7 +232,7 @@ class _Stages:
 
     def _source(self, number: int, method: str, item: dict[str, Any]) -> RecipeSource:
         """The stage as if it were a recipe of its own; places are those of the file."""
-        known = model_hints() | trainer_hints(method) | OWN_KEYS
+        known = recipe_keys(method)
         shared = {key: value for key, value in self.source.tree.items() if key in known}
         if not METHODS[method].rollouts:
             shared = {key: value for key, value in shared.items() if key not in NOT_SHARED}
@@ -273,24 +281,23 @@ class _Stages:
 
 def _check_shared(source: RecipeSource, items: list[dict[str, Any]], problems: list[str]) -> None:
     """A key at the top must be known to some stage."""
-    known = {"stages", "output_dir", *OWN_KEYS, *model_hints()}
+    known = {"stages": None, "output_dir": None}
     for item in items:
-        known |= set(trainer_hints(item["method"])) if "method" in item else set()
+        if "method" in item:
+            known |= dict.fromkeys(recipe_keys(item["method"]))
     for key in source.tree:
         if key not in known:
-            message = f"unknown key to every stage{nearest(key, sorted(known))}"
+            message = unknown_recipe_key(key, list(known)).replace("key", "key to every stage", 1)
             problems.append(source.problem((key,), message))
 
 
 def _check_anchors(source: RecipeSource, reader: _Stages) -> None:
     """What reconstruction trains must be what the stages after it read."""
-    from grace_rl.embed.reader import ReaderConfig
-
-    trained: ReaderConfig | None = None
+    trained: Any = None
     for number, stage in enumerate(reader.stages, start=1):
         if stage.stand_in is None or "reader" not in stage.stand_in.training:
             continue
-        config = ReaderConfig(**stage.stand_in.training["reader"])
+        config = stage.stand_in.training["reader"]
         if stage.name == "reconstruction":
             trained = config
         elif trained is not None and METHODS[stage.name].rollouts:

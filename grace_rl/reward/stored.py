@@ -6,7 +6,6 @@ that a run names is imported or built (`grace_rl.reward.consent`).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def stored_batch(rollouts: Rollouts, run: str | Path) -> RewardBatch:
 
 def mask_settings(mask: FalseNegatives) -> dict[str, Any]:
     """The notes from which `stored_batch` makes the mask again."""
-    return dataclasses.asdict(mask.config) | {"guide": str(mask.guide.folder.resolve())}
+    return mask.config.model_dump(mode="json") | {"guide": str(mask.guide.folder.resolve())}
 
 
 def _mask(settings: dict[str, Any], run: Path) -> FalseNegatives:
@@ -71,9 +70,9 @@ def _mask(settings: dict[str, Any], run: Path) -> FalseNegatives:
 def run_rows(run: str | Path) -> list[dict[str, Any]] | None:
     """The data set of a run, by the recipe it keeps; None where it cannot be read any more."""
     from grace_rl.data.rows import read_rows
-    from grace_rl.recipe import load_recipe
+    from grace_rl.recipe import kept_recipe
 
     try:
-        return list(read_rows(load_recipe(Path(run) / "recipe.yaml").data))
+        return list(read_rows(kept_recipe(run).data))
     except UserError:
         return None

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl.models.utils import _ForwardRedirection
 
-from grace_rl.data.false_negatives import false_negative_config, load_false_negatives
+from grace_rl.data.false_negatives import load_false_negatives
 from grace_rl.data.guide import text_key
 from grace_rl.data.rows import Row
 from grace_rl.embed.soft_token_encoder import SoftTokenEncoder, SoftTokenSettings, tokenize_texts
@@ -35,7 +35,7 @@ from grace_rl.embed.soft_tokens import soft_tokens
 from grace_rl.errors import UserError
 from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.gircse_config import GIRCSEConfig, prompt_columns
-from grace_rl.train.gircse_terms import ICRConfig, icr_loss, step_losses
+from grace_rl.train.gircse_terms import icr_loss, step_losses
 from grace_rl.train.gircse_words import StepWordsWriter
 from grace_rl.train.start import Build, Start
 from grace_rl.train.token_count import TokenCount
@@ -162,10 +162,8 @@ class GIRCSETrainer(TokenCount, CheckpointMixin, Trainer):
         console: Console | None = None,
         run_folder: Path | None = None,
     ) -> None:
-        self.icr = ICRConfig.from_settings(args.icr)
-        self.false_negatives = load_false_negatives(
-            false_negative_config(args.false_negatives), list(rows), run_folder
-        )
+        self.icr = args.icr
+        self.false_negatives = load_false_negatives(args.false_negatives, list(rows), run_folder)
         self.console = console
         args.remove_unused_columns = False
         if peft_config is not None:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from string import Formatter
-from typing import Any
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from transformers import TrainingArguments
 
-from grace_rl.errors import UserError
+from grace_rl.data.false_negatives import FalseNegativeConfig
+from grace_rl.recipe.fields import Rule, TrainerConfig
 from grace_rl.train.gircse_terms import ICRConfig
 
 
+def gircse_problems(config: GIRCSEConfig) -> Iterator[str]:
+    """What GIRCSE cannot use."""
+    if config.per_device_train_batch_size == 1 and config.hard_negatives == 0:
+        yield "per_device_train_batch_size: 1 without hard negatives has nothing to contrast with"
+    for key in ("query_prompt", "passage_prompt"):
+        try:
+            prompt_columns(getattr(config, key))
+        except ValueError as error:
+            yield f"{key}: {error}; braces name a column, as in {{instruction}}"
+
+
 @dataclass
-class GIRCSEConfig(TrainingArguments):
+class GIRCSEConfig(TrainerConfig, TrainingArguments):
     """transformers' `TrainingArguments` with the keys of soft-token refinement.
 
     Args:
@@ -23,10 +36,10 @@ class GIRCSEConfig(TrainingArguments):
         inference_steps: Steps of the saved encoder, at least 0; `null` takes `gircse_steps`.
             Published scores use 20. It can be changed with every call.
         soft_temperature: Temperature of the soft tokens' softmax, above 0.
-        icr: Keywords of `grace_rl.train.gircse_terms.ICRConfig`, and `preset`.
+        icr: What is asked of the steps, see `grace_rl.train.gircse_terms.ICRConfig`.
         hard_negatives: How many of a row's negatives become candidates, at least 0. Rows with fewer
             go without.
-        false_negatives: Keywords of `grace_rl.data.false_negatives.FalseNegativeConfig`: a guide
+        false_negatives: See `grace_rl.data.false_negatives.FalseNegativeConfig`: a guide
             says which candidates mean the same as a query and leave its softmax. `null`: only those
             with its own or its positive's text do.
         mini_batch_size: Texts per forward, at least 1; the loss still sees the whole batch
@@ -42,43 +55,21 @@ class GIRCSEConfig(TrainingArguments):
         dataloader_drop_last: A last smaller batch has fewer negatives, and is left out.
     """
 
-    gircse_steps: int = 5
-    inference_steps: int | None = None
-    soft_temperature: float = 1.0
-    icr: dict[str, Any] = field(default_factory=dict)
-    hard_negatives: int = 1
-    false_negatives: dict[str, Any] | None = None
-    mini_batch_size: int | None = None
+    gircse_steps: Annotated[int, Field(ge=0)] = 5
+    inference_steps: Annotated[int, Field(ge=0)] | None = None
+    soft_temperature: Annotated[float, Field(gt=0)] = 1.0
+    icr: ICRConfig = field(default_factory=ICRConfig)
+    hard_negatives: Annotated[int, Field(ge=0)] = 1
+    false_negatives: FalseNegativeConfig | None = None
+    mini_batch_size: Annotated[int, Field(ge=1)] | None = None
     query_prompt: str = ""
     passage_prompt: str = ""
-    max_text_tokens: int = 512
-    word_examples: int = 3
+    max_text_tokens: Annotated[int, Field(ge=1)] = 512
+    word_examples: Annotated[int, Field(ge=0)] = 3
     learning_rate: float = 1e-5
     dataloader_drop_last: bool = True
 
-
-def gircse_problems(settings: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the settings, each as `key: what to do`."""
-    problems = []
-    for key in ("gircse_steps", "inference_steps", "hard_negatives", "word_examples"):
-        if settings[key] is not None and settings[key] < 0:
-            problems.append(f"{key}: must be at least 0, not {settings[key]}")
-    if settings["soft_temperature"] <= 0:
-        problems.append(f"soft_temperature: must be above 0, not {settings['soft_temperature']}")
-    if settings["per_device_train_batch_size"] == 1 and settings["hard_negatives"] == 0:
-        problems.append(
-            "per_device_train_batch_size: 1 without hard negatives has nothing to contrast with"
-        )
-    for key in ("query_prompt", "passage_prompt"):
-        try:
-            prompt_columns(settings[key])
-        except ValueError as error:
-            problems.append(f"{key}: {error}; braces name a column, as in {{instruction}}")
-    try:
-        ICRConfig.from_settings(settings["icr"])
-    except UserError as error:
-        problems += error.problems
-    return problems
+    rules: ClassVar[tuple[Rule, ...]] = (gircse_problems,)
 
 
 def prompt_columns(prompt: str) -> set[str]:

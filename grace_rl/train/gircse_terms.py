@@ -12,18 +12,14 @@ floor count as equal. `preset: paper` is the published form.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from grace_rl.errors import UserError
-
-Steps = Literal["mean", "sum", "last"]
+from grace_rl.recipe.schema import Section
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -33,11 +29,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 """`paper` sums the steps' losses, as the paper writes; `released` averages them, as its code."""
 
 
-@dataclass(frozen=True)
-class ICRConfig:
+class ICRConfig(Section):
     """What is asked of the steps.
 
     Args:
+        preset: What the other keys are unless they are given; see `PRESETS`.
         temperature: Cosines are divided by it, above 0; published .02.
         steps: `mean` or `sum` of the steps' losses, or only the `last` step's.
         weight: Weight of the regulariser, at least 0; published 1.
@@ -49,49 +45,22 @@ class ICRConfig:
         UserError: With every mistake in the values.
     """
 
-    temperature: float = 0.02
-    steps: Steps = "mean"
-    weight: float = 1.0
-    floor: float = 0.01
+    recipe_key = "icr"
+
+    preset: Literal["default", "paper", "released"] = "default"
+    temperature: float = Field(0.02, gt=0)
+    steps: Literal["mean", "sum", "last"] = "mean"
+    weight: float = Field(1.0, ge=0)
+    floor: float = Field(0.01, gt=0)
     stop_gradient: bool = True
     per_example: bool = True
 
-    def __post_init__(self) -> None:
-        problems = []
-        for name, least in (("temperature", "above 0"), ("floor", "above 0"), ("weight", "")):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not value >= 0 or (least and value == 0):  # NaN too
-                bound = least or "of at least 0"
-                problems.append(f"icr.{name}: must be a number {bound}, not {value!r}")
-        for name in ("stop_gradient", "per_example"):
-            if not isinstance(getattr(self, name), bool):
-                problems.append(f"icr.{name}: must be true or false, not {getattr(self, name)!r}")
-        if not isinstance(self.steps, str) or self.steps not in get_args(Steps):
-            problems.append(f"icr.steps: must be mean, sum or last, not {self.steps!r}")
-        if problems:
-            raise UserError(problems)
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> ICRConfig:
-        """From a recipe's `icr`: fields by name, over those of a `preset`.
-
-        >>> ICRConfig.from_settings({"preset": "paper", "weight": 0.1}).stop_gradient
-        False
-        """
-        given = dict(settings)
-        preset = given.pop("preset", "default")
-        known = [field.name for field in dataclasses.fields(cls)]
-        problems = [
-            f"icr.{key}: unknown; choose from preset, {', '.join(known)}"
-            for key in given
-            if key not in known
-        ]
-        if not isinstance(preset, str) or preset not in PRESETS:
-            problems.append(f"icr.preset: must be one of {', '.join(PRESETS)}, not {preset!r}")
-        if problems:
-            raise UserError(problems)
-        return cls(**{**PRESETS[preset], **given})
+    @model_validator(mode="after")
+    def _preset(self) -> Self:
+        for name, value in PRESETS[self.preset].items():
+            if name not in self.model_fields_set:
+                object.__setattr__(self, name, value)
+        return self
 
 
 def step_losses(

@@ -42,12 +42,12 @@ from grace_rl.credit.by_group import GroupCredit
 from grace_rl.credit.by_segment import SegmentCredit, prefix_columns
 from grace_rl.credit.calibration import shaping_metrics
 from grace_rl.credit.credit import Credit
-from grace_rl.credit.segments import check_shaping, step_labels
+from grace_rl.credit.segments import step_labels
 from grace_rl.data.bundles import Bundles, parse_roles
-from grace_rl.data.false_negatives import false_negative_config, load_false_negatives
+from grace_rl.data.false_negatives import load_false_negatives
 from grace_rl.embed.diagnostics import collapse_metrics, distinct_n
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.embed.reader import Reader, ReaderConfig
+from grace_rl.embed.reader import Reader
 from grace_rl.errors import UserError
 from grace_rl.reward import RewardRuntime
 from grace_rl.reward.batch import reward_batch
@@ -60,11 +60,11 @@ from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.rollout.rollouts import Rollouts
 from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.run.screen import Screen
-from grace_rl.train.grpo_config import GraceGRPOConfig, check_batches
+from grace_rl.train.grpo_config import GraceGRPOConfig, check_rollouts
 from grace_rl.train.hooks import RolloutTrainer, Write, like_completions
 from grace_rl.train.keep import RolloutKeeper, check_first_batch, check_totals
 from grace_rl.train.phases import PhaseClock
-from grace_rl.train.reader_loss import ReaderLoss, reader_loss_config
+from grace_rl.train.reader_loss import ReaderLoss
 from grace_rl.train.rollout_reader import RolloutReader
 
 
@@ -105,20 +105,16 @@ class GraceGRPOTrainer(RolloutTrainer):
         run_folder: Path | None = None,
         console: Console | None = None,
     ) -> None:
-        reader_config = ReaderConfig(**args.reader)
-        roles = parse_roles(args.roles, args.num_generations or 0)
         self.rewards = _weighted(load_rewards(rewards, Path.cwd()), args.reward_weights)
+        self.bundles = {"train": check_rollouts(args, list(train_dataset), self.rewards)}
         args.reward_weights = [reward.weight for reward in self.rewards]
-        self.bundles = {"train": Bundles(list(train_dataset), roles)}
         if eval_dataset is not None:
+            roles = parse_roles(args.roles, args.num_generations or 0)
             self.bundles["eval"] = Bundles(list(eval_dataset), roles)
-        check_batches(args, self.bundles["train"], self.rewards)
         build_rewards(self.rewards)
-        self.shaping = check_shaping(vars(args), self.rewards)
-        self._reader_loss_config = reader_loss_config(vars(args))
         self._reader_loss: ReaderLoss | None = None  # of the batch of rollouts
         self.false_negatives = load_false_negatives(
-            false_negative_config(args.false_negatives),
+            args.false_negatives,
             [row for part in self.bundles.values() for row in part.rows],
             run_folder,
         )
@@ -138,9 +134,9 @@ class GraceGRPOTrainer(RolloutTrainer):
                 peft_config=peft_config,
             )
         self.set_up_engine(self.console)
-        self._set_up_rooms(reader_config, run_folder)
+        self._set_up_rooms(run_folder)
 
-    def _set_up_rooms(self, reader_config: ReaderConfig, run_folder: Path | None) -> None:
+    def _set_up_rooms(self, run_folder: Path | None) -> None:
         """What a batch goes through, in its order."""
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
         main = self.accelerator.is_main_process
@@ -152,7 +148,7 @@ class GraceGRPOTrainer(RolloutTrainer):
             args.segments, args.segment_min_tokens, sentence_end_test(self._tokenizer)
         )
         self.reader = Reader(
-            reader_config, self._tokenizer, self.eos_token_ids, policy, self.accelerator.device
+            args.reader, self._tokenizer, self.eos_token_ids, policy, self.accelerator.device
         )
         self.rollout_reader = RolloutReader(self.reader, policy, self.render)
         self.runtime = RewardRuntime(
@@ -167,7 +163,7 @@ class GraceGRPOTrainer(RolloutTrainer):
 
     def _make_credit(self) -> Credit:
         if step_labels(self.rewards):
-            return SegmentCredit(self.shaping, self.scale_rewards)
+            return SegmentCredit(self.args.shaping, self.scale_rewards)
         weights = [reward.weight for reward in self.rewards]
         return GroupCredit(self.scale_rewards, self.multi_objective_aggregation, weights)
 
@@ -240,9 +236,9 @@ class GraceGRPOTrainer(RolloutTrainer):
         rollouts = with_scores(rollouts, self.rewards, scored, gather)
         check_totals(rollouts)
         self.log_all(scored.metrics)
-        if self._reader_loss_config is not None and self.mode == "train":
+        if self.args.reader_loss is not None and self.mode == "train":
             written = self.rollout_reader.written(batch)
-            self._reader_loss = ReaderLoss(self._reader_loss_config, self.reader, written, batch)
+            self._reader_loss = ReaderLoss(self.args.reader_loss, self.reader, written, batch)
         if self.false_negatives is not None:
             own_share = torch.tensor([batch.masked_share()], device=rollouts.example.device)
             share = gather(own_share).mean().item()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from pydantic import Field
 from trl import GRPOConfig
 
+from grace_rl.credit.segments import ShapingConfig, shaping_problems
 from grace_rl.data.bundles import Bundles, parse_roles
+from grace_rl.data.false_negatives import FalseNegativeConfig
 from grace_rl.errors import UserError
+from grace_rl.recipe.fields import Rule
 from grace_rl.recipe.methods import named
+from grace_rl.recipe.roles import Roles, batch_problems, default_roles, row_problems
 from grace_rl.reward.loading import LoadedReward, build_rewards, load_rewards
+from grace_rl.train.reader_loss import ReaderLossConfig, reader_loss_problems
 from grace_rl.train.reading_config import ReadingConfig
 
 if TYPE_CHECKING:
@@ -20,8 +25,12 @@ if TYPE_CHECKING:
     from grace_rl.train.start import Build, Start
 
 
-def _default_roles() -> dict[str, dict[str, Any]]:
-    return {"query": {}, "positive": {}, "negative": {"train": False}}
+def rollout_problems(config: GraceGRPOConfig) -> Iterator[str]:
+    """What TRL would take, and rollouts cannot use."""
+    if config.remove_unused_columns:
+        yield "remove_unused_columns: would take the texts away from the rewards; leave it out"
+    if config.sync_ref_model and config.beta == 0:
+        yield "sync_ref_model: without a KL penalty there is no reference model; set beta above 0"
 
 
 @dataclass
@@ -42,14 +51,11 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
             sentence end where one is near.
         segment_min_tokens: Shortest segment in tokens, at least 1; a rationale too short for
             `segments` of them is one segment.
-        shaping: Keywords of `grace_rl.credit.segments.ShapingConfig`: how the scores after each
-            segment become advantages.
-        false_negatives: Keywords of `grace_rl.data.false_negatives.FalseNegativeConfig`: a guide
-            that says which texts of other rows mean the same and must not count as negatives.
-            `None` compares words only.
-        reader_loss: Keywords of `grace_rl.train.reader_loss.ReaderLossConfig`: a
-            loss beside the rewards, by which the policy learns to read what it writes. `None` has
-            none.
+        shaping: How the scores after each segment become advantages, see `ShapingConfig`.
+        false_negatives: A guide that says which texts of other rows mean the same and must not
+            count as negatives, see `FalseNegativeConfig`. `None` compares words only.
+        reader_loss: A loss beside the rewards, by which the policy learns to read what it writes,
+            see `ReaderLossConfig`. `None` has none.
         print_rollouts_steps: Print one group of rationales every so many steps; 0 never prints.
         stale_engine_threshold: Alarm level of `sampling/sampling_logp_difference/mean`, in nats.
         vllm_server_retry_timeout: Seconds to try again when the server of `vllm_mode: server` is
@@ -59,32 +65,30 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
 
     trainer: ClassVar[str] = "grace_rl.train.grpo:GraceGRPOTrainer"
 
-    roles: dict[str, Any] = field(default_factory=_default_roles)
-    anchor_temperature: float | None = None
-    segments: int = 4
-    segment_min_tokens: int = 16
-    shaping: dict[str, Any] = field(default_factory=dict)
-    false_negatives: dict[str, Any] | None = None
-    reader_loss: dict[str, Any] | None = None
-    print_rollouts_steps: int = 10
-    stale_engine_threshold: float = 0.1
-    vllm_server_retry_timeout: float = 600.0
+    roles: Roles = field(default_factory=default_roles)
+    anchor_temperature: Annotated[float, Field(gt=0)] | None = None
+    segments: Annotated[int, Field(ge=1)] = 4
+    segment_min_tokens: Annotated[int, Field(ge=1)] = 16
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    false_negatives: FalseNegativeConfig | None = None
+    reader_loss: ReaderLossConfig | None = None
+    print_rollouts_steps: Annotated[int, Field(ge=0)] = 10
+    stale_engine_threshold: Annotated[float, Field(gt=0)] = 0.1
+    vllm_server_retry_timeout: Annotated[float, Field(gt=0)] = 600.0
+
+    rules: ClassVar[tuple[Rule, ...]] = (batch_problems, rollout_problems, reader_loss_problems)
 
     @property
     def steps_between_generations(self) -> int:
         """Optimizer steps that one generation batch serves."""
-        if self.steps_per_generation is None:  # TRL's config fills it in
-            raise RuntimeError("steps_per_generation must be there")
-        batches = self.steps_per_generation * self.num_iterations
+        batches = (self.steps_per_generation or 1) * self.num_iterations
         return max(1, batches // self.gradient_accumulation_steps)
 
 
 def plan(recipe: Recipe, args: GraceGRPOConfig, rows: list[dict[str, Any]]) -> Build:
     """See `grace_rl.recipe.methods.Method`. The trainer is imported when it is built."""
     rewards = load_rewards(recipe.rewards, recipe.path.parent)
-    if args.num_generations is None:  # TRL's config compares it with 2
-        raise RuntimeError("args.num_generations must be there")
-    check_batches(args, Bundles(rows, parse_roles(args.roles, args.num_generations)), rewards)
+    check_rollouts(args, rows, rewards)
     build_rewards(rewards)
 
     def build(start: Start) -> Any:
@@ -103,47 +107,37 @@ def plan(recipe: Recipe, args: GraceGRPOConfig, rows: list[dict[str, Any]]) -> B
     return build
 
 
-def check_batches(args: GraceGRPOConfig, bundles: Bundles, rewards: Sequence[LoadedReward]) -> None:
-    """Whole bundles must fill a generation batch, and there must be rows for one.
+def check_rollouts(
+    args: GraceGRPOConfig, rows: list[dict[str, Any]], rewards: Sequence[LoadedReward]
+) -> Bundles:
+    """The bundles of rows that fill a generation batch, for rewards that fit the config.
 
     Raises:
-        UserError: With the arithmetic that does not work out.
+        UserError: There are too few rows, or the rewards cannot be used.
     """
-    # TRL's config compares the one with 2, and has worked the other out.
-    if args.num_generations is None or args.generation_batch_size is None:
-        raise RuntimeError("args.num_generations and args.generation_batch_size must be there")
-    problems = []
-    bundle = len(bundles.trained) * args.num_generations
-    rows, rest = divmod(args.generation_batch_size, bundle)
-    if rest:
-        problems.append(
-            f"generation_batch_size = {args.generation_batch_size} must be a multiple of "
-            "trained roles x "
-            f"num_generations = {len(bundles.trained)} x {args.num_generations} = {bundle}"
-        )
-    elif rows > len(bundles.rows):
-        problems.append(
-            f"a generation batch takes {rows} rows "
-            f"(generation_batch_size {args.generation_batch_size} / {bundle}), "
-            f"but there are only {len(bundles.rows)}; "
-            "lower per_device_train_batch_size or give more rows"
-        )
-    for key in ("temperature", "anchor_temperature"):
-        value = getattr(args, key)
-        if value is not None and not 0 < value < math.inf:
-            problems.append(f"{key} = {value} must be a number above 0")
-    between = args.steps_between_generations
-    if args.save_strategy == "steps" and args.save_steps >= 1 and args.save_steps % between:
-        problems.append(
-            f"save_steps = {args.save_steps:g} must be a multiple of the {between} optimizer steps "
-            "that one generation batch serves: a checkpoint between them would lose its rest"
-        )
-    gates = [reward.label for reward in rewards if reward.gates]
-    if gates and args.multi_objective_aggregation == "normalize_then_sum":
-        problems.append(
-            f"rewards {', '.join(gates)} are gates: they place a rollout below the totals of its "
-            "group, which multi_objective_aggregation: normalize_then_sum does not form; "
-            "use sum_then_normalize"
-        )
+    bundles = Bundles(rows, parse_roles(args.roles, args.num_generations or 0))
+    problems = reward_problems(args, rewards)
+    problems += row_problems(args, len(rows), "per_device_train_batch_size")
     if problems:
         raise UserError(problems)
+    return bundles
+
+
+def reward_problems(args: Any, rewards: Sequence[LoadedReward]) -> list[str]:
+    """What keeps rewards from having an effect, each as `key: what to do`."""
+    problems = shaping_problems(args, rewards)
+    gates = [reward.label for reward in rewards if reward.gates and reward.weight]
+    if gates and args.multi_objective_aggregation == "normalize_then_sum":
+        problems.append(
+            f"multi_objective_aggregation: normalize_then_sum forms no totals for the gate "
+            f"{', '.join(gates)} to act on; use sum_then_normalize"
+        )
+    weights = args.reward_weights or [reward.weight for reward in rewards]
+    if len(weights) != len(rewards):
+        problems.append(
+            f"reward_weights: has {len(weights)} numbers for {len(rewards)} rewards; "
+            "better give each reward its weight"
+        )
+    if not any(weights) and args.reader_loss is None:
+        problems.append("rewards: all weights are 0, so nothing is trained; give one a weight")
+    return problems

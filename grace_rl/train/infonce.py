@@ -17,7 +17,6 @@ It reads top to bottom: rows -> examples -> model -> loss -> trainer.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +35,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from grace_rl.data.false_negatives import false_negative_config, load_false_negatives
+from grace_rl.data.false_negatives import load_false_negatives
 from grace_rl.data.rows import Row, read_rows
 from grace_rl.embed.hidden_states import decoder_stack
 from grace_rl.embed.sentence_encoder import SentenceEncoder
@@ -45,7 +44,7 @@ from grace_rl.errors import UserError
 from grace_rl.rollout.policy import is_language_model, read_config
 from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.guided_infonce import CachedGuidedInfoNCE, GuidedInfoNCE, Marks, row_numbers
-from grace_rl.train.infonce_config import InfoNCEConfig
+from grace_rl.train.infonce_config import InfoNCEConfig, ValidationConfig
 from grace_rl.train.start import Build, Start
 from grace_rl.train.token_count import TokenCount
 
@@ -120,11 +119,10 @@ def plan(recipe: Recipe, args: InfoNCEConfig, rows: Sequence[Row]) -> Build:
     return build
 
 
-def _validation_data(data: DataConfig, wanted: Mapping[str, Any]) -> DataConfig:
-    if name := wanted.get("dataset_name"):
-        data = dataclasses.replace(data, dataset_name=name, train_split="train", options={})
-    changed = {"train_split": wanted.get("split", data.train_split), "rows": wanted.get("rows")}
-    return dataclasses.replace(data, **changed)
+def _validation_data(data: DataConfig, wanted: ValidationConfig) -> DataConfig:
+    if wanted.dataset_name is not None:
+        data = DataConfig(dataset_name=wanted.dataset_name, columns=data.columns)
+    return data.changed(train_split=wanted.split or data.train_split, rows=wanted.rows)
 
 
 # --- model -----------------------------------------------------------------------------------
@@ -260,7 +258,7 @@ class InfoNCETrainer(TokenCount, CheckpointMixin, SentenceTransformerTrainer):
         run_folder: Path | None = None,
     ) -> None:
         false_negatives = load_false_negatives(
-            false_negative_config(args.false_negatives), [dict(row) for row in rows], run_folder
+            args.false_negatives, [dict(row) for row in rows], run_folder
         )
         marks = None
         if false_negatives is not None:

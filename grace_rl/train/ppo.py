@@ -149,8 +149,8 @@ class GracePPOTrainer(GraceGRPOTrainer):
             args.lam,
             args.whiten_advantages,
             steps=bool(step_labels(self.rewards)),
-            penalty=self.shaping.penalty,
-            margin=self.shaping.margin,
+            penalty=self.args.shaping.penalty,
+            margin=self.args.shaping.margin,
         )
 
     def give_credit(self, world: Rollouts, output: dict[str, Any]) -> Rollouts:

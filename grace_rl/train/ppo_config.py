@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from grace_rl.credit.segments import loss_problems
-from grace_rl.errors import UserError
+from grace_rl.recipe.fields import Rule
 from grace_rl.train.grpo_config import GraceGRPOConfig
 
-CRITICS = ("shared", "detached", "separate")
-KL_PLACES = ("reward", "loss")
+
+def ppo_problems(config: GracePPOConfig) -> Iterator[str]:
+    """What PPO cannot use."""
+    if config.kl_target is not None and not config.beta:
+        yield "kl_target: adapts beta, which is 0; give beta its first value, such as 0.05"
+    if config.scale_rewards not in ("group", True):
+        yield "scale_rewards: the critic takes the place of the group; remove it"
+    for key in ("gae_lambda", "calibrate"):
+        if key in config.shaping.model_fields_set:
+            yield f"shaping.{key}: PPO has lam and its critic for that; remove it"
+    yield from loss_problems(config, "PPO gives credit to tokens")
 
 
 @dataclass
@@ -46,48 +57,15 @@ class GracePPOConfig(GraceGRPOConfig):
 
     trainer: ClassVar[str] = "grace_rl.train.ppo:GracePPOTrainer"
 
-    critic: str = "shared"
-    value_learning_rate: float | None = None
-    vf_coef: float = 0.1
-    value_clip: float | None = 0.2
-    gamma: float = 1.0
-    lam: float = 0.95
+    critic: Literal["shared", "detached", "separate"] = "shared"
+    value_learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    vf_coef: Annotated[float, Field(gt=0)] = 0.1
+    value_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
     whiten_advantages: bool = True
-    kl_in: str = "reward"
-    kl_target: float | None = None
-    kl_horizon: int = 10_000
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_target: Annotated[float, Field(gt=0)] | None = None
+    kl_horizon: Annotated[int, Field(ge=1)] = 10_000
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        problems = ppo_problems(vars(self))
-        if problems:
-            raise UserError(problems)
-
-
-def ppo_problems(settings: Mapping[str, Any]) -> list[str]:
-    """What PPO cannot use, each as `key: what to do`.
-
-    Args:
-        settings: Fields of `GracePPOConfig` by name, all of them.
-    """
-
-    def bad(key: str, message: str) -> None:
-        problems.append(f"{key}: {message}")
-
-    problems: list[str] = []
-    for key, choices in (("critic", CRITICS), ("kl_in", KL_PLACES)):
-        if settings[key] not in choices:
-            bad(key, f"must be one of {', '.join(choices)}, not {settings[key]!r}")
-    for key in ("gamma", "lam"):
-        if not 0 <= settings[key] <= 1:
-            bad(key, f"must be from 0 to 1, not {settings[key]}")
-    for key in ("value_learning_rate", "vf_coef", "value_clip", "kl_target", "kl_horizon"):
-        if settings[key] is not None and not settings[key] > 0:
-            bad(key, f"must be above 0, not {settings[key]}")
-    if settings["kl_target"] is not None and not settings["beta"]:
-        bad("kl_target", "adapts beta, which is 0; give beta its first value, such as 0.05")
-    if settings["scale_rewards"] not in ("group", True):
-        bad("scale_rewards", "the critic takes the place of the group; remove it")
-    for key in {"gae_lambda", "calibrate"} & set(settings["shaping"]):
-        bad(f"shaping.{key}", "PPO has lam and its critic for that; remove it")
-    return problems + loss_problems(settings, "PPO gives credit to tokens")
+    rules: ClassVar[tuple[Rule, ...]] = (*GraceGRPOConfig.rules, ppo_problems)

@@ -11,23 +11,19 @@ every process as candidates, and nothing has to be exchanged between processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from grace_rl.embed.reader import Reader, Written
-from grace_rl.errors import UserError
-from grace_rl.recipe.keys import unknown_keys
+from grace_rl.recipe.schema import Section
 from grace_rl.reward import RewardBatch, contrast_texts
 
-KEY = "reader_loss"
 
-
-@dataclass(frozen=True)
-class ReaderLossConfig:
+class ReaderLossConfig(Section):
     """The recipe's `reader_loss`.
 
     Args:
@@ -38,49 +34,23 @@ class ReaderLossConfig:
         UserError: With every mistake in the values.
     """
 
-    weight: float = 0.1
-    temperature: float = 0.1
+    recipe_key = "reader_loss"
 
-    def __post_init__(self) -> None:
-        problems = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and value > 0):
-                problems.append(f"{KEY}.{field.name}: must be a number above 0, not {value!r}")
-        if problems:
-            raise UserError(problems)
+    weight: float = Field(0.1, gt=0)
+    temperature: float = Field(0.1, gt=0)
 
 
-def reader_loss_config(settings: Mapping[str, Any]) -> ReaderLossConfig | None:
-    """The loss that a config asks for, if it asks for one.
-
-    Args:
-        settings: Fields of `GraceGRPOConfig` by name: `reader_loss`, `reader` and
-            `use_liger_kernel`.
-
-    Raises:
-        UserError: With every mistake, each beginning with its key.
-    """
-    values = settings[KEY]
-    if values is None:
-        return None
-    problems = unknown_keys(KEY, values, ReaderLossConfig)
-    known = {field.name for field in fields(ReaderLossConfig)}
-    weights = settings["reader"].get("weights", "policy")
-    if weights != "policy":
+def reader_loss_problems(config: Any) -> list[str]:
+    """What keeps the loss of a `GraceGRPOConfig` from having an effect."""
+    problems = []
+    if config.reader_loss is not None and config.reader.weights != "policy":
         problems.append(
-            f"{KEY}: nothing could learn to read with reader.weights: {weights}; it needs policy"
+            "reader_loss: nothing could learn to read with reader.weights: "
+            f"{config.reader.weights}; it needs policy"
         )
-    if settings["use_liger_kernel"]:
-        problems.append(f"{KEY}: the fused loss of use_liger_kernel has no place for it")
-    try:
-        config = ReaderLossConfig(**{k: v for k, v in values.items() if k in known})
-    except UserError as error:
-        problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return config
+    if config.reader_loss is not None and config.use_liger_kernel:
+        problems.append("reader_loss: the fused loss of use_liger_kernel has no place for it")
+    return problems
 
 
 class ReaderLoss:

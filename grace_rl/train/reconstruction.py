@@ -32,7 +32,7 @@ from transformers import (
 
 from grace_rl.data.rows import read_rows
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.embed.reader import Reader, ReaderConfig, Written
+from grace_rl.embed.reader import Reader, Written
 from grace_rl.embed.settings import RationaleMode
 from grace_rl.errors import UserError
 from grace_rl.rollout.generator import end_token_ids
@@ -85,7 +85,7 @@ def writing_examples(
     if args.writing_dataset_name is not None:
         from grace_rl.recipe.rows import DataConfig
 
-        data = DataConfig(args.writing_dataset_name, rows=args.writing_dataset_rows)
+        data = DataConfig(dataset_name=args.writing_dataset_name, rows=args.writing_dataset_rows)
         rows = read_rows(data)
     rationales, _ = sft_examples(rows)
     if rationales:
@@ -163,7 +163,7 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
             )
         args.remove_unused_columns = False
         self.console = console or Screen()
-        self.reader_config = ReaderConfig(**args.reader)
+        self.reader_config = args.reader
         self.template = PromptTemplate(
             processing_class, args.instruction, args.max_text_tokens, args.chat_template_kwargs
         )

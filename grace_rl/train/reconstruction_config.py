@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
 from transformers import TrainingArguments
 
-from grace_rl.embed.reader import ReaderConfig
-from grace_rl.errors import UserError
+from grace_rl.recipe.fields import Rule
 from grace_rl.train.reading_config import ReadingConfig
 
 Anchor = Literal["eos", "mean"]
 POOLS = {"eos": "last", "mean": "mean"}
 """The reader's `pool` that reads what an anchor has trained."""
+
+
+def reconstruction_problems(config: ReconstructionConfig) -> Iterator[str]:
+    """What reconstruction cannot use."""
+    if config.per_device_train_batch_size == 1:
+        yield (
+            "per_device_train_batch_size: must be at least 2: the information gain compares a "
+            "row's vector with another row's"
+        )
+    file = config.writing_dataset_name
+    if file is not None and not Path(file).is_file():
+        yield (
+            f"writing_dataset_name: there is no file {file}; paths start at the working directory "
+            f"{Path.cwd()}"
+        )
+
+
+def anchor_problems(config: ReconstructionConfig) -> Iterator[str]:
+    """The reader must read the vector that the anchor trains."""
+    reader, anchor = config.reader, config.anchor
+    if reader.weights != "policy":
+        yield f"reader.weights: must be policy, the model in training, not {reader.weights!r}"
+    if reader.pool != POOLS[anchor]:
+        yield (
+            f"anchor: {anchor} trains what a reader with pool: {POOLS[anchor]} reads, but the "
+            f"reader's pool is {reader.pool}; change one of the two"
+        )
+    elif anchor == "eos" and reader.span == "bottleneck":
+        yield (
+            "anchor: eos is the state at the end token, which a bottleneck reader leaves out; "
+            "use reader.span: context, or anchor: mean"
+        )
 
 
 @dataclass
@@ -40,49 +72,9 @@ class ReconstructionConfig(ReadingConfig, TrainingArguments):
     """
 
     anchor: Anchor = "mean"
-    alpha: float = 0.2
-    writing_share: float = 0.15
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.2
+    writing_share: Annotated[float, Field(ge=0, lt=1)] = 0.15
     writing_dataset_name: str | None = None
-    writing_dataset_rows: int | None = None
+    writing_dataset_rows: Annotated[int, Field(ge=1)] | None = None
 
-
-def reconstruction_problems(settings: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the settings, as `Method.check` wants it."""
-    problems = []
-    if not 0 <= settings["alpha"] <= 1:
-        problems.append(f"alpha: must be from 0 to 1, not {settings['alpha']}")
-    if not 0 <= settings["writing_share"] < 1:
-        problems.append(
-            f"writing_share: must be from 0 to below 1, not {settings['writing_share']}"
-        )
-    if settings["per_device_train_batch_size"] == 1:
-        problems.append(
-            "per_device_train_batch_size: must be at least 2: the information gain compares a "
-            "row's vector with another row's"
-        )
-    file = settings["writing_dataset_name"]
-    if file is not None and not Path(file).is_file():
-        problems.append(
-            f"writing_dataset_name: there is no file {file}; paths start at the working directory "
-            f"{Path.cwd()}"
-        )
-    try:
-        reader = ReaderConfig(**settings["reader"])
-    except (UserError, TypeError):  # reported where readers are checked
-        return problems
-    anchor = settings["anchor"]
-    if reader.weights != "policy":
-        problems.append(
-            f"reader.weights: must be policy, the model in training, not {reader.weights!r}"
-        )
-    if reader.pool != POOLS[anchor]:
-        problems.append(
-            f"anchor: {anchor} trains what a reader with pool: {POOLS[anchor]} reads, but the "
-            f"reader's pool is {reader.pool}; change one of the two"
-        )
-    elif anchor == "eos" and reader.span == "bottleneck":
-        problems.append(
-            "anchor: eos is the state at the end token, which a bottleneck reader leaves out; "
-            "use reader.span: context, or anchor: mean"
-        )
-    return problems
+    rules: ClassVar[tuple[Rule, ...]] = (reconstruction_problems, anchor_problems)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTTrainer
 
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.embed.reader import Reader, ReaderConfig
+from grace_rl.embed.reader import Reader
 from grace_rl.errors import UserError
 from grace_rl.rollout.generator import end_token_ids
 from grace_rl.rollout.prompts import PromptTemplate
@@ -161,7 +161,7 @@ class GraceSFTTrainer(TokenCount, CheckpointMixin, SFTTrainer):
         _check_examples(examples, rows)
         if args.completion_only_loss is None:
             args.completion_only_loss = True
-        reader_config = ReaderConfig(**args.reader)
+        reader_config = args.reader
         self.prompt_template = PromptTemplate(
             processing_class, args.instruction, args.max_text_tokens, args.chat_template_kwargs
         )

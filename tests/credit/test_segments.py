@@ -11,16 +11,18 @@ import torch
 from grace_rl.credit.calibration import Calibration, beta_advice, shaping_metrics
 from grace_rl.credit.segments import (
     ShapingConfig,
-    check_shaping,
     discounted_sums,
     has_tokens,
     prefix_values,
     regressions,
     segment_rewards,
     shape_advantages,
+    shaping_problems,
     to_tokens,
 )
+from grace_rl.embed.reader import ReaderConfig
 from grace_rl.errors import UserError
+from grace_rl.recipe.fields import draft
 from grace_rl.reward import group_means, group_stds, load_rewards
 from grace_rl.train.grpo_config import GraceGRPOConfig
 
@@ -251,9 +253,7 @@ def test_metrics_count_segments_that_exist():
 
 
 def settings(**changes):
-    fields = GraceGRPOConfig.__dataclass_fields__
-    known = {name: f.default for name, f in fields.items()} | {"reader": {}, "shaping": {}}
-    return known | changes
+    return draft(GraceGRPOConfig, changes)
 
 
 @pytest.mark.parametrize(
@@ -265,28 +265,23 @@ def settings(**changes):
         ({"loss_type": "vespo"}, "loss_type"),
         ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
-        ({"reader": {"weights": "some/encoder"}}, "reader.weights"),
+        ({"reader": ReaderConfig(weights="some/encoder")}, "reader.weights"),
     ],
 )
 def test_what_would_average_the_credit_away_is_refused(changes, key):
-    with pytest.raises(UserError, match=f"^{key}: ") as caught:
-        check_shaping(settings(**changes), STEPWISE)
-    assert len(caught.value.problems) == 1
-    check_shaping(settings(**changes), [])  # without step rewards it is none of our business
+    (problem,) = shaping_problems(settings(**changes), STEPWISE)
+    assert problem.startswith(f"{key}: ")
+    # Without step rewards it is none of our business.
+    assert not shaping_problems(settings(**changes), [])
 
 
 def test_every_mistake_is_reported_together():
     bad = {"gae_lambda": 1.5, "calibrate": "yes", "penalty": -1, "margin": -1, "lam": 0}
     with pytest.raises(UserError) as caught:
-        check_shaping(
-            settings(shaping=bad, segments=0, segment_min_tokens=0, loss_type="vespo"), STEPWISE
-        )
-    keys = [problem.partition(":")[0] for problem in caught.value.problems]
-    assert keys == [
-        "segments", "segment_min_tokens", "shaping.lam", "shaping.gae_lambda",
-        "shaping.calibrate", "shaping.penalty", "shaping.margin", "loss_type",
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="no effect without a reward"):
-        check_shaping(settings(shaping={"gae_lambda": 0.5}), [])
-    with pytest.raises(UserError, match="no effect without shaping.penalty"):
+        ShapingConfig(**bad)
+    keys = {problem.partition(":")[0] for problem in caught.value.problems}
+    assert keys == {f"shaping.{key}" for key in bad}
+    (problem,) = shaping_problems(settings(shaping=ShapingConfig(gae_lambda=0.5)), [])
+    assert problem.startswith("shaping: ")
+    with pytest.raises(UserError, match="^shaping.margin: "):
         ShapingConfig(margin=0.1)

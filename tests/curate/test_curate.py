@@ -52,7 +52,7 @@ def test_filtering_raises_both_precisions_by_the_worlds_truth(whole):
 
 def test_the_result_is_rows_that_train_reads(whole):
     folder, report = whole
-    rows = read_rows(DataConfig(str(folder / "rows.jsonl")))
+    rows = read_rows(DataConfig(dataset_name=str(folder / "rows.jsonl")))
     assert len(rows) == report.kept > 0
     for row in rows:
         assert row["positive"] != row["negative"][0]

@@ -15,7 +15,6 @@ from grace_rl.data import guide as guides
 from grace_rl.data.false_negatives import (
     FalseNegativeConfig,
     FalseNegatives,
-    false_negative_config,
     load_false_negatives,
 )
 from grace_rl.data.guide import Guide, build_guide, calibrate, row_texts
@@ -41,7 +40,7 @@ def two_alike(texts):
 
 def mask(tmp_path: Path, **keywords) -> FalseNegatives:
     guide = build_guide(tmp_path / "guide", lambda: ROWS, "two_alike", two_alike)
-    return FalseNegatives(FalseNegativeConfig("two_alike", **keywords), guide)
+    return FalseNegatives(FalseNegativeConfig(guide="two_alike", **keywords), guide)
 
 
 def guided(batch, false_negatives):
@@ -228,11 +227,11 @@ def test_the_guide_in_the_run_folder_is_used_again(tmp_path):
         "    open(__file__ + '.calls', 'a').write('x' * len(texts))\n"
         "    return [[1.0, float(len(text)), float(hash(text) % 7)] for text in texts]\n"
     )
-    config = FalseNegativeConfig(f"{encoder}:encode")
+    config = FalseNegativeConfig(guide=f"{encoder}:encode")
     for _ in range(2):
         load_false_negatives(config, ROWS, tmp_path)
     assert len((tmp_path / "mine.py.calls").read_text()) == 12
-    ready = load_false_negatives(FalseNegativeConfig(str(tmp_path / "guide")), ROWS, None)
+    ready = load_false_negatives(FalseNegativeConfig(guide=str(tmp_path / "guide")), ROWS, None)
     assert ready is not None and ready.sigma == Guide(tmp_path / "guide").sigma
     assert load_false_negatives(None, ROWS, None) is None
 
@@ -245,14 +244,14 @@ def test_the_guide_in_the_run_folder_is_used_again(tmp_path):
             {"guide": "x", "mode": "margin", "sigma": 0.9},
             "sigma: belongs to mode absolute and soft",
         ),
-        ({"guide": "x", "sigma": 1.5}, "sigma: is a cosine"),
+        ({"guide": "x", "sigma": 1.5}, "sigma: must be at most 1"),
         ({"guide": "x", "sima": 0.5}, "sima: unknown key"),
         ({"mode": "soft"}, "guide: is missing"),
     ],
 )
 def test_mistakes_are_named(values, message):
     with pytest.raises(UserError, match=message):
-        false_negative_config(values)
+        FalseNegativeConfig.of(values)
 
 
 def test_a_mask_that_does_nothing_or_too_much_is_called_out(tmp_path):

@@ -33,7 +33,7 @@ def write_lines(path, lines):
     path.write_bytes(
         b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n"
     )
-    return DataConfig(str(path))
+    return DataConfig(dataset_name=str(path))
 
 
 def problems_of(data):
@@ -54,7 +54,7 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
     else:
         text = "\n".join(json.dumps(row) for row in flat).encode()
         path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
-    assert read_rows(DataConfig(str(path))) == ROWS
+    assert read_rows(DataConfig(dataset_name=str(path))) == ROWS
 
 
 def test_negative_is_always_a_list(tmp_path):
@@ -79,16 +79,16 @@ def test_empty_cells_of_a_csv_are_missing_negatives(tmp_path):
 def test_columns_can_have_other_names(tmp_path):
     path = tmp_path / "r.jsonl"
     write_lines(path, ['{"anchor": "a", "positive": "b", "score": 1}'])
-    rows = read_rows(DataConfig(str(path), columns={"query": "anchor"}))
+    rows = read_rows(DataConfig(dataset_name=str(path), columns={"query": "anchor"}))
     assert rows == [{"query": "a", "positive": "b", "negative": [], "score": 1}]
-    (problem,) = problems_of(DataConfig(str(path), columns={"query": "premise"}))
+    (problem,) = problems_of(DataConfig(dataset_name=str(path), columns={"query": "premise"}))
     assert "r.jsonl:1" in problem and "'premise'" in problem
 
 
 def test_unsupervised_rows_and_limit(tmp_path):
     path = tmp_path / "r.jsonl"
     write_lines(path, ['{"text": "a"}', '{"text": "b"}', "this line is never reached"])
-    assert read_rows(DataConfig(str(path), rows=2)) == [{"text": "a"}, {"text": "b"}]
+    assert read_rows(DataConfig(dataset_name=str(path), rows=2)) == [{"text": "a"}, {"text": "b"}]
 
 
 def test_all_bad_rows_are_listed_with_their_lines(tmp_path):
@@ -156,26 +156,35 @@ def test_a_long_list_is_cut(tmp_path):
 )
 def test_damaged_files(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
-    assert expected in problems_of(DataConfig(str(tmp_path / name)))[0]
+    assert expected in problems_of(DataConfig(dataset_name=str(tmp_path / name)))[0]
 
 
 def test_missing_file_and_hub_data_set_without_a_hub(tmp_path):
-    assert "there is no such file" in problems_of(DataConfig(str(tmp_path / "r.jsonl")))[0]
-    (problem,) = problems_of(DataConfig("nobody/nothing-of-this-name"))
+    assert (
+        "there is no such file"
+        in problems_of(DataConfig(dataset_name=str(tmp_path / "r.jsonl")))[0]
+    )
+    (problem,) = problems_of(DataConfig(dataset_name="nobody/nothing-of-this-name"))
     assert "nobody/nothing-of-this-name" in problem and "HF_HUB_OFFLINE" in problem
 
 
 def test_scenes_rows_follow_the_recipe():
     rows = read_rows(
-        DataConfig("scenes", train_split="validation", rows=3, options={"form": "quad"})
+        DataConfig(
+            dataset_name="scenes", train_split="validation", rows=3, options={"form": "quad"}
+        )
     )
     assert len(rows) == 3
     assert all(isinstance(row["negative"], list) and row["negative_positive"] for row in rows)
     assert rows == read_rows(
-        DataConfig("scenes", train_split="validation", rows=3, options={"form": "quad"})
+        DataConfig(
+            dataset_name="scenes", train_split="validation", rows=3, options={"form": "quad"}
+        )
     )
 
 
 def test_real_triplets(shared):
-    rows = read_rows(DataConfig(str(shared / "data/train/nli-triplets.train.jsonl.gz"), rows=100))
+    rows = read_rows(
+        DataConfig(dataset_name=str(shared / "data/train/nli-triplets.train.jsonl.gz"), rows=100)
+    )
     assert len(rows) == 100 and all(row["negative"] for row in rows)

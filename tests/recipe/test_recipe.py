@@ -10,7 +10,9 @@ import yaml
 
 from grace_rl.errors import UserError
 from grace_rl.recipe import Recipe, load_recipe
-from grace_rl.recipe.keys import OWN_KEYS, convert
+from grace_rl.recipe.fields import plain
+from grace_rl.recipe.recipe import OWN_KEYS
+from grace_rl.recipe.rows import DATA_KEYS
 from grace_rl.recipe.stages import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +119,7 @@ def test_overrides(small):
             *(
                 "--learning_rate",
                 "2e-4",
-                "--beta=-0.5",
+                "--beta=0.5",
                 "--use_vllm",
                 "--run_name",
                 "a: b",
@@ -134,10 +136,10 @@ def test_overrides(small):
         ],
     )
     training = recipe.training
-    assert (training["learning_rate"], training["beta"], training["max_steps"]) == (2e-4, -0.5, 7)
+    assert (training["learning_rate"], training["beta"], training["max_steps"]) == (2e-4, 0.5, 7)
     assert (training["use_vllm"], training["run_name"]) == (True, "a: b")
-    assert training["reader"] == {"span": "context", "layers": [-1]}
-    assert training["roles"] == {"query": {"samples": 4}, "positive": {}}
+    assert plain(training["reader"]) == {"span": "context", "layers": [-1]}
+    assert plain(training["roles"]) == {"query": {"samples": 4}, "positive": {}}
     assert [r.keywords | {"weight": r.weight} for r in recipe.rewards] == [
         {"temperature": 1, "weight": 1.0},
         {"weight": 2},
@@ -187,7 +189,7 @@ max_steps: 4
         f"{path}:8: use_vllm": "true or false",
         f"{path}:9: deepspeed": "there is no zero9.json",
         f"{path}:10: roles.positive.samples": "num_generations = 8",
-        f"{path}:10: roles.negativ": "unknown role",
+        f"{path}:10: roles.negativ": "did you mean negative?",
         f"{path}:11: reader.span": "bottleneck",
         f"{path}:11: reader.layer": "did you mean layers?",
         f"{path}:13: rewards.0": "did you mean temperature?",
@@ -200,7 +202,7 @@ max_steps: 4
     }.items():
         assert any(p.startswith(place) and words in p for p in problems), (place, words, problems)
     assert sum("on_error" in problem for problem in problems) == 1
-    assert len(problems) == 20
+    assert len(problems) == 21
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def test_tags_cannot_run_code(write):
             "--generation_batch_size",
             "keep one",
         ),
-        (["--dataset_rows", "1"], "--dataset_rows", "= 2 rows, but dataset_rows is 1"),
+        (["--dataset_rows", "1"], "--dataset_rows", "= 2 rows, but there are 1"),
         (["--num_generations", "1"], "--num_generations", "at least 2"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size", "at least 1"),
         (["--roles", "{query: {train: false}}"], "--roles", "no role is trained"),
@@ -286,7 +288,7 @@ def test_tags_cannot_run_code(write):
         (["--method", "sft"], "", "method: grpo"),
         (["--method", "dpo"], "--method", "one of grpo, ppo, sft"),
         (["--lam", "0.9"], "--lam", "method: ppo"),
-        (["--method", "ppo", "--lam", "2"], "--lam", "from 0 to 1"),
+        (["--method", "ppo", "--lam", "2"], "--lam", "at most 1"),
         (["--method", "ppo", "--critic", "mine"], "--critic", "shared, detached, separate"),
         (["--method", "ppo", "--scale_rewards", "batch"], "--scale_rewards", "critic"),
         (["--model_name_or_path", "null"], "--model_name_or_path", "is missing"),
@@ -333,7 +335,7 @@ def test_a_reward_file_is_found_beside_the_recipe_and_from_its_copy(small, tmp_p
 
 def test_what_trl_refuses_is_a_problem_of_the_recipe(small):
     recipe = load_recipe(small, ["--log_completions_hub_repo", "a/b"])
-    with pytest.raises(UserError, match=re.escape(str(small))):
+    with pytest.raises(UserError, match="^--log_completions_hub_repo: "):
         recipe.training_arguments()
 
 
@@ -370,14 +372,14 @@ def test_a_wrong_deepspeed_is_found_with_the_recipe(write, given, words):
 
 
 def test_the_package_of_an_optimizer_is_named(small, monkeypatch):
-    monkeypatch.setattr("grace_rl.recipe.recipe.find_spec", lambda name: None)
+    monkeypatch.setattr("grace_rl.recipe.requirements.find_spec", lambda name: None)
     recipe = load_recipe(small, ["--optim", "paged_adamw_32bit"])
     with pytest.raises(UserError, match="optim: paged_adamw_32bit needs the package bitsandbytes"):
         recipe.training_arguments()
 
 
 def test_missing_engine_packages_are_named(small, monkeypatch):
-    monkeypatch.setattr("grace_rl.recipe.recipe.find_spec", lambda name: None)
+    monkeypatch.setattr("grace_rl.recipe.requirements.find_spec", lambda name: None)
     recipe = load_recipe(small, ["--use_vllm", "true"])
     with pytest.raises(UserError, match=r"grace-rl\[vllm\]"):
         recipe.training_arguments()
@@ -397,37 +399,6 @@ def test_sft_takes_the_prompt_and_no_rewards(write):
         "nothing that could be rewarded" in problem
         for problem in problems_of(path, "--rewards", "[{name: length}]")
     )
-
-
-@pytest.mark.parametrize(
-    ("value", "kind", "expected"),
-    [
-        (3, float, 3),
-        ("1e-4", float, 1e-4),
-        (True, bool | float, True),
-        ([1], list[float] | None, [1]),
-        (None, str | None, None),
-    ],
-)
-def test_safe_conversions(value, kind, expected):
-    assert convert(value, kind) == expected and type(convert(value, kind)) is type(expected)
-
-
-@pytest.mark.parametrize(
-    ("value", "kind"),
-    [
-        (True, float),
-        (1, bool),
-        ("1", int),
-        (1.0, int),
-        (1, str),
-        (["a", 1], list[str]),
-        ({"a": 1}, dict[str, bool]),
-    ],
-)
-def test_unsafe_conversions_are_refused(value, kind):
-    with pytest.raises(TypeError, match="must be"):
-        convert(value, kind)
 
 
 def test_the_example_of_the_docs_is_a_recipe(write):
@@ -459,14 +430,9 @@ def test_docs_list_every_key_of_ours_with_its_default():
         if f.name == "instruction":
             continue  # a sentence
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        assert yaml.safe_load(rows[f.name].strip("`")) == default, f.name
+        assert yaml.safe_load(rows[f.name].strip("`")) == plain(default), f.name
 
 
 def test_every_key_of_ours_arrives_in_the_recipe():
-    arrives = {"method", "rewards", "evaluation"}
-    data = {
-        "dataset_name",
-        *(f"dataset_{name}" for name in ("config", "train_split", "rows", "options", "columns")),
-    }
-    assert set(OWN_KEYS) == arrives | data
-    assert arrives <= set(Recipe.__dataclass_fields__)
+    assert {"method", "rewards", "evaluation"} <= set(Recipe.__dataclass_fields__)
+    assert set(OWN_KEYS) == {"method", "rewards", "evaluation", *DATA_KEYS}

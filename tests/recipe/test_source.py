@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grace_rl.curate.config import load_curation
 
 from grace_rl.errors import UserError
 from grace_rl.evaluate.comparison import load_comparison
 from grace_rl.evaluate.tasks import load_tasks
-from grace_rl.recipe.keys import trainer_hints
+from grace_rl.recipe.curation import load_curation
+from grace_rl.recipe.recipe import recipe_keys
 from grace_rl.recipe.source import read_source
 from grace_rl.recipe.stages import load
 
@@ -44,7 +44,7 @@ BOMBS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported() -> None:
-    trainer_hints("grpo")  # imports TRL, which takes longer than any bomb may
+    recipe_keys("grpo")  # imports TRL, which takes longer than any bomb may
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -115,7 +115,7 @@ def test_all_mistakes_of_all_stages_are_reported_together(tmp_path: Path) -> Non
     said = "\n".join(problems)
     for words in (
         "stage 1 (reconstruction): ",
-        "alpha: must be from 0 to 1",
+        "alpha: must be at most 1",
         "did you mean max_steps",
         "num_generations: must be at least 2",
         "no earlier stage is called 'ppo'; there are: reconstruction, 1, sft, 2",

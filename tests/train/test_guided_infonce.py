@@ -39,7 +39,7 @@ def encode(texts):
 def false_negatives(tmp_path):
     def build(**keywords):
         guide = build_guide(tmp_path, lambda: ROWS, "encode", encode)
-        return FalseNegatives(FalseNegativeConfig("encode", **keywords), guide)
+        return FalseNegatives(FalseNegativeConfig(guide="encode", **keywords), guide)
 
     return build
 

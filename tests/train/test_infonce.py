@@ -206,7 +206,7 @@ def test_rows_without_pairs_are_a_mistake(tmp_path):
     from grace_rl.recipe.rows import DataConfig
 
     class OnlyData:
-        data = DataConfig("scenes", options={"form": "unsupervised"})
+        data = DataConfig(dataset_name="scenes", options={"form": "unsupervised"})
 
     args = config(tmp_path, validation={"split": "validation", "rows": 2})
     with pytest.raises(UserError) as caught:

@@ -1,0 +1,306 @@
+"""The fields of trainer configs and of TRL's ModelConfig: their types, ranges and rules.
+
+A trainer config is TRL's dataclass and `TrainerConfig`. Our fields carry their ranges in their
+annotations; TRL's get theirs here, since TRL and transformers accept most numbers and fail in the
+middle of a run. Rules of several fields are functions in `TrainerConfig.rules`.
+
+A recipe's values and a Python user's pass the same checks: `typed` for the values, then
+`broken_rules`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, WrapValidator
+
+from grace_rl.errors import UserError
+from grace_rl.recipe.schema import (
+    CHECKS,
+    KeyPath,
+    Section,
+    dotted,
+    exact,
+    mistakes,
+    section_in,
+    shown,
+)
+
+Rule = Callable[[Any], Iterable[str]]
+"""Takes a config, gives what is wrong with it, each as `key: what to do`."""
+
+MOST = 2**31 - 1
+"""No number of a config is larger: it would overflow somewhere in the libraries."""
+
+_RANGES: tuple[tuple[dict[str, Any], str], ...] = (
+    (
+        {"gt": 0},
+        "adam_epsilon delta epsilon epsilon_high eval_steps logging_steps num_train_epochs "
+        "repetition_penalty sapo_temperature_neg sapo_temperature_pos save_steps temperature "
+        "vespo_k_neg vespo_k_pos vllm_importance_sampling_cap vllm_importance_sampling_clip_max "
+        "vllm_importance_sampling_clip_min vllm_server_timeout",
+    ),
+    ({"gt": 0, "le": 10}, "learning_rate learning_rate_mapping"),
+    (
+        {"ge": 0},
+        "beta entropy_coef entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target "
+        "eval_delay max_grad_norm max_tool_calling_iterations neftune_noise_alpha "
+        "off_policy_mask_threshold router_aux_loss_coef top_k vespo_lambda_neg vespo_lambda_pos "
+        "warmup_steps weight_decay",
+    ),
+    ({"ge": 0, "le": 2**10}, "dataloader_num_workers"),
+    ({"ge": 0, "lt": 2**32}, "data_seed seed"),
+    ({"ge": 0, "le": 1}, "min_p ref_model_mixup_alpha warmup_ratio"),
+    ({"ge": 0, "lt": 1}, "adam_beta1 adam_beta2 label_smoothing_factor lora_dropout"),
+    ({"gt": 0, "le": 1}, "top_entropy_quantile top_p vllm_gpu_memory_utilization"),
+    (
+        {"ge": 1},
+        "dataloader_prefetch_factor dataset_num_proc ddp_bucket_cap_mb ddp_timeout "
+        "eval_accumulation_steps lora_alpha max_completion_length max_length "
+        "num_completions_to_print num_generations_eval num_iterations pad_to_multiple_of "
+        "ref_model_sync_steps save_total_limit torch_empty_cache_steps vllm_max_model_length",
+    ),
+    (
+        {"ge": 1, "le": 2**20},  # the product of a few of them is a size in memory
+        "generation_batch_size gradient_accumulation_steps lora_r per_device_eval_batch_size "
+        "per_device_train_batch_size steps_per_generation vllm_tensor_parallel_size",
+    ),
+    ({"ge": 1, "lt": 2**16}, "vllm_group_port vllm_server_port"),
+    ({"ge": 2, "le": 2**20}, "num_generations"),
+    ({"ge": -1}, "local_rank max_steps"),
+)
+RANGES = {name: limits for limits, names in _RANGES for name in names.split()}
+
+_LOGGERS = (
+    "all", "none", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte",
+    "kubeflow", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb",
+)  # fmt: skip
+_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
+_IMPORTANCE = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+_GRPO_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "ddp_backend": ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "importance_sampling_level": ("token", "sequence"),
+    "log_level": _LEVELS,
+    "log_level_replica": _LEVELS,
+    "lora_task_type": ("CAUSAL_LM",),
+    "loss_type": (*_GRPO_LOSSES, "nll", "dft", "chunked_nll"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "packing_strategy": ("bfd", "bfd_split", "wrapped"),
+    "pad_to_multiple_of": ("auto",),
+    "report_to": _LOGGERS,
+    "scale_rewards": ("group", "batch", "none"),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length"),
+    "truncation_mode": ("keep_start", "keep_end"),
+    "vllm_importance_sampling_mode": _IMPORTANCE,
+    "vllm_mode": ("colocate", "server"),
+    "vllm_model_impl": ("vllm", "transformers"),
+}
+"""Texts that the libraries take for the default, or look at after the model has been loaded."""
+
+
+class TrainerConfig:
+    """Mixin of every trainer config: values and rules are checked when it is made.
+
+    Raises:
+        UserError: With every mistake in our fields, in the ranges of TRL's, and in the rules.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    def __post_init__(self) -> None:
+        values = {
+            name: getattr(self, name)
+            for name in keys_of(type(self))
+            if name in own_defaults(type(self)) or type(getattr(self, name)) in (int, float)
+        }
+        right, wrong = typed(type(self), values)
+        vars(self).update(right)
+        found = [f"{dotted(path)}: {message}" for path, message in wrong]
+        found += broken_rules(self, {str(path[0]) for path, _ in wrong})
+        if found:
+            raise UserError(found)
+        super().__post_init__()  # type: ignore[misc]  # transformers'
+
+    def to_dict(self) -> dict[str, Any]:
+        """For loggers, as plain data."""
+        values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return {name: plain(value) for name, value in values.items()}
+
+
+def keys_of(config: type) -> dict[str, Any]:
+    """Field -> annotation of a config class: the recipe keys that it takes."""
+    return _hints(config)
+
+
+@functools.cache
+def _hints(config: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(config, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(config) if f.init}
+
+
+def own_defaults(config: type) -> dict[str, Any]:
+    """Our own fields of a config class, with their defaults."""
+    libraries = [base for base in config.__mro__[:-1] if not base.__module__.startswith("grace_rl")]
+    theirs = {f.name for base in libraries for f in dataclasses.fields(base)}
+    return {f.name: _default(f) for f in dataclasses.fields(config) if f.name not in theirs}
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def typed(
+    config: type, values: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[tuple[KeyPath, str]]]:
+    """Values as the fields of a config class have them.
+
+    Args:
+        config: The class.
+        values: Field -> what the user gave.
+
+    Returns:
+        The right ones, and for the others (path of the key, what to do).
+    """
+    right: dict[str, Any] = {}
+    wrong: list[tuple[KeyPath, str]] = []
+    for name, value in values.items():
+        try:
+            right[name] = _adapter(config, name).validate_python(value)
+        except ValidationError as error:
+            section = section_in(keys_of(config)[name])
+            several = mistakes(error, value, section)
+            wrong += [((name, *path), message) for path, message in several]
+    return right, wrong
+
+
+def draft(config: type, values: Mapping[str, Any]) -> Any:
+    """A config with typed values, before transformers works the rest out (devices, processes)."""
+    made: Any = object.__new__(config)
+    for f in dataclasses.fields(config):
+        if f.init:
+            vars(made)[f.name] = values[f.name] if f.name in values else _default(f)
+    return made
+
+
+def broken_rules(
+    config: Any, wrong: Iterable[str] = (), rules: Iterable[Rule] | None = None
+) -> list[str]:
+    """What the rules of a config say, each as `key: what to do`.
+
+    Args:
+        config: Made, or a draft.
+        wrong: Fields that have been reported; a rule that reads one of them has no say.
+        rules: Others than the config's own.
+    """
+    view = _View(config, frozenset(wrong))
+    found: list[str] = []
+    for rule in config.rules if rules is None else rules:
+        try:
+            found += rule(view)
+        except _Wrong:
+            continue
+    return found
+
+
+class _Wrong(Exception):
+    pass
+
+
+class _View:
+    def __init__(self, config: Any, wrong: frozenset[str]) -> None:
+        self._config, self._wrong = config, wrong
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._wrong:
+            raise _Wrong
+        return getattr(self._config, name)
+
+
+def plain(value: Any) -> Any:
+    """A typed value as YAML has it: what was given of a section."""
+    if isinstance(value, Section):
+        return value.given()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# --- annotations ------------------------------------------------------------------------------
+
+
+@functools.cache
+def _adapter(config: type, name: str) -> TypeAdapter[Any]:
+    kind = keys_of(config)[name]
+    if name not in own_defaults(config) or not config.__module__.startswith("grace_rl"):
+        kind = _checked(kind, name)
+    section = isinstance(kind, type) and issubclass(kind, Section)
+    return TypeAdapter(kind) if section else TypeAdapter(kind, config=CHECKS)
+
+
+def _checked(kind: Any, name: str) -> Any:
+    """TRL's annotation as pydantic is to check it."""
+    if kind in (int, float):
+        limits: dict[str, Any] = {"ge": -MOST, "le": MOST} | RANGES.get(name, {})
+        if "gt" in limits:
+            del limits["ge"]
+        if "lt" in limits:
+            del limits["le"]
+        kept = WrapValidator(_keep)
+        not_zero = (kept, BeforeValidator(_not_zero)) if name == "max_steps" else (kept,)
+        return functools.reduce(
+            lambda inner, extra: Annotated[inner, extra], [Field(**limits), *not_zero], kind
+        )
+    if kind is str and name in CHOICES:
+        return Literal[CHOICES[name]]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        members = [one for one in arguments if one is Any or not _only_python(one)]
+        if any(_is_enum(one) for one in members):
+            members = [one for one in members if one is not str]
+        return functools.reduce(lambda a, b: a | b, [_checked(one, name) for one in members])
+    if _is_enum(kind):
+        return Literal[tuple(member.value for member in kind)]
+    if origin is list:
+        several = types.GenericAlias(list, (_checked(arguments[0], name),))
+        # As on TRL's command line, where one text is a list of one.
+        return Annotated[several, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+    if origin is dict and name in RANGES:
+        return types.GenericAlias(dict, (arguments[0], _checked(arguments[1], name)))
+    return kind
+
+
+def _keep(value: Any, check: Callable[[Any], Any]) -> Any:
+    """A whole number stays one, even where any number may stand."""
+    checked = check(exact(value))
+    return value if checked == value else checked
+
+
+def _not_zero(value: Any) -> Any:
+    if value == 0 and type(value) is int:
+        raise ValueError(
+            f"must be at least 1, or -1 to count epochs (num_train_epochs), not {shown(value)}"
+        )
+    return value
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
+
+
+def _only_python(kind: Any) -> bool:
+    """What YAML cannot write: objects and functions."""
+    plain_types = (int, float, bool, str, dict, list, type(None))
+    return not (
+        kind in plain_types
+        or typing.get_origin(kind) in (list, dict, Literal, typing.Union, types.UnionType)
+        or _is_enum(kind)
+    )
