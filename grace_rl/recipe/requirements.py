@@ -13,7 +13,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from grace_rl.errors import UserError
 from grace_rl.recipe.schema import unknown_key
@@ -137,7 +137,9 @@ def kwargs_problems(config: Any) -> Iterator[str]:
 def _scheduler_keys(config: Any) -> Collection[str] | None:
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-    schedules = {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}
+    schedules: dict[str, Any] = {
+        kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()
+    }
     name = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
     parameters = inspect.signature(schedules[name]).parameters
     if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
@@ -155,10 +157,9 @@ def _accelerator_keys(config: Any) -> Collection[str]:
 def _checkpointing_keys(config: Any) -> Collection[str]:
     from torch.utils.checkpoint import checkpoint
 
-    named = [
-        one for one in inspect.signature(cast(Any, checkpoint)).parameters if one != "function"
-    ]
-    return [*(one for one in named if one not in ("args", "kwargs")), "preserve_rng_state"]
+    others = ("function", "args", "kwargs")
+    named = [one for one in inspect.signature(checkpoint).parameters if one not in others]
+    return [*named, "preserve_rng_state"]
 
 
 def _generation_keys(config: Any) -> Collection[str] | None:
