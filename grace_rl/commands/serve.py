@@ -43,21 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.errors import UserError
+    from grace_rl.rollout.policy import SCENES_UNTRAINED, outline_policy, resolve_model
 
+    if options.model == SCENES_UNTRAINED:
+        raise UserError("serve: scenes/untrained is made by each run; serve a folder or a hub id")
+    outline_policy(resolve_model(options.model, Path()))
     if find_spec("vllm") is None:
         raise UserError("serve: needs the package vllm; install 'grace-rl[vllm]'")
     from trl.scripts.vllm_serve import ScriptArguments, build_command
 
     from grace_rl.rollout.engines import vllm_runs_on_cpu
-    from grace_rl.rollout.policy import SCENES_UNTRAINED, resolve_model
 
     if vllm_runs_on_cpu():
         raise UserError(
             "serve: this vLLM is built for CPUs, and a server gets its weights over NCCL, which "
             "needs a GPU; on a CPU use --use_vllm true --vllm_mode colocate"
         )
-    if options.model == SCENES_UNTRAINED:
-        raise UserError("serve: scenes/untrained is made by each run; serve a folder or a hub id")
     command = build_command(
         ScriptArguments(
             model=resolve_model(options.model, Path()),
