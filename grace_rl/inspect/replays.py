@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, reading
 from grace_rl.inspect.run import Run
 
 GROUPS = """
@@ -73,8 +73,5 @@ def _read(run: Run, name: str, only: list[tuple[str, str, int]] | None = None) -
     if name not in known:
         there = ", ".join(known) or "none yet"
         raise UserError(f"{run.name}: no replay {name!r}; there are: {there}")
-    try:
+    with reading(known[name], "the replay"):
         return pq.read_table(known[name], columns=COLUMNS, filters=only)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{known[name]}: cannot be read: {reason}") from None

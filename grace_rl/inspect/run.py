@@ -247,11 +247,7 @@ class Run:
         Raises:
             UserError: Nothing is stored of that step, or its file is damaged.
         """
-        try:
-            return read_rollouts(self.path, [step], columns)
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{self.path}: step {step} cannot be read: {reason}") from None
+        return read_rollouts(self.path, [step], columns)
 
     def advantages(self) -> pd.DataFrame:
         """Lowest and highest advantage of each stored step, 10th and 90th percentile."""

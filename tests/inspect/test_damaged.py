@@ -70,7 +70,7 @@ def test_the_page_of_a_parquet_file_that_is_damaged(run_folder: Path) -> None:
     assert main(["inspect", str(run_folder), "--terminal", "--step", "1", "--row", "0"]) == 2
     (run_folder / "replays").mkdir()
     shutil.copy(path, run_folder / "replays" / "new.parquet")
-    with pytest.raises(ValueError, match="new.parquet: cannot be read"):
+    with pytest.raises(ValueError, match="new.parquet: "):
         replayed_groups(Run(run_folder), "new")
 
 
