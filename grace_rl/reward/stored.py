@@ -65,14 +65,3 @@ def _mask(settings: dict[str, Any], run: Path) -> FalseNegatives:
     if guide is None:
         raise UserError(f"{run}: the guide of its false negatives is gone: {settings['guide']}")
     return FalseNegatives(FalseNegativeConfig(**settings), Guide(guide))
-
-
-def run_rows(run: str | Path) -> list[dict[str, Any]] | None:
-    """The data set of a run, by the recipe it keeps; None where it cannot be read any more."""
-    from grace_rl.data.rows import read_rows
-    from grace_rl.recipe import kept_recipe
-
-    try:
-        return list(read_rows(kept_recipe(run).data))
-    except UserError:
-        return None
