@@ -49,6 +49,7 @@ COMMANDS = (
     "inspect",
 )
 DISK = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)  # not ours to mend
+PLACE = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # an output where something else lies
 BUG = 1
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -97,7 +98,7 @@ def _run(command: Any, options: argparse.Namespace, rest: list[str]) -> int:
         return INTERRUPTED
     except Exception as error:
         cause = error.__cause__ if isinstance(error, Crash) and error.__cause__ else error
-        if isinstance(cause, OSError) and cause.errno in DISK:
+        if isinstance(cause, OSError) and cause.errno in DISK + PLACE:
             say(f"{cause.filename or 'writing'}: {cause.strerror}", error=True)
             return USER_ERROR
         say(_report(error, cause), error=True)

@@ -37,6 +37,14 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError("evaluate needs the package mteb; install 'grace-rl[mteb]'") from error
     from grace_rl.evaluate.evaluation import evaluate_model, result_table
 
+    output = Path(options.output).expanduser()
+    problems = []
+    if output.is_dir() or any(folder.is_file() for folder in output.parents):
+        problems.append(f"--output: {output} is, or lies in, something else; give a file's name")
+    if not 0 <= options.seed < 2**32:
+        problems.append(f"--seed: must be from 0 to 2^32 - 1, not {options.seed}")
+    if problems:
+        raise UserError(problems)
     tasks = load_tasks(options.tasks)
     console = Screen()
     encoder = MtebEncoder.load(
@@ -50,7 +58,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         encoder,
         options.model,
         tasks,
-        Path(options.output),
+        output,
         seed=options.seed,
         without_rationale=not options.only_scores,
         diagnostics=not options.only_scores,

@@ -59,7 +59,9 @@ def compare(comparison: Comparison, *, only_table: bool = False) -> int:
         for cell in cells_of(comparison, row, runner.chosen(row))
         if (result := runner.result(cell)) is not None
     ]
-    if results:
+    if not results:
+        console.print(f"{comparison.output_dir}: no cell is finished yet")
+    else:
         chosen = runner.chosen_by_name
         kept = [
             (cell, result)

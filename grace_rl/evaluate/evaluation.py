@@ -173,6 +173,7 @@ def evaluate_model(
     Returns:
         What was written.
     """
+    output.parent.mkdir(parents=True, exist_ok=True)
     job = digest([model, encoder.revision, tasks_digest(tasks), seed])
     finished = _finished(output, job)
     content: dict[str, Any] = {"model": model, "seed": seed, "rows": [], "tasks": []}
@@ -214,7 +215,6 @@ def evaluate_model(
 
 
 def _write(output: Path, content: Mapping[str, Any]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, json.dumps(plain_numbers(content), indent=1, ensure_ascii=False) + "\n")
 
 
