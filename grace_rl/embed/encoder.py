@@ -168,10 +168,7 @@ class RationaleEncoder(EncoderModule):
         Raises:
             UserError: The model was not loaded from a folder, or the file cannot be used.
         """
-        config = self.reader.config
-        self.writer.use_cache(
-            path, None if config.reads_with_language_model else Path(config.weights)
-        )
+        self.writer.use_cache(path, self.reader.config)
 
     @property
     def max_seq_length(self) -> int:
