@@ -32,7 +32,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from grace_rl.errors import UserError, describe_error
-from grace_rl.recipe.schema import CHECKS, mistakes, nearest
+from grace_rl.recipe.schema import CHECKS, exact, mistakes, nearest
+from grace_rl.run.secrets import is_secret, remember
 
 REWARDS = "grace_rl.rewards"
 """The entry-point group of rewards."""
@@ -182,6 +183,8 @@ def argument_problems(
     hints = _hints(target)
     problems = []
     for name, value in keywords.items():
+        if is_secret(str(name)):
+            remember(str(value))  # so that no message shows it
         if name in named:
             problems += [
                 (f"{name}{key}", problem) for key, problem in _type_problems(hints.get(name), value)
@@ -300,6 +303,10 @@ def _type_problems(hint: Any, value: Any) -> list[tuple[str, str]]:
         adapter = TypeAdapter(hint if hint is not None else Any, config=CHECKS)
     except PydanticUserError:  # a type with a configuration of its own
         return []
+    try:
+        exact(value)
+    except ValueError as error:
+        return [("", str(error))]
     try:
         try:
             adapter.validate_json(json.dumps(value))  # YAML's lists are good for tuples and sets

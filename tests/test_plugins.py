@@ -14,6 +14,7 @@ import pytest
 
 from grace_rl.errors import UserError, describe_error
 from grace_rl.plugins import REWARDS, Plugin, argument_problems, docstring, find, installed
+from grace_rl.run.printing import shown
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -75,6 +76,13 @@ def test_what_yaml_can_mean_is_taken(keywords: dict[str, Any]) -> None:
 def test_a_wrong_keyword_is_named(key: str, value: object) -> None:
     [(place, said)] = argument_problems(Target, {key: value})
     assert place.split(".")[0] == key and said
+
+
+def test_a_secret_that_is_wrong_is_not_shown() -> None:
+    def client(batch: list, api_key: int = 0, size: int = 1) -> None: ...
+
+    [(_, said), _] = argument_problems(client, {"api_key": "sk-abc-123", "size": 2**60})
+    assert "sk-abc-123" not in shown(said)
 
 
 def test_a_functions_first_parameter_is_its_callers() -> None:

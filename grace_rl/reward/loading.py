@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from grace_rl.errors import UserError
 from grace_rl.plugins import REWARDS, Plugin, argument_problems, find
+from grace_rl.recipe.schema import shown
 from grace_rl.reward.batch import RewardBatch
 from grace_rl.run.zero import outside_zero3
 
@@ -197,11 +198,11 @@ def _load(spec: Any, label: str, base_dir: Path, place: str) -> LoadedReward:
 def _spec_problems(spec: RewardSpec) -> list[tuple[str, str]]:
     problems = []
     if not _is_number(spec.weight):
-        problems.append(("weight", f"must be a finite number, not {spec.weight!r}"))
+        problems.append(("weight", f"must be a finite number, not {shown(spec.weight)}"))
     if spec.on_error not in get_args(OnError):
         problems.append(("on_error", f"must be raise or abstain, not {spec.on_error!r}"))
     if spec.timeout is not None and not (_is_number(spec.timeout) and spec.timeout > 0):
-        problems.append(("timeout", f"must be above 0 seconds, not {spec.timeout!r}"))
+        problems.append(("timeout", f"must be above 0 seconds, not {shown(spec.timeout)}"))
     if spec.label is not None and (not spec.label or set(spec.label) & set("/ ")):
         problems.append(
             ("label", f"must not be empty or contain '/' or a space, as {spec.label!r}")
@@ -211,7 +212,7 @@ def _spec_problems(spec: RewardSpec) -> list[tuple[str, str]]:
 
 def _is_number(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return number and abs(value) <= sys.float_info.max
 
 
 def _call_parameters(target: Any) -> list[inspect.Parameter]:
@@ -242,14 +243,14 @@ def _check_call(parameters: Sequence[inspect.Parameter]) -> None:
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if positional and _required(parameters) <= {positional[0].name}:
         return
-    shown = ", ".join(str(p) for p in parameters)
-    if shown == "*args, **kwargs":
+    takes = ", ".join(str(p) for p in parameters)
+    if takes == "*args, **kwargs":
         raise UserError(
             "it is called with (*args, **kwargs), which does not say how; a decorator that uses "
             "functools.wraps keeps the parameters of its function"
         )
     raise UserError(
-        f"it is called with ({shown}); a reward is called with one RewardBatch, or like a TRL "
+        f"it is called with ({takes}); a reward is called with one RewardBatch, or like a TRL "
         "reward function with prompts, completions, **columns"
     )
 

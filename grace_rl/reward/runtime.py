@@ -32,6 +32,7 @@ from grace_rl.reward.outputs import (
 )
 from grace_rl.reward.totals import apply_gates, weighted_totals
 from grace_rl.rollout.groups import fill_unscored, group_stds
+from grace_rl.run.printing import shown
 from grace_rl.run.zero import outside_zero3
 
 __all__ = ["RewardError", "RewardRuntime", "Scored", "weighted_totals"]
@@ -143,8 +144,8 @@ class RewardRuntime:
         """
         outcomes = self._call_all(batch, trainer_arguments)
         rows = sorted(set(batch.example.tolist()))
-        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        reports = self._agree(f"at step {batch.step}, data rows {shown}", outcomes)
+        numbers = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        reports = self._agree(f"at step {batch.step}, data rows {numbers}", outcomes)
         self._warn_of_infinities(reports, batch.step)
         outputs = [
             outcome if isinstance(outcome, CheckedOutput) else unscored_output(reward, batch)
@@ -348,7 +349,7 @@ class RewardRuntime:
         if key not in self._warned:
             self._warned.add(key)
             if self._main_process:
-                warnings.warn(message, stacklevel=4)
+                warnings.warn(shown(message), stacklevel=4)
 
 
 def _explain(error: BaseException, reward: LoadedReward) -> str:

@@ -291,6 +291,16 @@ def test_ctrl_c_does_not_wait_for_a_reward(fault, batch):
         RewardRuntime(rewards_of(reward, "abstain", None)).score(batch)
 
 
+def test_what_an_abstaining_reward_says_is_harmless_on_a_terminal(batch):
+    def coloured(batch):
+        raise ValueError("\x1b]0;title\x07 red")
+
+    loaded = [dataclasses.replace(r, on_error="abstain") for r in load([coloured], ".")]
+    with pytest.warns(UserWarning, match="title") as caught:
+        RewardRuntime(loaded).score(batch)
+    assert not {"\x1b", "\x07"} & set(str(caught[0].message))
+
+
 def test_a_reward_that_could_not_start_and_abstains_is_asked_again(batch):
     class Late:
         told = 0

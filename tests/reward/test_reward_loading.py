@@ -140,6 +140,12 @@ def test_all_mistakes_of_all_rewards_come_together(folder):
     assert "rewards[6].names.1: must be a text, not 1" in text
 
 
+@pytest.mark.parametrize("weight", [10**400, math.inf, math.nan, "1", True, None])
+def test_a_weight_is_a_finite_number(weight):
+    [problem] = problems([RewardSpec("length", weight=weight)])
+    assert problem.startswith("rewards[0].weight: ")
+
+
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "1", True])
 def test_a_time_limit_is_a_number_of_seconds(seconds):
     [problem] = problems([RewardSpec("length", timeout=seconds)])

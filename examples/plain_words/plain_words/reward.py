@@ -23,9 +23,13 @@ class PlainWords:
     """
 
     def __init__(self, longest: int = 7) -> None:
+        self.check(longest)
+        self.longest = longest
+
+    @staticmethod
+    def check(longest: int) -> None:
         if longest < 1:
             raise ValueError(f"longest must be at least 1, not {longest}")
-        self.longest = longest
 
     def __call__(self, batch: RewardBatch) -> list[float | None]:
         return [self.share(rationale.split()) for rationale in batch.rationales]

@@ -15,9 +15,13 @@ class MyReward:
     """
 
     def __init__(self, scale: float = 0.5) -> None:
+        self.check(scale)
+        self.scale = scale
+
+    @staticmethod
+    def check(scale: float) -> None:
         if not 0 <= scale <= 1:
             raise ValueError(f"scale must be from 0 to 1, not {scale}")
-        self.scale = scale
 
     def __call__(self, batch: RewardBatch) -> torch.Tensor:
         texts = batch.pool.by_text  # one centroid per text of all processes
