@@ -94,7 +94,7 @@ TEMPLATES.tests["words"] = lambda value: isinstance(value, str)
 TEMPLATES.tests["pieces"] = lambda value: isinstance(value, list)
 
 
-def address(path: str, **query: Any) -> str:
+def address(path: str, /, **query: Any) -> str:
     """A link within the page; empty parameters are left out.
 
     >>> address("/try", text="a fox", a=None)

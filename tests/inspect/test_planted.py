@@ -127,7 +127,7 @@ def test_no_view_and_no_table_executes_anything(planted: Path) -> None:
     client = testing.TestClient(app([Run(planted)]))
     names = checkpoints(Run(planted))
     assert len(names) == len(PLANTS) + 2
-    asked = "run=written&step=1&row=0&group=0&text=a+red+fox+runs&name=evil"
+    asked = "run=written&step=1&row=0&group=0&text=a+red+fox+runs&name=evil&path=evil.py"
     paths = [*HEADINGS, "/group", "/rollout", "/stamp"]
     paths += [f"/csv/{name}" for name in (*CSV, *TABLES)] + [f"/stream/{name}" for name in STREAMS]
     for path in paths:

@@ -96,8 +96,10 @@ def _ask(site: Site, query: Query, rows: list[Event]) -> Iterator[tuple[int, int
     for done, name in enumerate(names):
         yield done, len(names)
         try:
-            seen = loaded(run, name).see([text])[0]
-            row = {"checkpoint": name, "rationale": seen.rationale, "ended": seen.ended}
+            checkpoint = loaded(run, name)
+            seen = checkpoint.see([text])[0]
+            written = seen.rationale if checkpoint.writes else "(writes none)"
+            row = {"checkpoint": name, "rationale": written, "ended": seen.ended}
         except UserError as error:
             row = {"checkpoint": name, "rationale": str(error), "ended": True}
         rows.append(row)
