@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grace_rl.embed.cache import ENCODER_FILES, model_fingerprint
 from grace_rl.errors import UserError
+from grace_rl.rollout.generator import OneAtATime
 from grace_rl.run.files import write_text
 
 
@@ -151,6 +151,10 @@ class EncoderModule(InputModule):
 
     def save(self, output_path: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write a folder that loads again: model, tokenizer and what is beside them."""
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            raise UserError(
+                "the model has an adapter, which alone would be saved; merge it into the weights"
+            )
         self.model.save_pretrained(output_path)
         self.tokenizer.save_pretrained(output_path)
         self.save_beside(Path(output_path))
@@ -184,6 +188,11 @@ class EncoderModule(InputModule):
         encoded = self.encode(features["texts"], instruction=features["instruction"], **kwargs)
         device = next(self.model.parameters()).device
         return _Features({**features, "sentence_embedding": encoded.vectors.to(device)})
+
+    def get_sentence_features(self, *features: Any) -> dict[str, Tensor]:
+        raise UserError(
+            "texts are not tokenized before they are written for; there are no features"
+        )
 
     def get_embedding_dimension(self) -> int:
         return int(self.model.config.get_text_config().hidden_size)
@@ -236,22 +245,6 @@ class _Features(dict[str, Any]):
             f"output_value: this model has no {key}: a vector is of the whole text and of what was "
             "written for it"
         )
-
-
-class OneAtATime:
-    """A lock that a thread may take again, and that copies and pickles as a new one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[OneAtATime], tuple[()]]:
-        return OneAtATime, ()
 
 
 def check_list(texts: Sequence[str]) -> None:

@@ -90,6 +90,22 @@ class Generator(Protocol):
         """`how.samples` continuations of each prompt, in the order of the prompts."""
 
 
+class OneAtATime:
+    """A lock that a thread may take again, and that copies and pickles as a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[OneAtATime], tuple[()]]:
+        return OneAtATime, ()
+
+
 class TransformersGenerator:
     """`generate` of transformers, prompts of like length together.
 
@@ -109,7 +125,7 @@ class TransformersGenerator:
         self.pad_id = pad_id
         self.end_ids = list(end_ids)
         self.batch_size = batch_size
-        self._lock = threading.RLock()
+        self._lock = OneAtATime()
 
     @torch.no_grad()
     def generate(
@@ -222,7 +238,7 @@ class VLLMGenerator:
         self.dtype = dtype
         self._keywords = engine
         self._engine: Any = None
-        self._lock = threading.RLock()
+        self._lock = OneAtATime()
 
     def generate(self, prompts: Sequence[Tokens], how: Sampling) -> list[list[Continuation]]:
         """`how.samples` continuations of each prompt, in the order of the prompts."""
