@@ -116,7 +116,7 @@ class Subject:
         Raises:
             UserError: The folder is damaged, or the method needs a language model.
         """
-        if self.recipe.method == "infonce" and not is_language_model(self.config):
+        if self.args.takes_encoders and not is_language_model(self.config):
             return None
         return outline_policy(self.place, **self._revision)
 

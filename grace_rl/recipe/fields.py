@@ -15,7 +15,7 @@ import enum
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, WrapValidator
@@ -115,6 +115,17 @@ class TrainerConfig:
     """
 
     rules: ClassVar[tuple[Rule, ...]] = ()
+    takes_encoders: ClassVar[bool] = False  # sentence encoders that write nothing, too
+
+    def held(self, batch: int, text: int, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """What one process holds in a forward with gradients, a `grace_rl.train.held.Held`.
+
+        Args:
+            batch: Examples of it.
+            text: Tokens of the longest text.
+            rows: Of the data.
+        """
+        raise NotImplementedError
 
     def __post_init__(self) -> None:
         values = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from transformers import TrainingArguments
@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from grace_rl.data.false_negatives import FalseNegativeConfig
 from grace_rl.recipe.fields import Rule, TrainerConfig
 from grace_rl.train.gircse_terms import ICRConfig
+from grace_rl.train.held import PROMPT, Held
 
 
 def gircse_problems(config: GIRCSEConfig) -> Iterator[str]:
@@ -70,6 +71,15 @@ class GIRCSEConfig(TrainerConfig, TrainingArguments):
     dataloader_drop_last: bool = True
 
     rules: ClassVar[tuple[Rule, ...]] = (gircse_problems,)
+
+    def held(self, batch: int, text: int, rows: Sequence[Mapping[str, Any]]) -> Held:
+        """See `TrainerConfig.held`: a query, its positive and hard negatives, or a part of all."""
+        negatives = min(self.hard_negatives, max(len(row.get("negative") or []) for row in rows))
+        texts = batch * (2 + negatives)
+        texts = min(texts, self.mini_batch_size or texts)
+        prompt = PROMPT if self.query_prompt or self.passage_prompt else 0
+        tokens = min(text + prompt, self.max_text_tokens) + self.gircse_steps
+        return Held(texts, tokens, texts * self.gircse_steps, in_parts=True)
 
 
 def prompt_columns(prompt: str) -> set[str]:

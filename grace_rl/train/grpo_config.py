@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -17,6 +17,7 @@ from grace_rl.recipe.fields import Rule
 from grace_rl.recipe.methods import named
 from grace_rl.recipe.roles import Roles, batch_problems, default_roles, row_problems
 from grace_rl.reward.loading import LoadedReward, build_rewards, load_rewards
+from grace_rl.train.held import PROMPT, Held
 from grace_rl.train.reader_loss import ReaderLossConfig, reader_loss_problems
 from grace_rl.train.reading_config import ReadingConfig
 
@@ -83,6 +84,13 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
         """Optimizer steps that one generation batch serves."""
         batches = (self.steps_per_generation or 1) * self.num_iterations
         return max(1, batches // self.gradient_accumulation_steps)
+
+    def held(self, batch: int, text: int, rows: Sequence[Mapping[str, Any]]) -> Held:
+        """See `TrainerConfig.held`."""
+        tokens = text + PROMPT + (self.max_completion_length or 0)
+        if self.reader_loss and self.reader.span == "bottleneck":
+            tokens += self.max_completion_length or 0  # read again
+        return Held(batch, tokens)
 
 
 def plan(recipe: Recipe, args: GraceGRPOConfig, rows: list[dict[str, Any]]) -> Build:

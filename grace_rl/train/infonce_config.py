@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from sentence_transformers import SentenceTransformerTrainingArguments
@@ -13,6 +13,7 @@ from sentence_transformers.base.sampler import BatchSamplers
 from grace_rl.data.false_negatives import FalseNegativeConfig
 from grace_rl.recipe.fields import Rule, TrainerConfig
 from grace_rl.recipe.schema import Section
+from grace_rl.train.held import Held
 
 Pooling = Literal["mean", "last", "cls"]
 
@@ -79,6 +80,12 @@ class InfoNCEConfig(TrainerConfig, SentenceTransformerTrainingArguments):
     batch_sampler: BatchSamplers | str = field(default=BatchSamplers.NO_DUPLICATES)
 
     rules: ClassVar[tuple[Rule, ...]] = (infonce_problems,)
+    takes_encoders: ClassVar[bool] = True
+
+    def held(self, batch: int, text: int, rows: Sequence[Mapping[str, Any]]) -> Held:
+        """See `TrainerConfig.held`: a query, its positive and hard negatives, or a part of all."""
+        texts = batch * (2 + min(len(row.get("negative") or []) for row in rows))
+        return Held(min(texts, self.mini_batch_size or texts), text, in_parts=True)
 
     def __post_init__(self) -> None:
         if self.validation is not None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from transformers import TrainingArguments
 
 from grace_rl.recipe.fields import Rule
+from grace_rl.train.held import PROMPT, Held
 from grace_rl.train.reading_config import ReadingConfig
 
 Anchor = Literal["eos", "mean"]
@@ -78,3 +80,9 @@ class ReconstructionConfig(ReadingConfig, TrainingArguments):
     writing_dataset_rows: Annotated[int, Field(ge=1)] | None = None
 
     rules: ClassVar[tuple[Rule, ...]] = (reconstruction_problems, anchor_problems)
+
+    def held(self, batch: int, text: int, rows: Sequence[Mapping[str, Any]]) -> Held:
+        """See `TrainerConfig.held`: both sides are read, both are rebuilt, and some are written."""
+        tokens = text + (1 if self.reader.span == "bottleneck" else PROMPT)
+        written = math.ceil(batch * self.writing_share)
+        return Held(4 * batch + written, tokens, (2 * batch + written) * (text + 1))
