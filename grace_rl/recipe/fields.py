@@ -74,6 +74,7 @@ _RANGES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"ge": 1, "lt": 2**16}, "vllm_group_port vllm_server_port"),
     ({"ge": 2, "le": 2**20}, "num_generations"),
     ({"ge": -1}, "local_rank max_steps"),
+    ({"ge": -MOST}, "reward_weights"),
 )
 RANGES = {name: limits for limits, names in _RANGES for name in names.split()}
 
@@ -250,9 +251,11 @@ def plain(value: Any) -> Any:
 
 @functools.cache
 def _adapter(config: type, name: str) -> TypeAdapter[Any]:
-    kind = keys_of(config)[name]
-    if name not in own_defaults(config) or not config.__module__.startswith("grace_rl"):
+    kind: Any = keys_of(config)[name]
+    if name not in own_defaults(config):
         kind = _checked(kind, name)
+    elif section_in(kind) is None:
+        kind = Annotated[kind, BeforeValidator(exact)]
     section = isinstance(kind, type) and issubclass(kind, Section)
     return TypeAdapter(kind) if section else TypeAdapter(kind, config=CHECKS)
 

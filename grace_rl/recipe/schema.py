@@ -115,7 +115,7 @@ def exact(value: Any) -> Any:
     Raises:
         ValueError: With what it must be.
     """
-    if type(value) is int and abs(value) > MOST_EXACT:
+    if type(value) in (int, float) and abs(value) > MOST_EXACT:
         raise ValueError(f"must be at most 2^53 in size, not {shown(value)}")
     return value
 

@@ -74,13 +74,15 @@ class RecipeSource:
         path: The file.
         tree: Its content with the overrides applied.
         places: Where a key was written, by its path: `recipe.yaml:12`, or `--key` for an override.
-        problems: What could not be read.
+        problems: What could not be read, and what is wrong.
+        unreadable: Paths of values that could not be read; nothing more is said about them.
     """
 
     path: Path
     tree: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    unreadable: set[KeyPath] = field(default_factory=set)
 
     def problem(self, path: KeyPath, message: str) -> str:
         """`place: key: message`, with the place of the nearest enclosing key that was written."""
@@ -94,8 +96,9 @@ class RecipeSource:
         return f"{self.path}: {key}: {message}" if key else f"{self.path}: {message}"
 
     def add(self, path: KeyPath, message: str) -> None:
-        """One more problem."""
-        self.problems.append(self.problem(path, message))
+        """One more problem, unless the value could not be read: one mistake, one message."""
+        if not any(path[:length] in self.unreadable for length in range(1, len(path) + 1)):
+            self.problems.append(self.problem(path, message))
 
     def take(self, problems: Iterable[str]) -> None:
         """More problems, each beginning with a dotted key."""
@@ -258,9 +261,11 @@ def _scalar(node: yaml.Node, path: KeyPath, source: RecipeSource) -> Any:
         value = _Yaml12("").construct_object(node)  # type: ignore[no-untyped-call]
     except yaml.YAMLError as error:
         source.add(path, f"cannot be read: {getattr(error, 'problem', None) or error}")
+        source.unreadable.add(path)
         return None
     except ValueError as error:
         source.add(path, str(error))
+        source.unreadable.add(path)
         return None
     return str(Path(value).expanduser()) if str(value).startswith("~/") else value
 

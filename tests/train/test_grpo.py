@@ -236,12 +236,12 @@ def test_saved_model_encodes_as_the_trainer_does(build: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"per_device_train_batch_size": 6}, "must be a multiple of trained roles"),
-        ({"per_device_train_batch_size": 400}, "there are only 12"),
+        ({"per_device_train_batch_size": 6}, "^per_device_train_batch_size: "),
+        ({"per_device_train_batch_size": 400}, "^per_device_train_batch_size: .* there are 12"),
         ({"reader": {"span": "prefix"}}, "reader.span"),
         (
             {"num_iterations": 2, "save_strategy": "steps", "save_steps": 3},
-            "save_steps = 3 must be a multiple of the 2",
+            "^save_steps: ",
         ),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2"),
         ({"temperature": float("nan")}, "temperature = nan must be"),

@@ -327,8 +327,8 @@ def test_mistakes_are_reported_together(tmp_path: Path) -> None:
             gamma=1.5, vf_coef=0.0, kl_target=1.0, importance_sampling_level="sequence",
             loss_type="luspo", scale_rewards="batch", shaping={"gae_lambda": 0.5},
         )  # fmt: skip
-    keys = [problem.partition(":")[0] for problem in caught.value.problems]
-    assert keys == [
+    keys = {problem.partition(":")[0] for problem in caught.value.problems}
+    assert keys == {
         "critic", "kl_in", "gamma", "vf_coef", "kl_target", "scale_rewards", "shaping.gae_lambda",
         "importance_sampling_level", "loss_type",
-    ]  # fmt: skip
+    }  # fmt: skip

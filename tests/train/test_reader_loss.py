@@ -168,7 +168,7 @@ def test_ppo_and_an_adapter(build: Any, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"reader_loss": {"wieght": 1.0}}, "reader_loss.wieght: unknown key"),
-        ({"reader_loss": {"weight": 0}}, "reader_loss.weight: must be a number above 0"),
+        ({"reader_loss": {"weight": 0}}, "reader_loss.weight: must be above 0"),
         ({"reader_loss": {"temperature": "warm"}}, "reader_loss.temperature: must be"),
         ({"reader": {"weights": "frozen"}}, "nothing could learn to read"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
@@ -189,7 +189,5 @@ def test_a_recipe_says_where(tmp_path: Path) -> None:
     line = len(file.read_text(encoding="utf-8").splitlines())
     with pytest.raises(UserError) as error:
         load_recipe(file)
-    assert [p.partition(": must")[0].partition(": unknown")[0] for p in error.value.problems] == [
-        f"{file}:{line}: reader_loss.warmth",
-        f"{file}:{line}: reader_loss.weight",
-    ]
+    places = {p.partition(": must")[0].partition(": unknown")[0] for p in error.value.problems}
+    assert places == {f"{file}:{line}: reader_loss.{key}" for key in ("warmth", "weight")}
