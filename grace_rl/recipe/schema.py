@@ -137,11 +137,8 @@ def validated(kind: Any, values: Any, source: RecipeSource, path: KeyPath = ()) 
     try:
         return model.model_validate(values) if model else kind.validate_python(values)
     except ValidationError as error:
-        unread = tuple(source.problems)  # a value that could not be read is named already
         for inner, message in mistakes(error, values, model):
-            place = source.problem((*path, *inner), "")
-            if not any(problem.startswith(place) for problem in unread):
-                source.problems.append(place + message)
+            source.add((*path, *inner), message)
         return None
 
 
