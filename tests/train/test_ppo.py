@@ -164,7 +164,7 @@ def test_the_value_loss_reaches_the_policy_only_if_shared(
 
 
 def test_critic_has_a_learning_rate_of_its_own(build: Any, tmp_path: Path) -> None:
-    trainer = build(tmp_path, learning_rate=0.0)
+    trainer = build(tmp_path, learning_rate=1e-30)
     before = weights(trainer)
     trainer.train()
     moved = {name for name, p in weights(trainer).items() if not torch.equal(before[name], p)}
@@ -324,6 +324,7 @@ def test_mistakes_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         GracePPOConfig(
             output_dir=str(tmp_path), use_cpu=True, bf16=False, critic="sharde", kl_in="rewards",
+            per_device_train_batch_size=16,
             gamma=1.5, vf_coef=0.0, kl_target=1.0, importance_sampling_level="sequence",
             loss_type="luspo", scale_rewards="batch", shaping={"gae_lambda": 0.5},
         )  # fmt: skip
