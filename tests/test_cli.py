@@ -155,3 +155,11 @@ def test_a_dry_run_shows_no_secret(recipe, capsys):
     assert main(["train", recipe, "--dry-run", "--hub_token", secret]) == 0
     printed = capsys.readouterr()
     assert "hub_token" in printed.out and secret not in printed.out + printed.err
+
+
+def test_a_masked_secret_must_be_given_again(recipe, tmp_path, capsys):
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(SMALL + "hub_token: '********'\n", encoding="utf-8")
+    assert main(["check", str(kept)]) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if "hub_token" in one]
+    assert line.startswith(f"{kept}:10: hub_token")

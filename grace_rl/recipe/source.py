@@ -20,6 +20,7 @@ import yaml
 
 from grace_rl.errors import UserError
 from grace_rl.recipe.schema import KeyPath, dotted, exact, shown, split_key
+from grace_rl.run.secrets import masked_keys
 
 MOST_BYTES = 256 * 1024
 MOST_VALUES = 20_000
@@ -141,6 +142,9 @@ def read_source(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSource
     source.tree = _plain(node, source)
     for key, text in _split_overrides(overrides, source.problems):
         _override(source, key, text)
+    for place in masked_keys(source.tree):
+        told = "is masked, as a run keeps it; give the secret again, or take the key out"
+        source.problems.append(source.problem(place, told))
     return source
 
 
