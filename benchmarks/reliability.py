@@ -281,7 +281,11 @@ def run_result(run: Path) -> Any:
         {name: value for name, value in line.items() if not name.startswith(timed)}
         for line in read_metrics(run)
     ]
-    names = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.name != ".lock")
+    names = sorted(
+        str(path.relative_to(run))
+        for path in run.rglob("*")
+        if path.name != ".lock" and not path.name.startswith("traceback-")
+    )
     weights = file_digest(run / "model" / "model.safetensors")
     return weights, metrics, read_rollouts(run).to_pylist(), names
 
