@@ -14,9 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grace_rl.data import scenes
 from grace_rl.data.rows import read_rows
+from grace_rl.embed.encoder_module import Encoder
+from grace_rl.embed.loading import load_encoder
 from grace_rl.evaluate.comparison import Score, overriding
+from grace_rl.evaluate.scenes import score_policy
+from grace_rl.evaluate.tasks import load_tasks
+from grace_rl.evaluate.untrained import untrained_encoder
 from grace_rl.recipe import load_recipe
+from grace_rl.recipe.rows import DataConfig
+from grace_rl.rollout.policy import is_language_model, load_policy, read_config, resolve_model
+from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.run.files import write_json
 from grace_rl.run.records import read_metrics, read_status
 
@@ -54,10 +63,8 @@ def run_cell(folder: Path, train: Train) -> int:
         result["training"] = _training(read_metrics(run), summary)
         model = str(run / "model")
     if recipe is not None and not spec["train"]:
-        encoder = _untrained_encoder(recipe, folder)
+        encoder: Encoder = untrained_encoder(recipe, folder)
     else:
-        from grace_rl.embed.loading import load_encoder
-
         encoder = load_encoder(model)
     writes = encoder.writes_rationales and spec["rationale"] != "none"
     started = time.perf_counter()
@@ -84,41 +91,9 @@ def _training(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) 
     }
 
 
-def _untrained_encoder(recipe: Any, scratch: Path) -> Any:
-    """The recipe's policy as it is before any training, read as the recipe reads."""
-    from grace_rl.embed.encoder import RationaleEncoder
-    from grace_rl.embed.reader import Reader
-    from grace_rl.rollout.generator import end_token_ids
-    from grace_rl.rollout.policy import load_policy, resolve_model
-
-    config = recipe.config
-    model, tokenizer = load_policy(
-        resolve_model(recipe.model["model_name_or_path"], scratch, config.seed),
-        dtype="float32",
-    )
-    model.eval()
-    end_ids = end_token_ids(model.generation_config, tokenizer)
-    reader = Reader(config.reader, tokenizer, end_ids, model)
-    longest = config.max_completion_length
-    return RationaleEncoder(
-        model, tokenizer, _template(recipe, tokenizer), reader, end_ids, longest
-    )
-
-
-def _template(recipe: Any, tokenizer: Any) -> Any:
-    from grace_rl.rollout.prompts import PromptTemplate
-
-    keys = ("instruction", "max_text_tokens", "chat_template_kwargs")
-    return PromptTemplate(
-        tokenizer, **{key: recipe.training[key] for key in keys if key in recipe.training}
-    )
-
-
 def _scores(encoder: Any, spec: Mapping[str, Any], model: str | None) -> dict[str, Any]:
     score = Score(**spec["score"])
     if score.tasks is None:
-        from grace_rl.evaluate.scenes import score_policy
-
         rows, splits = score.rows, score.dataset_splits
         started = time.perf_counter()
         scores = score_policy(encoder, splits, rows, spec["rationale"])
@@ -127,7 +102,6 @@ def _scores(encoder: Any, spec: Mapping[str, Any], model: str | None) -> dict[st
         return {"scores": scores, "seconds_per_1000_texts": 1000 * seconds / texts}
     from grace_rl.evaluate.evaluation import evaluate_tasks
     from grace_rl.evaluate.mteb_encoder import MtebEncoder
-    from grace_rl.evaluate.tasks import load_tasks
 
     results = evaluate_tasks(
         MtebEncoder(encoder, rationale=spec["rationale"]), load_tasks(score.tasks)
@@ -151,33 +125,18 @@ def _perplexity(
     Scenes: the canonical rationales of test rows, each after its text's prompt. Elsewhere the texts
     of the file `held_out`.
     """
-    from grace_rl.data import scenes
-    from grace_rl.data.rows import read_rows
-    from grace_rl.recipe.rows import DataConfig
-    from grace_rl.rollout.policy import (
-        is_language_model,
-        load_policy,
-        read_config,
-        resolve_model,
-    )
-    from grace_rl.rollout.prompts import PromptTemplate
-
     path = model or resolve_model(
         recipe.model["model_name_or_path"], scratch, recipe.training.get("seed", 0)
     )
     of_scenes = recipe.data.dataset_name == "scenes"
-    if not is_language_model(read_config(path)):
-        return None
-    if not of_scenes and held_out is None:
+    if not is_language_model(read_config(path)) or (held_out is None and not of_scenes):
         return None
     policy, tokenizer = load_policy(path, dtype="float32")
-    if of_scenes:
+    if of_scenes or held_out is None:
         template = PromptTemplate(tokenizer, None)
         rows = scenes.rows("test", "triplet", HELD_OUT_ROWS, 1)
         pairs = [(template.render(row["query"]).token_ids, row["rationale"]) for row in rows]
     else:
-        if held_out is None:
-            raise RuntimeError("held_out must be there")
         texts = read_rows(DataConfig(dataset_name=held_out, rows=HELD_OUT_ROWS))
         pairs = [([], row.get("text") or row["query"]) for row in texts]
     return perplexity(policy, tokenizer, pairs)

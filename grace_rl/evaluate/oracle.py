@@ -20,12 +20,10 @@ from torch.nn.functional import normalize
 from grace_rl.data import scenes
 from grace_rl.data.rows import read_rows
 from grace_rl.data.scenes.rationales import RationaleForm
-from grace_rl.embed.reader import Reader, ReaderConfig, Written
+from grace_rl.embed.reader import Reader, ReaderConfig
 from grace_rl.embed.similarity import retrieval_scores
 from grace_rl.errors import UserError
-from grace_rl.rollout.generator import end_token_ids
-from grace_rl.rollout.policy import load_policy, resolve_model
-from grace_rl.rollout.prompts import PromptTemplate
+from grace_rl.evaluate.untrained import untrained_encoder
 from grace_rl.run.screen import Screen
 
 if TYPE_CHECKING:
@@ -78,30 +76,14 @@ def oracle_scores(recipe: Recipe) -> dict[str, dict[str, dict[str, float]]]:
     if own.reads_with_language_model and own not in readers.values():
         readers["recipe's reader"] = own
     with tempfile.TemporaryDirectory() as scratch:
-        path = resolve_model(recipe.model["model_name_or_path"], Path(scratch))
-        model, tokenizer = load_policy(path)
-        model.eval()
-    template = PromptTemplate(
-        tokenizer,
-        **{
-            k: recipe.training[k]
-            for k in ("instruction", "max_text_tokens")
-            if k in recipe.training
-        },
-        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
-    )
-    prompts = [template.render(text) for text in _texts(rows)]
-    end_ids = end_token_ids(model.generation_config, tokenizer)
+        policy = untrained_encoder(recipe, Path(scratch), READERS["bottleneck"])
+    texts = _texts(rows)
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for name, rationales in forced.items():
-        ids = tokenizer(rationales, add_special_tokens=False)["input_ids"]
-        written = [
-            Written(prompt, [*row, end_ids[0]], rationale)
-            for prompt, row, rationale in zip(prompts, ids, rationales, strict=True)
-        ]
+        written = policy.written(rationales, texts)
         scores[name] = {}
         for reader_name, config in readers.items():
-            raw = Reader(config, tokenizer, end_ids, model).read(written)
+            raw = Reader(config, policy.tokenizer, policy.end_ids, policy.model).read(written)
             vectors = normalize(raw - raw.mean(0) if config.centre else raw, dim=-1)
             scores[name][reader_name] = retrieval_scores(*vectors.chunk(3))
     return scores
