@@ -31,6 +31,7 @@ from trl.trainer.utils import create_model_from_path
 
 from grace_rl.data import scenes
 from grace_rl.errors import UserError, reading
+from grace_rl.run.zero import outside_zero3
 
 SCENES_COLD_START = "scenes"
 SCENES_UNTRAINED = "scenes/untrained"
@@ -156,9 +157,9 @@ def outline_policy(path: str | Path, **keywords: Any) -> Outline:
 
 def _without_weights(path: str | Path, config: Any, keywords: dict[str, Any]) -> PreTrainedModel:
     if not Path(path).is_dir() or getattr(config, "quantization_config", None) is not None:
-        with reading(path, "config.json"), torch.device("meta"):
+        with reading(path, "config.json"), outside_zero3(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    with reading(path, "the weights"), _quiet():
+    with reading(path, "the weights"), outside_zero3(), _quiet():
         model, found = AutoModelForCausalLM.from_pretrained(
             path,
             device_map="meta",
