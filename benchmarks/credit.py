@@ -571,7 +571,7 @@ def overhead(options: argparse.Namespace, console: Console) -> int:
     torch.set_num_threads(1)
     names = {"plain": "GRPO", "step-wise": "lambda 0.9 calibrated"}
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"learning_rate": 0.0, "max_steps": 10_000}
+        settings = {"learning_rate": 1e-30, "max_steps": 10_000}
         plain = ["--rewards", f"[{CONTRASTIVE}, {LENGTH}]"]
         ROWS["GRPO"] = (PLAIN, plain)  # without watching prefixes
         trainers = {
