@@ -14,6 +14,7 @@ import torch
 
 from grace_rl.data import scenes
 from grace_rl.embed.reader import ReaderConfig
+from grace_rl.embed.reading_config import ReadingConfig
 from grace_rl.launch.lines import Launch
 from grace_rl.rollout.policy import (
     SCENES_UNTRAINED,
@@ -24,7 +25,6 @@ from grace_rl.rollout.policy import (
     resolve_model,
 )
 from grace_rl.rollout.prompts import PromptTemplate
-from grace_rl.train.reading_config import ReadingConfig
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe

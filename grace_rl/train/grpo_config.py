@@ -12,6 +12,7 @@ from trl import GRPOConfig
 from grace_rl.credit.segments import ShapingConfig, shaping_problems
 from grace_rl.data.bundles import Bundles, parse_roles
 from grace_rl.data.false_negatives import FalseNegativeConfig
+from grace_rl.embed.reading_config import ReadingConfig
 from grace_rl.errors import UserError
 from grace_rl.recipe.fields import Rule
 from grace_rl.recipe.methods import named
@@ -19,7 +20,6 @@ from grace_rl.recipe.roles import Roles, batch_problems, default_roles, row_prob
 from grace_rl.reward.loading import LoadedReward, build_rewards, load_rewards
 from grace_rl.train.held import PROMPT, Held
 from grace_rl.train.reader_loss import ReaderLossConfig, reader_loss_problems
-from grace_rl.train.reading_config import ReadingConfig
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe

@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from transformers import TrainingArguments
 
+from grace_rl.embed.reading_config import ReadingConfig
 from grace_rl.recipe.fields import Rule
 from grace_rl.train.held import PROMPT, Held
-from grace_rl.train.reading_config import ReadingConfig
 
 Anchor = Literal["eos", "mean"]
 POOLS = {"eos": "last", "mean": "mean"}

@@ -8,8 +8,8 @@ from typing import Any
 
 from trl import SFTConfig
 
+from grace_rl.embed.reading_config import ReadingConfig
 from grace_rl.train.held import PROMPT, Held
-from grace_rl.train.reading_config import ReadingConfig
 
 
 @dataclass
