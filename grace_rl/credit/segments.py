@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -28,8 +28,10 @@ from torch import Tensor
 
 from grace_rl.errors import UserError
 from grace_rl.recipe.schema import Section
-from grace_rl.reward.loading import LoadedReward
 from grace_rl.rollout.groups import group_counts, group_means, group_sums
+
+if TYPE_CHECKING:
+    from grace_rl.reward.loading import LoadedReward
 
 EPSILON = 1e-4  # added to the standard deviation, as in TRL
 
