@@ -16,13 +16,14 @@ import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 
 ANSWERS = 1.0  # seconds after which an event loop that does not answer is blocked
+LOOKS_UP = 1.0  # seconds after which whoever waits sees a signal that another thread received
 
 
 class Calls:
@@ -140,10 +141,15 @@ class _Loop:
 
 
 def _result(future: Future[Any], began: float, limit: float | None) -> Any:
-    try:
-        return future.result(None if limit is None else max(0.0, began + limit - time.monotonic()))
-    except TimeoutError:
-        raise TimeoutError(f"no answer within {limit:g} s") from None
+    """What it answers. The waiting thread looks up now and then: a signal can reach another one,
+    and Python handles it in the main thread only."""
+    end = math.inf if limit is None else began + limit
+    while not future.done():
+        left = end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"no answer within {limit:g} s")
+        wait([future], min(left, LOOKS_UP))
+    return future.result()
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
