@@ -84,7 +84,7 @@ def rows(draw: random.Random, folder: Path) -> Made:
     if suffix == ".csv":
         text = "query,positive\n" + "".join(f'"{_text(draw)}",b\n' for _ in made)
     _write(draw, path, text, damage=0.4)
-    return (lambda: read_rows(DataConfig(str(path)))), ""
+    return (lambda: read_rows(DataConfig(dataset_name=str(path)))), ""
 
 
 def tasks(draw: random.Random, folder: Path) -> Made:

@@ -57,19 +57,19 @@ def test_help_names_the_verbs_and_how_to_find_keys():
 
 
 def test_a_mistake_is_a_line_each_on_stderr_and_exit_code_2(recipe):
-    result = run("train", recipe, "--lerning_rate", "1", "--beta", "-0.1", "--max_steps", "many")
+    result = run("train", recipe, "--lerning_rate", "1", "--beta", "0.1", "--max_steps", "many")
     assert result.returncode == 2 and result.stdout == ""
     assert "--lerning_rate: unknown key; did you mean learning_rate?" in result.stderr
     assert "--max_steps: must be a whole number" in result.stderr
-    assert "beta" not in result.stderr and "Traceback" not in result.stderr
+    assert "--beta" not in result.stderr and "Traceback" not in result.stderr
 
 
 def test_dry_run_prints_the_resolved_recipe_and_the_plan(recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", recipe, "--dry-run", "--beta", "-0.1"]) == 0
+    assert main(["train", recipe, "--dry-run", "--beta", "0.1"]) == 0
     printed = capsys.readouterr().out
     tree = yaml.safe_load(printed)  # the plan is comments
-    assert tree["beta"] == -0.1 and tree["output_dir"] == "runs/mine" and tree["roles"]
+    assert tree["beta"] == 0.1 and tree["output_dir"] == "runs/mine" and tree["roles"]
     assert "2 rows x 2 trained roles (query, positive)" in printed and "8 rows" in printed
     assert not (tmp_path / "runs").exists()
 

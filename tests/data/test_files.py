@@ -43,7 +43,7 @@ def test_every_reader_takes_every_form(tmp_path: Path, name: str, content: bytes
     path.write_bytes(content)
     texts = ["a", LONG, "c"]
     assert [record["text"] for _, record in file_records(path)] == texts
-    assert [row["text"] for row in read_rows(DataConfig(str(path)))] == texts
+    assert [row["text"] for row in read_rows(DataConfig(dataset_name=str(path)))] == texts
     assert [row["text"] for row in TextSource(path).rows()] == texts
 
 
@@ -53,7 +53,7 @@ def test_pandas_and_nested_columns_are_read(tmp_path: Path) -> None:
     (first, second) = file_records(tmp_path / "a.parquet")
     assert first[1]["more"] == {"x": [1]} and second[0].endswith("row 2")
     assert [row["id"] for row in TextSource(tmp_path / "a.parquet").rows()] == [0, 1]
-    assert len(read_rows(DataConfig(str(tmp_path / "a.parquet")))) == 2
+    assert len(read_rows(DataConfig(dataset_name=str(tmp_path / "a.parquet")))) == 2
     table = pa.table({"text": pa.array(["a", "b"]).dictionary_encode(), "id": [None, None]})
     pq.write_table(table, tmp_path / "b.parquet")
     assert [row["id"] for row in TextSource(tmp_path / "b.parquet").rows()] == [0, 1]
@@ -76,7 +76,7 @@ def test_a_bad_record_has_the_line_where_it_begins(
     path.write_text(content, encoding="utf-8")
     bad = [place for place, record in file_records(path) if isinstance(record, str)]
     assert bad == [f"{path}:{line}"]
-    for read in (lambda: read_rows(DataConfig(str(path))), TextSource(path).check):
+    for read in (lambda: read_rows(DataConfig(dataset_name=str(path))), TextSource(path).check):
         with pytest.raises(UserError) as error:
             read()  # type: ignore[operator]
         assert error.value.problems[0].startswith(f"{path}:{line}: ")
@@ -113,7 +113,7 @@ def test_null_is_null_in_every_form(tmp_path: Path) -> None:
     frame.to_parquet(tmp_path / "a.parquet")
     rows: list[Any] = []
     for name in ("a.jsonl", "a.csv", "a.parquet"):
-        rows += read_rows(DataConfig(str(tmp_path / name)))
+        rows += read_rows(DataConfig(dataset_name=str(tmp_path / name)))
     assert rows == [{"query": "a", "positive": "b", "negative": []}] * 3
 
 

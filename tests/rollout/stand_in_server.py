@@ -165,7 +165,9 @@ def without_nccl(patch: Any) -> Iterator[None]:
 
     from trl.generation import vllm_client
 
-    from grace_rl.rollout import server
+    from grace_rl.rollout import engines, server
+
+    engines._give_trl_vllm()  # before the patches: it loads TRL's modules once more
 
     def join(client: Any, device: Any = 0) -> None:
         client._post(f"{client.base_url}/init_weight_transfer_engine", json={"init_info": {}})
@@ -176,6 +178,6 @@ def without_nccl(patch: Any) -> Iterator[None]:
             pass
 
     patch.setattr(vllm_client.VLLMClient, "init_communicator", join)
-    patch.setattr(vllm_client, "packed_nccl_broadcast_producer", broadcast)
+    patch.setattr(vllm_client, "packed_nccl_broadcast_producer", broadcast, raising=False)
     patch.setattr(server, "_can_push", lambda device: True)
     yield
