@@ -18,7 +18,6 @@ order. `ends` are the (W, K+1) numbers of tokens before each cut, from
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -293,7 +292,3 @@ def to_tokens(credit: Tensor, ends: Tensor, length: int) -> Tensor:
     number = torch.searchsorted(ends[:, 1:].contiguous(), position, right=True)  # (W, length)
     padded = torch.cat([credit, torch.zeros_like(credit[:, :1])], dim=1)
     return padded.gather(1, number)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

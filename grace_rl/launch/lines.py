@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from grace_rl.errors import UserError
@@ -226,8 +227,6 @@ def counted(processes: int) -> Iterator[None]:
 
 
 def _interrupt_below(pid: int) -> None:
-    import psutil
-
     try:
         below = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from trl import get_peft_config
+
 from grace_rl.errors import Finding, UserError
 from grace_rl.launch.memory import (
     GIB,
@@ -25,6 +27,7 @@ from grace_rl.launch.memory import (
 from grace_rl.launch.model_looks import adapter
 from grace_rl.launch.plan import memory_plan
 from grace_rl.launch.subject import Subject
+from grace_rl.rollout.server import server_problems, server_url
 from grace_rl.run.versions import installed_versions, untested
 
 PORT = 29500  # where the processes of one machine meet, by default
@@ -93,8 +96,6 @@ def shape_of(subject: Subject) -> ModelShape:
     Raises:
         UserError: PEFT cannot adapt it so.
     """
-    from trl import get_peft_config
-
     if subject.policy is None:
         raise RuntimeError("subject.policy must be there")
     try:
@@ -143,8 +144,6 @@ def engine(subject: Subject) -> Iterator[Finding]:
     if not getattr(args, "use_vllm", False):
         return
     if args.vllm_mode == "server":
-        from grace_rl.rollout.server import server_problems, server_url
-
         url, model = server_url(args), subject.place
         wrong = server_problems(url, model, args.max_text_tokens + args.max_completion_length)
         if not wrong:

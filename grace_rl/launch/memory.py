@@ -19,6 +19,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from peft import get_peft_model
+
 from grace_rl.embed.hidden_states import decoder_stack
 
 GIB = 2**30
@@ -110,8 +112,6 @@ def model_shape(model: Any, peft_config: Any = None) -> ModelShape:
     Raises:
         ValueError: The adapter does not fit the model.
     """
-    from peft import get_peft_model
-
     stack = sum(p.numel() for p in decoder_stack(model).parameters())
     parameters = trained = sum(p.numel() for p in model.parameters())
     text = model.config.get_text_config()

@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grace_rl.recipe.fields as fields
 from grace_rl.errors import UserError
-from grace_rl.recipe import fields
 from grace_rl.recipe.methods import METHODS, named
 from grace_rl.recipe.requirements import file_problems, kwargs_problems, package_problems
 from grace_rl.recipe.roles import batch_size, row_problems, rows_per_batch, trained_roles

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -280,7 +281,6 @@ class VLLMGenerator:
                 # A prompt in parts would rewind its generator, which those of the CPU cannot.
                 keywords |= {"enforce_eager": True, "enable_chunked_prefill": False}
                 keywords.pop("gpu_memory_utilization", None)
-            from transformers import AutoConfig
             from vllm import LLM
 
             text = AutoConfig.from_pretrained(self.path).get_text_config()

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.modules import Transformer
@@ -324,15 +325,11 @@ class InfoNCETrainer(TokenCount, CheckpointMixin, SentenceTransformerTrainer):
             saved = type(self.whole).from_pretrained(resume_from_checkpoint, dtype=self.whole.dtype)
             self.whole.load_state_dict(saved.state_dict())
         else:
-            from peft import load_peft_weights, set_peft_model_state_dict
-
             set_peft_model_state_dict(self._adapter, load_peft_weights(resume_from_checkpoint))
 
 
 def _with_adapter(whole: nn.Module, peft_config: Any, is_encoder: bool) -> Any:
     """The PEFT model around `whole`, whose layers get the adapter's in place."""
-    from peft import get_peft_model
-
     if is_encoder:
         peft_config.task_type = None  # TRL's configs say CAUSAL_LM
     return get_peft_model(whole, peft_config)  # type: ignore[arg-type]

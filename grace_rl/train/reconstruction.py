@@ -35,6 +35,7 @@ from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader, Written
 from grace_rl.embed.settings import RationaleMode
 from grace_rl.errors import UserError
+from grace_rl.recipe.rows import DataConfig
 from grace_rl.rollout.generator import end_token_ids
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.run.checkpoints import CheckpointMixin
@@ -83,8 +84,6 @@ def writing_examples(
         UserError: The file that `writing_dataset_name` names is bad.
     """
     if args.writing_dataset_name is not None:
-        from grace_rl.recipe.rows import DataConfig
-
         data = DataConfig(dataset_name=args.writing_dataset_name, rows=args.writing_dataset_rows)
         rows = read_rows(data)
     rationales, _ = sft_examples(rows)

@@ -15,6 +15,8 @@ import time
 from types import FrameType
 from typing import Any
 
+import torch
+from accelerate.utils import reduce
 from rich.console import Console
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -161,9 +163,6 @@ def any_process(flag: bool, args: TrainingArguments) -> bool:
     """Whether the flag is set on any process; all must ask."""
     if args.world_size <= 1:
         return flag
-    import torch
-    from accelerate.utils import reduce
-
     return bool(reduce(torch.tensor(float(flag), device=args.device), "sum").item())
 
 

@@ -67,45 +67,39 @@ def rows(
     Raises:
         UserError: An unknown split or form, or a number out of range.
     """
-    _check(
-        split,
-        form,
-        count,
-        clean_rows,
-        facts,
-        {"copied": copied, "ordered": ordered, "filler": filler},
-    )
-    made: list[dict[str, Any]] = []
+    shares = {"copied": copied, "ordered": ordered, "filler": filler}
+    _check(split, form, count, clean_rows, facts, shares)
+    noise = {"facts": facts, **shares}
+    made = []
     for index in range(count):
         # A generator of its own for each row (seeding with a string does not depend on Python's
         # hash) keeps rows where they are when the count or the form changes.
         rng = random.Random(f"scenes {split} {seed} {index}")
-        if form == "sft":
-            scene = random_scene(split, rng)
-            text = render(scene, rng, transfer=None).text
-            if index < clean_rows:
-                rationale = reference_rationale(scene)
-            else:
-                rationale = reference_rationale(
-                    scene,
-                    form="noisy",
-                    rng=rng,
-                    text=text,
-                    facts=facts,
-                    copied=copied,
-                    ordered=ordered,
-                    filler=filler,
-                )
-            made.append({"text": text, "rationale": rationale})
-        elif form == "unsupervised":
-            scene = random_scene(split, rng)
-            text = render(scene, rng, transfer=split == "transfer").text
-            made.append({"text": text, "scene": scene, "rationale": reference_rationale(scene)})
-        elif form == "pair":
-            made.append(_graded_pair(split, rng))
-        else:
-            made.append(_supervised_row(split, form, rng))
+        made.append(_row(split, form, rng, {} if index < clean_rows else noise))
     return made
+
+
+def _row(split: Split, form: Form, rng: random.Random, noise: dict[str, Any]) -> dict[str, Any]:
+    if form == "sft":
+        return _cold_start_row(split, rng, noise)
+    if form == "pair":
+        return _graded_pair(split, rng)
+    if form != "unsupervised":
+        return _supervised_row(split, form, rng)
+    scene = random_scene(split, rng)
+    text = render(scene, rng, transfer=split == "transfer").text
+    return {"text": text, "scene": scene, "rationale": reference_rationale(scene)}
+
+
+def _cold_start_row(split: Split, rng: random.Random, noise: dict[str, Any]) -> dict[str, Any]:
+    """A text and its reference; canonical without noise."""
+    scene = random_scene(split, rng)
+    text = render(scene, rng, transfer=None).text
+    if noise:
+        rationale = reference_rationale(scene, form="noisy", rng=rng, text=text, **noise)
+    else:
+        rationale = reference_rationale(scene)
+    return {"text": text, "rationale": rationale}
 
 
 def _graded_pair(split: Split, rng: random.Random) -> dict[str, Any]:
