@@ -79,8 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands[options.command]
     if rest and not command.RECIPE_OVERRIDES:
         _refuse(parsers[options.command], rest)
-    with _sigterm_like_ctrl_c():
-        return _run(command, options, rest)
+    try:
+        with _sigterm_like_ctrl_c():
+            return _run(command, options, rest)
+    except KeyboardInterrupt:  # while it was told what had happened
+        return INTERRUPTED
 
 
 def _run(command: Any, options: argparse.Namespace, rest: list[str]) -> int:
