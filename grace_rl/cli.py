@@ -32,7 +32,7 @@ from typing import Any
 
 from grace_rl import __version__
 from grace_rl.errors import Crash, UserError
-from grace_rl.run.printing import forgive_encoding, say, shown
+from grace_rl.run.printing import forgive_encoding, nobody_reads, say, shown
 from grace_rl.run.secrets import masked_text
 
 COMMANDS = (
@@ -79,8 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands[options.command]
     if rest and not command.RECIPE_OVERRIDES:
         _refuse(parsers[options.command], rest)
-    with _sigterm_like_ctrl_c():
-        return _run(command, options, rest)
+    try:
+        with _sigterm_like_ctrl_c():
+            return _run(command, options, rest)
+    except KeyboardInterrupt:  # while it was told what had happened
+        return INTERRUPTED
 
 
 def _run(command: Any, options: argparse.Namespace, rest: list[str]) -> int:
@@ -93,11 +96,12 @@ def _run(command: Any, options: argparse.Namespace, rest: list[str]) -> int:
     except KeyboardInterrupt:
         say("interrupted", error=True)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return INTERRUPTED
     except Exception as error:
         cause = error.__cause__ if isinstance(error, Crash) and error.__cause__ else error
+        if isinstance(cause, BrokenPipeError):  # of what others print
+            nobody_reads(sys.stdout)
+            nobody_reads(sys.stderr)
+            return INTERRUPTED
         if isinstance(cause, OSError) and cause.errno in DISK + PLACE:
             say(f"{cause.filename or 'writing'}: {cause.strerror}", error=True)
             return USER_ERROR

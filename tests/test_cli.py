@@ -163,3 +163,16 @@ def test_a_masked_secret_must_be_given_again(recipe, tmp_path, capsys):
     assert main(["check", str(kept)]) == 2
     (line,) = [one for one in capsys.readouterr().err.splitlines() if "hub_token" in one]
     assert line.startswith(f"{kept}:10: hub_token")
+
+
+def test_a_reader_that_has_seen_enough_changes_no_exit_code(recipe):
+    """As with `| head`: by plain prints and by tables, to stdout and to stderr."""
+    for code, *words in ((0, "rewards", "list"), (0, "train", recipe, "--dry-run"), (2, "check")):
+        reader, writer = os.pipe()
+        os.close(reader)
+        told = subprocess.run(
+            [sys.executable, "-m", "grace_rl", *words], stdout=writer, stderr=subprocess.PIPE
+        )
+        os.close(writer)
+        assert told.returncode == code, told.stderr
+        assert b"Traceback" not in told.stderr and b"BrokenPipe" not in told.stderr

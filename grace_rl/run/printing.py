@@ -8,7 +8,10 @@ Cheap to import; `grace_rl.run.screen` is the same door for tables and bars.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from typing import TextIO
 
 from grace_rl.run.secrets import masked_text
 
@@ -32,8 +35,19 @@ def shown(text: str) -> str:
 def say(text: object, *, error: bool = False) -> None:
     """Print a line to stdout, or to stderr, in one write: several processes may speak at once."""
     stream = sys.stderr if error else sys.stdout
-    stream.write(shown(str(text)) + "\n")
-    stream.flush()
+    try:
+        stream.write(shown(str(text)) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        nobody_reads(stream)
+
+
+def nobody_reads(stream: TextIO) -> None:
+    """Whoever read this stream has seen enough (`| head`): the work goes on, unread."""
+    with contextlib.suppress(OSError):  # no file behind it
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def forgive_encoding() -> None:

@@ -26,6 +26,8 @@ import torch
 
 from grace_rl.errors import UserError
 
+# What gloo says, in a RuntimeError of no kind of its own.
+LOST = ("/gloo/", "Connection closed by peer", "Connection reset by peer")
 PARTING = timedelta(seconds=5)  # how long a process waits for the others at its end
 
 
@@ -99,6 +101,18 @@ def agree(problem: str | Sequence[str] | None, processes: int) -> None:
         problems = list(dict.fromkeys(gather_object(problems)))
     if problems:
         raise UserError(problems)
+
+
+def left_by_others(error: BaseException) -> bool:
+    """Whether this is how a process learns that another one of its run has ended or hangs."""
+    told: BaseException | None = error
+    while told is not None:
+        if isinstance(told, torch.distributed.DistError):
+            return True
+        if isinstance(told, RuntimeError) and any(sign in str(told) for sign in LOST):
+            return True
+        told = told.__cause__ or told.__context__
+    return False
 
 
 def part_at_exit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import (
@@ -13,7 +14,7 @@ from rich.console import (
 )
 from rich.segment import Segment
 
-from grace_rl.run.printing import shown
+from grace_rl.run.printing import nobody_reads, shown
 
 
 class Screen(Console):
@@ -30,6 +31,10 @@ class Screen(Console):
         if objects and all(isinstance(one, str) for one in objects):
             options = {"markup": False, "highlight": False, "soft_wrap": True} | options
         super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        """rich would end the program."""
+        nobody_reads(sys.stderr if self.stderr else sys.stdout)
 
 
 class _Door(RenderHook):

@@ -22,7 +22,7 @@ from grace_rl.rollout.server import ServerLost, require_server
 from grace_rl.run.directory import RunDirectory
 from grace_rl.run.environment import command_line
 from grace_rl.run.identity import input_digests, rows_digest
-from grace_rl.run.processes import join_processes
+from grace_rl.run.processes import join_processes, left_by_others
 from grace_rl.run.recipe_differences import may_change
 from grace_rl.run.screen import Screen
 from grace_rl.run.zero import whole_policy
@@ -109,6 +109,11 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
             console.print(f"Ended at once: {run.saved()}.")
         raise
     except Exception as error:
+        if PartialState().num_processes > 1 and left_by_others(error):
+            raise UserError(
+                f"process {PartialState().process_index} lost the others: one of them ended or "
+                f"does not answer, and says why itself unless it was killed; {run.saved()}"
+            ) from error
         raise Crash(run.path, f"What there is: {run.saved()}") from error
     finally:
         run.close()

@@ -26,10 +26,23 @@ except UserError as error:
     assert error.problems == ["a full disk"]
 else:
     sys.exit("no error")
+import os
+from grace_rl.run.processes import left_by_others
+assert not left_by_others(RuntimeError("a bug"))
+if args.process_index:
+    os._exit(0)  # as if killed
+try:
+    agree(None, 2)
+except RuntimeError as error:
+    assert left_by_others(error), error
+    assert left_by_others(ValueError("told on")) is False
+else:
+    sys.exit("no error")
+os._exit(0)
 """
 
 
-def test_ddp_timeout_reaches_gloo_and_processes_fail_alike(tmp_path) -> None:
+def test_ddp_timeout_reaches_gloo_and_processes_fail_alike_or_know_who_is_left(tmp_path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
