@@ -167,11 +167,7 @@ def test_critic_has_a_learning_rate_of_its_own(build: Any, tmp_path: Path) -> No
     trainer = build(tmp_path, learning_rate=1e-30)
     before = weights(trainer)
     trainer.train()
-    moved = {
-        name
-        for name, p in weights(trainer).items()
-        if (before[name] - p).abs().max() > 1e-12
-    }
+    moved = {name for name, p in weights(trainer).items() if (before[name] - p).abs().max() > 1e-12}
     assert moved == {"value_model.head.weight", "value_model.head.bias"}
     trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(trained) == len({id(p) for p in trained}) == len(before)
