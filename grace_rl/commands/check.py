@@ -40,9 +40,10 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     processes = launch.processes if launch else options.num_processes or 1
     with counted(processes):
         recipe = load(options.recipe, overrides)
-    recipes = [recipe]
     if isinstance(recipe, Chain):
         recipes = [stage.stand_in for stage in recipe.stages if stage.stand_in is not None]
+    else:
+        recipes = [recipe]
     if options.oracle:
         from grace_rl.evaluate.oracle import print_oracle_table
 

@@ -160,13 +160,14 @@ def _without_weights(path: str | Path, config: Any, keywords: dict[str, Any]) ->
         with reading(path, "config.json"), outside_zero3(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     with reading(path, "the weights"), outside_zero3(), _quiet():
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             device_map="meta",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, each with its shapes
             **keywords,
         )
+    model, found = loaded
     wrong = [
         f"{name} is {list(stored)} in its file and {list(built)} by config.json"
         for name, stored, built in sorted(found["mismatched_keys"])
