@@ -113,3 +113,38 @@ def test_shipped_rewards_are_found_not_imported() -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         at_once = {ast.unparse(node) for node in tree.body}
         assert not any("grace_rl_rewards" in line for line in at_once if "import" in line[:7])
+
+
+def test_names_for_type_checkers_are_used_by_them_only() -> None:
+    """A linter takes such an import for the real one; at run time it is a NameError."""
+    wrong = []
+    for path in modules().values():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = list(ast.walk(tree))
+        branches = [n for n in nodes if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n)]
+        inside = {id(inner) for branch in branches for inner in ast.walk(branch)}
+        imported = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+        known = {
+            alias.asname or alias.name
+            for node in imported
+            if id(node) not in inside
+            for alias in node.names
+        }
+        known |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        typed = {
+            alias.asname or alias.name
+            for node in imported
+            if id(node) in inside
+            for alias in node.names
+        } - known
+        hints = [getattr(n, "annotation", None) or getattr(n, "returns", None) for n in nodes]
+        notes = {id(inner) for hint in hints if hint for inner in ast.walk(hint)}
+        wrong += [
+            f"{path.name}:{node.lineno}: {node.id}"
+            for node in nodes
+            if isinstance(node, ast.Name)
+            and node.id in typed
+            and id(node) not in notes
+            and id(node) not in inside
+        ]
+    assert wrong == []

@@ -86,6 +86,7 @@ _LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 _IMPORTANCE = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 _GRPO_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 CHOICES: dict[str, tuple[str, ...]] = {
+    "cache_implementation": ("dynamic", "static", "offloaded", "offloaded_static", "quantized"),
     "bnb_4bit_quant_type": ("nf4", "fp4"),
     "ddp_backend": ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -99,6 +100,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "pad_to_multiple_of": ("auto",),
     "report_to": _LOGGERS,
     "scale_rewards": ("group", "batch", "none"),
+    "torch_compile_backend": ("inductor", "eager", "aot_eager", "cudagraphs", "openxla", "tvm"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
     "truncation_mode": ("keep_start", "keep_end"),
     "vllm_importance_sampling_mode": _IMPORTANCE,

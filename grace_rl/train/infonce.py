@@ -42,6 +42,7 @@ from grace_rl.embed.hidden_states import decoder_stack
 from grace_rl.embed.sentence_encoder import SentenceEncoder
 from grace_rl.embed.similarity import TIE
 from grace_rl.errors import UserError
+from grace_rl.recipe.rows import DataConfig
 from grace_rl.rollout.policy import is_language_model, read_config
 from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.guided_infonce import CachedGuidedInfoNCE, GuidedInfoNCE, Marks, row_numbers
@@ -51,7 +52,6 @@ from grace_rl.train.token_count import TokenCount
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
-    from grace_rl.recipe.rows import DataConfig
 
 POOLING_MODES = {"mean": "mean", "last": "lasttoken", "cls": "cls"}
 
