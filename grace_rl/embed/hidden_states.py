@@ -132,15 +132,24 @@ def tap_layers(
     wanted = layer_numbers(layers, len(blocks))
     places = {id(blocks[layer]): layer for layer in wanted if layer < len(blocks)}
     for layer in wanted:
-        if layer < len(blocks) and _keep_input not in blocks[layer]._forward_pre_hooks.values():
+        if layer < len(blocks) and not _is_last(_keep_input, blocks[layer]._forward_pre_hooks):
             blocks[layer].register_forward_pre_hook(_keep_input, with_kwargs=True)
-    if _finish not in stack._forward_hooks.values():
+    if not _is_last(_finish, stack._forward_hooks):
         stack.register_forward_hook(_finish)
     token = _TAP.set(_Tap(stack, wanted, len(blocks), places, receive))
     try:
         yield
     finally:
         _TAP.reset(token)
+
+
+def _is_last(hook: Callable[..., None], hooks: dict[int, Any]) -> bool:
+    """Whether a hook is there, after all others: it must see what DeepSpeed's make of a tensor, on
+    every process alike. DeepSpeed puts its own anew whenever a policy was used as a whole."""
+    number = next((key for key, one in hooks.items() if one is hook), None)
+    if number is not None and number != next(reversed(hooks)):
+        hooks[number] = hooks.pop(number)
+    return number is not None
 
 
 def pool_states(states: Tensor, mask: Tensor, pool: str = "mean") -> Tensor:
