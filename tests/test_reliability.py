@@ -40,5 +40,5 @@ def test_generated_inputs_are_read_or_refused(root: Path) -> None:
 
 @pytest.mark.slow
 def test_a_longer_run_keeps_its_memory_and_files(root: Path) -> None:
-    result = measured(root, "long", "--steps", "60")
-    assert result["wrong"] == [] and result["steps"] == 60
+    result = measured(root, "long", "--steps", "100")
+    assert result["wrong"] == [] and result["steps"] == 100

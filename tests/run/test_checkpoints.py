@@ -310,7 +310,10 @@ def test_killed_at_any_moment_only_whole_things_are_visible(tmp_path: Path) -> N
     reached = 0
     for _ in range(5):
         with start(run, *flags) as process:
-            while not (run.metrics.is_file() and len(read_metrics(run.path)) > reached):
+            while not (
+                (saved := last_complete_checkpoint(run.checkpoints))
+                and int(saved.name[11:]) > reached
+            ):
                 assert process.poll() is None, process.stdout and process.stdout.read().decode()
                 time.sleep(0.02)
             time.sleep(moments.uniform(0.0, 1.0))
