@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
@@ -106,6 +105,7 @@ def _tensorboard(handler: CallbackHandler, rows: list[dict[str, Any]], step: int
 
 
 def _trackio(handler: CallbackHandler, rows: list[dict[str, Any]], step: int) -> None:
+    import pandas as pd
     import trackio
 
     table = trackio.Table(dataframe=pd.DataFrame(rows))
@@ -113,6 +113,7 @@ def _trackio(handler: CallbackHandler, rows: list[dict[str, Any]], step: int) ->
 
 
 def _wandb(handler: CallbackHandler, rows: list[dict[str, Any]], step: int) -> None:
+    import pandas as pd
     import wandb
 
     if wandb.run is not None:
