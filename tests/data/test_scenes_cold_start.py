@@ -152,7 +152,11 @@ def test_its_recipe_makes_it_again(tmp_path: Path):
     args = recipe.training_arguments()
     untrained = scenes.save_untrained(tmp_path / "untrained", args.seed)
     tokenizer = AutoTokenizer.from_pretrained(untrained)
-    rows = scenes.rows(recipe.data.train_split, count=recipe.data.rows, **recipe.data.options)
+    rows = scenes.rows(
+        recipe.data.train_split,
+        count=recipe.data.rows,
+        **recipe.data.options.model_dump(exclude_none=True),
+    )
     trainer = GraceSFTTrainer(
         AutoModelForCausalLM.from_pretrained(untrained),
         args,

@@ -166,7 +166,7 @@ def test_a_killed_job_goes_on_after_its_last_part(
     parts = EmbedJob(None, output).parts  # type: ignore[arg-type]
 
     process = subprocess.Popen(command)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1800
     while len([*parts.glob("part-*")]) < 3 and time.monotonic() < deadline:
         assert process.poll() is None, "it finished before it could be killed"
         time.sleep(0.01)
@@ -181,9 +181,9 @@ def test_a_killed_job_goes_on_after_its_last_part(
         time.sleep(0.01)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # none was made again
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=1800) == 130
 
-    assert subprocess.run(command, check=False, timeout=120).returncode == 0
+    assert subprocess.run(command, check=False, timeout=1800).returncode == 0
     table = pq.read_table(output)
     assert table["id"].to_pylist() == list(range(count))
     some = [0, 51, 799]
