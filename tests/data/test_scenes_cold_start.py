@@ -155,7 +155,7 @@ def test_its_recipe_makes_it_again(tmp_path: Path):
     rows = scenes.rows(
         recipe.data.train_split,
         count=recipe.data.rows,
-        **recipe.data.options.model_dump(exclude_none=True),
+        **recipe.data.options.given(),
     )
     trainer = GraceSFTTrainer(
         AutoModelForCausalLM.from_pretrained(untrained),
