@@ -46,11 +46,11 @@ def join_processes(training: Mapping[str, Any]) -> dict[str, Any]:
         UserError: DeepSpeed is asked to use the CPU of a machine that shows it a GPU.
     """
     part_at_exit()
-    deepspeed = bool(training.get("deepspeed")) or _is_true("ACCELERATE_USE_DEEPSPEED")
-    deepspeed = deepspeed and find_spec("deepspeed") is not None  # the recipe will say so
+    zero = bool(training.get("deepspeed")) or _is_true("ACCELERATE_USE_DEEPSPEED")
+    zero = zero and find_spec("deepspeed") is not None  # the recipe will say so
     on_cpu = bool(training.get("use_cpu")) or not _has_accelerator()
     timeout = timedelta(seconds=training.get("ddp_timeout") or 1800)
-    if not deepspeed:
+    if not zero:
         if not on_cpu or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
             return {}
         from accelerate import PartialState
@@ -72,6 +72,12 @@ def join_processes(training: Mapping[str, Any]) -> dict[str, Any]:
         )
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed would compile its all-reduce through shared memory: minutes at the first start, a
+    # compiler that must be there, and a start that is killed meanwhile leaves a lock for which
+    # all later ones wait for ever. Gloo reduces as well.
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
 
