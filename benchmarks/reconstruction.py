@@ -30,7 +30,8 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.embed.reader import Reader, ReaderConfig, Written
+from grace_rl.embed.reader import Reader, Written
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.rebuild import right_padded
 from grace_rl.embed.similarity import rank_correlation
 from grace_rl.recipe import load_recipe

@@ -145,7 +145,8 @@ class Reconstruction:
         self, decoder: RationaleEncoder, batch: RewardBatch, wanted: Tensor, texts: list[str]
     ) -> Tensor:
         """(B, G) clipped gain per token of each wanted text, NaN elsewhere."""
-        vectors = decoder.reader.read(self._written(decoder, batch))
+        raw = decoder.reader.read(self._written(decoder, batch))
+        vectors = decoder.reader.parts_of(raw)[-1]  # of the words
         pairs = wanted.nonzero().tolist()
         targets = {text: self._target(decoder, texts[text]) for _, text in pairs}
         missing = [t for t in targets if texts[t] not in self._null]
@@ -167,7 +168,9 @@ class Reconstruction:
     def _nothing(self, decoder: RationaleEncoder, vectors: Tensor) -> Tensor:
         """(1, H) the vector that says nothing: the mean one of the stage, else zero."""
         centre = decoder.reader.centre
-        return (torch.zeros_like(vectors[0]) if centre is None else centre.to(vectors))[None]
+        if centre is None:
+            return torch.zeros_like(vectors[:1])
+        return decoder.reader.parts_of(centre.to(vectors))[-1][None]
 
     def _written(self, decoder: RationaleEncoder, batch: RewardBatch) -> list[Written]:
         """The rationales in the decoder's own tokens."""

@@ -185,11 +185,14 @@ class RationaleEncoder(EncoderModule):
         return self.writer.deciding(self._how(None, {})) | {
             "reader": self._reader_settings,
             "centre": None if centre is None else centre.tolist(),
+            "weight": self.reader.weight,
         }
 
     @property
     def _reader_settings(self) -> dict[str, Any]:
-        return self.reader.config.model_dump(mode="json", exclude={"centre"})
+        return self.reader.config.model_dump(
+            mode="json", exclude={"centre", "weight", "learn_weight"}
+        )
 
     def get_embedding_dimension(self) -> int:
         reader = self.reader.sentence_encoder
@@ -225,7 +228,7 @@ class RationaleEncoder(EncoderModule):
         """
         check_list(texts)
         with self.lock:
-            return self.writer.write(texts, self._how(rationale, changes))
+            return self.writer.write(texts, self._how(rationale, changes), self.reader.plain)
 
     def rationales(self, texts: Sequence[str], **settings: Any) -> list[str]:
         """What is written for texts; takes what `write` takes."""
@@ -246,7 +249,7 @@ class RationaleEncoder(EncoderModule):
         config = self.reader.config
         if texts is None and config.span != "bottleneck":
             raise UserError(
-                f"reader.span {config.span} reads a rationale in its text's context: give the texts"
+                f"reader.span {config.span} reads a rationale with its text: give the texts"
             )
         with self.lock:
             return self.writer.given(rationales, texts)

@@ -1,6 +1,6 @@
 """How a rationale becomes a vector: the same reader in training, encoding and evaluation.
 
-Three spans (`ReaderConfig.span`):
+Four spans (`ReaderConfig.span`):
 
 - `context`: the mean over the user's text, the chat glue and the rationale up to and including its
   end token, as in GRACE (arXiv 2510.04506, eq. 9-11).
@@ -8,6 +8,8 @@ Three spans (`ReaderConfig.span`):
 - `bottleneck`: the rationale is read again alone, the text hidden. The vector is a function of the
   words that were written and of nothing else. Costs one more backbone pass over the short
   rationale.
+- `joint`: text and rationale are each read alone, and their unit vectors are added, the
+  rationale's times `weight`. Without a rationale it is the text's vector.
 
 Raw vectors of mean-pooled states share one large common direction; `centre` subtracts its running
 mean, which is stored with the model.
@@ -19,10 +21,9 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -36,70 +37,15 @@ from grace_rl.embed.hidden_states import (
     pool_states,
     tap_layers,
 )
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.errors import UserError
-from grace_rl.recipe.schema import Items, Section
 from grace_rl.rollout.prompts import Prompt
 from grace_rl.run.files import whole_file
 from grace_rl.run.zero import outside_zero3, plain_copy
 
-Span = Literal["context", "rationale", "bottleneck"]
-Pool = Literal["mean", "last"]
-
 CENTRE_FILE = "reader/centre.safetensors"
 FROZEN_FOLDER = "reader/frozen"
 CENTRE_MOMENTUM = 0.9  # a mean over about ten batches: steady, yet it follows a policy that moves
-
-
-class ReaderConfig(Section):
-    """What to read, and with which weights.
-
-    Args:
-        span: `context`, `rationale` or `bottleneck`.
-        layers: Hidden layers, 0 (input embeddings) to -1 (after the final norm). Left out they are
-            `(0, -1)` for the bottleneck, else `(-1,)`. Several are normalised and added.
-        centre: Subtract the running mean.
-        pool: `mean` over the span's tokens, or its `last` token.
-        weights: `policy` (the current weights), `frozen` (a copy from before training), or the name
-            or path of a sentence-transformers model that embeds the written strings.
-
-    Raises:
-        UserError: With every mistake in the values.
-    """
-
-    recipe_key = "reader"
-
-    span: Span = "bottleneck"
-    layers: Items[int] = Field(default=(), min_length=1)
-    centre: bool = True
-    pool: Pool = "mean"
-    weights: str = Field(default="policy", min_length=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("layers", ()) is None:
-            return {key: value for key, value in values.items() if key != "layers"}
-        return values
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        if not self.reads_with_language_model and self.span == "rationale":
-            raise UserError(
-                "span: a sentence encoder cannot read the rationale's tokens with the text in "
-                "view; use bottleneck (the rationale alone) or context (text and rationale)"
-            )
-        if not self.layers:  # and stays a key that was not given
-            object.__setattr__(self, "layers", (0, -1) if self.span == "bottleneck" else (-1,))
-        return self
-
-    @property
-    def reads_with_language_model(self) -> bool:
-        return self.weights in ("policy", "frozen")
-
-    @property
-    def in_context(self) -> bool:
-        """Whether the vector comes from a forward over prompt and rationale together."""
-        return self.reads_with_language_model and self.span != "bottleneck"
 
 
 @dataclass(frozen=True)
@@ -124,6 +70,10 @@ class Reader:
         device: Where frozen weights and sentence encoders live.
         batch_size: Rationales per forward.
 
+    Attributes:
+        centre: What `finish` subtracts, as wide as a raw vector; None before there is one.
+        weight: Of `joint`, as given or as it was learned.
+
     Raises:
         UserError: The model has no such layer, or the sentence encoder that `weights` names cannot
             be loaded.
@@ -144,6 +94,7 @@ class Reader:
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.centre: Tensor | None = None
+        self.weight = config.weight
         if config.reads_with_language_model:
             layer_numbers(config.layers, len(decoder_blocks(decoder_stack(model))))
         self._policy = model
@@ -163,6 +114,13 @@ class Reader:
         """The sentence-transformers model that reads, if one does."""
         return self._sentence_encoder
 
+    def plain(self, prompt: Prompt) -> Written:
+        """A text for which nothing is written: `joint` reads no rationale beside it, the others
+        read the text in the rationale's place."""
+        if self.config.span == "joint":
+            return Written(prompt, [], "")
+        return Written(prompt, prompt.token_ids[slice(*prompt.span)], prompt.text)
+
     # -- raw vectors ---------------------------------
 
     def read(
@@ -177,7 +135,8 @@ class Reader:
             gradient: Keep the graph, and leave the weights in training mode if they are.
 
         Returns:
-            (N, H); with `ends` (N, K+1, H). A prefix without any token to pool is zero.
+            (N, R); with `ends` (N, K+1, R). R is the width H of the states; of `joint` it is 2H,
+            the text's half and the rationale's. What has no token to pool is zero.
 
         Raises:
             ValueError: `ends` with a sentence encoder, which would read every prefix anew.
@@ -188,14 +147,41 @@ class Reader:
             return self._read_strings(written)
         rows = [self.tokens_to_read(item) for item in written]
         places = None if ends is None else self._prefix_places(written, rows, ends)
+        words = self._read_tokens(rows, places, gradient)
+        if self.config.span != "joint":
+            return words
+        texts = self._read_texts(written, gradient)
+        if ends is not None:
+            texts = texts[:, None].expand_as(words)
+        return torch.cat([texts, words], dim=-1)
+
+    def _read_texts(self, written: Sequence[Written], gradient: bool) -> Tensor:
+        """(N, H) of the texts, each alone and once, in as many forwards on every process."""
+        texts = [tuple(item.prompt.token_ids[slice(*item.prompt.span)]) for item in written]
+        place = {ids: i for i, ids in enumerate(dict.fromkeys(texts))}
+        fill = max(0, -(-len(texts) // self.batch_size) - len(place))
+        rows = [(list(ids), 0) if ids else ([self._padding], 1) for ids in place]
+        forwards = -(-len(texts) // self.batch_size)
+        vectors = self._read_tokens(rows + rows[:1] * fill, None, gradient, forwards)
+        return vectors[[place[ids] for ids in texts]]
+
+    def _read_tokens(
+        self,
+        rows: Sequence[tuple[list[int], int]],
+        places: Tensor | None,
+        gradient: bool,
+        forwards: int | None = None,
+    ) -> Tensor:
+        """(N, H), or (N, K+1, H) with places, of rows of tokens and the first that is pooled."""
         vectors: list[Tensor] = []
         was_training = self._policy.training
         self._policy.train(was_training and gradient)
         stack = decoder_stack(self._policy)
         device = next(stack.parameters()).device
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # little padding
-        for start in range(0, len(rows), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        size = self.batch_size if forwards is None else -(-len(rows) // forwards)
+        for start in range(0, len(rows), size):
+            chosen = order[start : start + size]
             batch = [rows[i] for i in chosen]
             width = max(len(ids) for ids, _ in batch)
             ids = torch.full((len(batch), width), self._padding, dtype=torch.long)
@@ -221,13 +207,14 @@ class Reader:
     def tokens_to_read(self, item: Written) -> tuple[list[int], int]:
         """The tokens one forward sees, and the first of them that is pooled.
 
-        Where there is neither a prompt nor a rationale, none is, and the raw vector is zero.
+        Where there is neither a prompt nor a rationale, none is, and the raw vector is zero; nor is
+        any of a rationale without words by `joint`, whose vector is then the text's.
         """
         if not item.prompt.token_ids and not item.token_ids:
             return [self._padding], 1
-        if self.config.span == "bottleneck":
+        if self.config.reads_alone:
             words = [token for token in item.token_ids if token not in self.end_ids]
-            return words or [self._padding], 0
+            return words or [self._padding], int(not words and self.config.span == "joint")
         first = item.prompt.span[0] if self.config.span == "context" else len(item.prompt.token_ids)
         return item.prompt.token_ids + item.token_ids, first
 
@@ -235,7 +222,7 @@ class Reader:
         self, written: Sequence[Written], rows: Sequence[tuple[list[int], int]], ends: Tensor
     ) -> Tensor:
         """(N, K+1) ends as positions in the rows that are read, which may lack the end token."""
-        alone = self.config.span == "bottleneck"
+        alone = self.config.reads_alone
         before = torch.tensor([0 if alone else len(item.prompt.token_ids) for item in written])
         lengths = torch.tensor([len(ids) for ids, _ in rows])
         return (ends.cpu() + before.unsqueeze(1)).minimum(lengths.unsqueeze(1))
@@ -266,10 +253,16 @@ class Reader:
         return tap_layers(decoder_stack(model), self.config.layers, receive)
 
     def _read_strings(self, written: Sequence[Written]) -> Tensor:
+        words = [item.rationale for item in written]
         if self.config.span == "bottleneck":
-            strings = [item.rationale for item in written]
-        else:
-            strings = [f"{item.prompt.text}\n{item.rationale}" for item in written]
+            return self._embed(words)
+        texts = [item.prompt.text for item in written]
+        if self.config.span == "context":
+            return self._embed([f"{text}\n{said}" for text, said in zip(texts, words, strict=True)])
+        there = torch.tensor([[bool(part.strip())] for part in texts + words], device=self.device)
+        return torch.cat((self._embed(texts + words) * there).chunk(2), dim=1)
+
+    def _embed(self, strings: Sequence[str]) -> Tensor:
         if self._sentence_encoder is None:
             raise RuntimeError("_sentence_encoder must be there")
         vectors = self._sentence_encoder.encode(
@@ -284,34 +277,66 @@ class Reader:
 
     # -- centring ---------------------------------
 
-    def update_centre(self, mean: Tensor) -> None:
-        """Move the running mean towards a raw batch's mean (H,); the first batch sets it."""
+    def parts_of(self, raw: Tensor) -> tuple[Tensor, ...]:
+        """Raw vectors (..., R) as those that each was read by itself, (..., H)."""
+        return raw.chunk(self.config.parts, dim=-1)
+
+    def mean(self, raw: Tensor) -> Tensor:
+        """(R,) mean of raw vectors (N, R), each part over the rows in which it was read."""
+        parts = self.parts_of(raw)
+        if len(parts) == 1:
+            return raw.mean(0)
+        counts = [part.any(-1).sum().clamp(min=1) for part in parts]
+        return torch.cat([part.sum(0) / n for part, n in zip(parts, counts, strict=True)])
+
+    def update_centre(self, raw: Tensor) -> None:
+        """Move the running mean towards that of a raw batch, (N, R); the first batch sets it."""
         if self.config.centre:
+            mean = self.mean(raw)
             momentum = 0.0 if self.centre is None else CENTRE_MOMENTUM
             old = mean if self.centre is None else self.centre.to(mean.device)
             self.centre = momentum * old + (1 - momentum) * mean
 
-    def finish(self, raw: Tensor) -> Tensor:
-        """Unit vectors from raw ones, (..., H) -> (..., H): centred, then L2-normalised.
+    def finish(self, raw: Tensor, centre: Tensor | None = None) -> Tensor:
+        """Unit vectors from raw ones, (..., R) -> (..., H): each part centred and L2-normalised,
+        parts added up and normalised again.
 
         A reader without a centre only normalises.
         A raw vector of zero (nothing was read) stays zero: it is equally far from every text.
+
+        Args:
+            raw: (..., R).
+            centre: (R,) in place of the reader's own, as `mean` gives it.
         """
-        read = raw.any(-1, keepdim=True)
-        if self.config.centre and self.centre is not None:
-            raw = raw - self.centre.to(raw.device)
-        return normalize(raw, dim=-1) * read
+        parts = self.parts_of(raw)
+        centre = self.centre if centre is None else centre
+        if self.config.centre and centre is not None:
+            centres = self.parts_of(centre.to(raw.device))
+        else:
+            centres = (raw.new_zeros(()),) * len(parts)
+        units = [
+            normalize(part - centre, dim=-1) * part.any(-1, keepdim=True)
+            for part, centre in zip(parts, centres, strict=True)
+        ]
+        if len(units) == 1:
+            return units[0]
+        text, words = units
+        both = normalize(text + self.weight * words, dim=-1)
+        return torch.where(words.any(-1, keepdim=True), both, text)
 
     def save(self, folder: Path) -> None:
-        """Write the centre, if there is one, to `folder/reader/centre.safetensors`.
+        """Write centre and learned weight, if there are any, to `folder/reader/centre.safetensors`.
 
         Frozen weights go to `folder/reader/frozen`. Both have a folder of their own since vLLM
         takes every safetensors file beside a model's config for weights of the model.
         """
-        if self.centre is not None:
+        kept = {} if self.centre is None else {"centre": self.centre.cpu()}
+        if self.config.learn_weight:
+            kept["weight"] = torch.tensor(self.weight)
+        if kept:
             (folder / "reader").mkdir(exist_ok=True)
             with whole_file(folder / CENTRE_FILE) as unfinished:
-                save_file({"centre": self.centre.cpu()}, str(unfinished))
+                save_file(kept, str(unfinished))
         if self.config.weights == "frozen":
             frozen: Any = self._policy
             if hasattr(frozen, "merge_and_unload"):  # an adapter that had learned nothing yet
@@ -319,9 +344,13 @@ class Reader:
             frozen.save_pretrained(folder / FROZEN_FOLDER)
 
     def load(self, folder: Path) -> None:
-        """Read the centre back, if the folder has one."""
+        """Read centre and learned weight back, if the folder has them."""
         if (folder / CENTRE_FILE).exists():
-            self.centre = load_file(str(folder / CENTRE_FILE))["centre"].to(self.device)
+            kept = load_file(str(folder / CENTRE_FILE))
+            if "centre" in kept:
+                self.centre = kept["centre"].to(self.device)
+            if self.config.learn_weight and "weight" in kept:
+                self.weight = float(kept["weight"])
 
 
 def _load_encoder(name: str, device: torch.device) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from grace_rl.embed.reader import ReaderConfig
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.recipe.fields import TrainerConfig
 from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION
 

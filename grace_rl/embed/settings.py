@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
 from pydantic import Field, Strict
 
-from grace_rl.embed.reader import ReaderConfig
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.errors import UserError
 from grace_rl.recipe.schema import Section
 from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION
@@ -23,7 +23,8 @@ class Writing(Section):
     """What is written for a text.
 
     Args:
-        rationale: `greedy`, `sample`, or `none`: the text is read in the rationale's place.
+        rationale: `greedy`, `sample`, or `none`: the text is read in the rationale's place, or by
+            the reader `joint` alone.
         max_rationale_tokens: Longest rationale, at least 1.
         temperature: Of `sample`, above 0; greedy needs none.
         seed: Of `sample`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from grace_rl.embed.cache import ENCODER_FILES, KeyMaker, RationaleCache, model_fingerprint
-from grace_rl.embed.reader import ReaderConfig, Written
+from grace_rl.embed.reader import Written
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.settings import Writing
 from grace_rl.errors import UserError
 from grace_rl.rollout.generator import (
@@ -112,14 +113,16 @@ class RationaleWriter:
             raise UserError(f"{what} needs a model that was loaded from its folder")
         return self.folder
 
-    def write(self, texts: Sequence[str], how: Writing) -> list[Written]:
-        """Rationales for texts; with `none` the text stands in the rationale's place.
+    def write(
+        self, texts: Sequence[str], how: Writing, plain: Callable[[Prompt], Written]
+    ) -> list[Written]:
+        """Rationales for texts, or with `none` what the reader has in place of one (`plain`).
 
         A blank text gets no prompt and an empty rationale.
         """
         prompts = self._prompts(texts, self.template_for(how.instruction))
         if how.rationale == "none":
-            return [Written(p, p.token_ids[slice(*p.span)], p.text) for p in prompts]
+            return [plain(prompt) for prompt in prompts]
         keys = self.keys(texts, how)
         known = self.cache.rationales(keys) if self.cache is not None else {}
         unknown = [i for i, p in enumerate(prompts) if keys[i] not in known and p.token_ids]

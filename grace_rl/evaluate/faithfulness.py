@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import normalize
 
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.embed.reader import Reader, ReaderConfig, Span
+from grace_rl.embed.reader import Reader
+from grace_rl.embed.reader_config import ReaderConfig, Span
 
 EDITS = ("swap", "shuffle", "blank")
 
@@ -22,7 +23,7 @@ EDITS = ("swap", "shuffle", "blank")
 def faithfulness(
     encoder: RationaleEncoder,
     texts: Sequence[str],
-    spans: Sequence[Span] = ("context", "rationale", "bottleneck"),
+    spans: Sequence[Span] = ("context", "rationale", "bottleneck", "joint"),
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """How far vectors move when their rationales are changed, for readers of one policy.
@@ -54,8 +55,9 @@ def faithfulness(
     for span in spans:
         config = ReaderConfig(span=span)
         reader = Reader(config, encoder.tokenizer, encoder.end_ids, encoder.model)
+        reader.weight = encoder.reader.weight
         raw = reader.read(written).float()
-        reader.centre = raw.mean(0)
+        reader.centre = reader.mean(raw)
         unit = reader.finish(raw)
         cosines = unit @ unit.T
         apart = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)

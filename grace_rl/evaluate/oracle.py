@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from torch.nn.functional import normalize
 
 from grace_rl.data import scenes
 from grace_rl.data.rows import read_rows
 from grace_rl.data.scenes.rationales import RationaleForm
-from grace_rl.embed.reader import Reader, ReaderConfig
+from grace_rl.embed.reader import Reader
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.similarity import retrieval_scores
 from grace_rl.errors import UserError
 from grace_rl.evaluate.untrained import untrained_encoder
@@ -34,6 +34,7 @@ READERS = {
     "context": ReaderConfig(span="context", layers=(-1,)),
     "rationale": ReaderConfig(span="rationale", layers=(-1,)),
     "bottleneck": ReaderConfig(span="bottleneck"),
+    "joint": ReaderConfig(span="joint"),
 }
 # Name of the rationale -> one per text: queries, then positives, then negatives.
 Forced = dict[str, list[str]]
@@ -83,8 +84,9 @@ def oracle_scores(recipe: Recipe) -> dict[str, dict[str, dict[str, float]]]:
         written = policy.written(rationales, texts)
         scores[name] = {}
         for reader_name, config in readers.items():
-            raw = Reader(config, policy.tokenizer, policy.end_ids, policy.model).read(written)
-            vectors = normalize(raw - raw.mean(0) if config.centre else raw, dim=-1)
+            reader = Reader(config, policy.tokenizer, policy.end_ids, policy.model)
+            raw = reader.read(written)
+            vectors = reader.finish(raw, reader.mean(raw))
             scores[name][reader_name] = retrieval_scores(*vectors.chunk(3))
     return scores
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch.nn.functional import normalize
-
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Written
@@ -61,7 +59,7 @@ def score_policy(
         if encoder.writes_rationales:
             written = encoder.write(texts, rationale)
             raw = encoder.reader.read(written)
-            unit = normalize(raw - raw.mean(0) if encoder.reader.config.centre else raw, dim=-1)
+            unit = encoder.reader.finish(raw, encoder.reader.mean(raw))
         else:
             unit = encoder.encode(texts).vectors
         queries, positives, negatives, first, second = unit.split(count)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.embed.reader import Reader, ReaderConfig
+from grace_rl.embed.reader import Reader
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.rollout.generator import end_token_ids
 from grace_rl.rollout.policy import load_policy, resolve_model
 from grace_rl.rollout.prompts import PromptTemplate

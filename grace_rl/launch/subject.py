@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from grace_rl.data import scenes
-from grace_rl.embed.reader import ReaderConfig
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.reading_config import ReadingConfig
 from grace_rl.launch.lines import Launch
 from grace_rl.rollout.policy import (

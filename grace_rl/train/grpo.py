@@ -208,7 +208,7 @@ class GraceGRPOTrainer(RolloutTrainer):
     def read(self, rollouts: Rollouts) -> Rollouts:
         """Read, gather, centre; and add the fields of the rows."""
         raw = self.rollout_reader.read(rollouts).gather(self._anchor_count, gather, gather_object)
-        self.reader.update_centre(raw.embeddings.mean(0))
+        self.reader.update_centre(raw.embeddings)
         rows, prefixes = self.bundles[self.mode].rows, raw.prefix_embeddings
         world = dataclasses.replace(
             raw,

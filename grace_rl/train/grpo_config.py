@@ -88,8 +88,9 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
     def held(self, batch: int, text: int, rows: Sequence[Mapping[str, Any]]) -> Held:
         """See `TrainerConfig.held`."""
         tokens = text + PROMPT + (self.max_completion_length or 0)
-        if self.reader_loss and self.reader.span == "bottleneck":
+        if self.reader_loss and self.reader.reads_alone:
             tokens += self.max_completion_length or 0  # read again
+            tokens += text if self.reader.span == "joint" else 0
         return Held(batch, tokens)
 
 

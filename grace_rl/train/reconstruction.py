@@ -202,7 +202,7 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
     ) -> Any:
         outputs = model(pairs=inputs, probe=self._probes())
         centre = self.accelerator.reduce(outputs.pop("centre"), reduction="mean")
-        self.reader.update_centre(centre)
+        self.reader.update_centre(centre.repeat(self.reader.config.parts)[None])
         for name, value in outputs.items():
             if name != "loss":
                 self._found[name].append(value)

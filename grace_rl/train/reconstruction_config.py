@@ -45,7 +45,7 @@ def anchor_problems(config: ReconstructionConfig) -> Iterator[str]:
             f"anchor: {anchor} trains what a reader with pool: {POOLS[anchor]} reads, but the "
             f"reader's pool is {reader.pool}; change one of the two"
         )
-    elif anchor == "eos" and reader.span == "bottleneck":
+    elif anchor == "eos" and reader.reads_alone:
         yield (
             "anchor: eos is the state at the end token, which a bottleneck reader leaves out; "
             "use reader.span: context, or anchor: mean"
@@ -63,7 +63,7 @@ class ReconstructionConfig(ReadingConfig, TrainingArguments):
     Args:
         anchor: Which vector must hold the other side: `mean` over the tokens that are read, or the
             state at the end token (`eos`, as published). The reader's `pool` must agree: mean, or
-            last, which needs `span: context` or `rationale` since a bottleneck reads no end token.
+            last, which needs `span: context` or `rationale`: what is read alone has no end token.
         alpha: Weight of rebuilding the positive from the query (EBQ2D), 0 to 1; rebuilding the
             query from the positive (EBD2Q) has the rest.
         writing_share: Ordinary text or rationales to write, as a share of a batch's rows and of the
@@ -83,6 +83,6 @@ class ReconstructionConfig(ReadingConfig, TrainingArguments):
 
     def held(self, batch: int, text: int, rows: Sequence[Mapping[str, Any]]) -> Held:
         """See `TrainerConfig.held`: both sides are read, both are rebuilt, and some are written."""
-        tokens = text + (1 if self.reader.span == "bottleneck" else PROMPT)
+        tokens = text + (1 if self.reader.reads_alone else PROMPT)
         written = math.ceil(batch * self.writing_share)
         return Held(4 * batch + written, tokens, (2 * batch + written) * (text + 1))

@@ -163,7 +163,7 @@ class PairCollator:
     def written(self, text: str) -> Written:
         """A text in the rationale's place; in a prompt, an empty rationale that has ended."""
         prompt = self.template.render(text)
-        alone = self.reader.config.span == "bottleneck"
+        alone = self.reader.config.reads_alone
         ids = prompt.token_ids[slice(*prompt.span)] if alone else [self.end]
         return Written(prompt, ids, prompt.text if alone else "")
 

@@ -20,7 +20,7 @@ from grace_rl.credit.segments import (
     shaping_problems,
     to_tokens,
 )
-from grace_rl.embed.reader import ReaderConfig
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.errors import UserError
 from grace_rl.recipe.fields import draft
 from grace_rl.reward import group_means, group_stds, load_rewards

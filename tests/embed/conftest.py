@@ -8,7 +8,7 @@ import pytest
 
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.embed.reader import ReaderConfig
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.settings import EncoderSettings
 
 TEXTS = [row["query"] for row in scenes.rows("test", "triplet", 24)]

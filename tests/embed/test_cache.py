@@ -13,7 +13,7 @@ import torch
 
 from grace_rl.embed.cache import ENCODER_FILES, RationaleCache, model_fingerprint
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.embed.reader import ReaderConfig
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.settings import EncoderSettings
 from grace_rl.errors import UserError
 from grace_rl.rollout.generator import Continuation, Sampling, Tokens

@@ -9,7 +9,8 @@ import torch
 
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.embed.reader import FROZEN_FOLDER, ReaderConfig
+from grace_rl.embed.reader import FROZEN_FOLDER
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.settings import EncoderSettings
 from grace_rl.errors import UserError
 

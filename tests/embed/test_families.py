@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.hidden_states import decoder_stack, layer_numbers, mix_layers, tap_layers
-from grace_rl.embed.reader import Reader, ReaderConfig
+from grace_rl.embed.reader import Reader
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.errors import UserError
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 50}

@@ -11,7 +11,8 @@ from torch.nn.functional import layer_norm, normalize
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from grace_rl.embed.hidden_states import decoder_stack, pool_prefixes, pool_states, tap_layers
-from grace_rl.embed.reader import Reader, ReaderConfig, Written
+from grace_rl.embed.reader import Reader, Written
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.errors import UserError
 from grace_rl.rollout.prompts import Prompt
 
@@ -143,7 +144,7 @@ def test_prefixes_equal_reading_each_cut_rationale(
 def test_what_was_not_read_stays_zero_and_the_rest_has_length_one(model: Qwen3ForCausalLM) -> None:
     built = reader(model, span="bottleneck", centre=True)
     raw = built.read(ROWS, torch.tensor([[0, 1, 4], [0, 1, 2], [0, 2, 5]]))
-    built.update_centre(raw[:, -1].mean(0))
+    built.update_centre(raw[:, -1])
     unit = built.finish(raw)
     assert not unit[:, 0].any()
     torch.testing.assert_close(unit[:, 1:].norm(dim=-1), torch.ones(3, 2))
@@ -193,9 +194,9 @@ def test_reading_leaves_the_mode_alone(model: Qwen3ForCausalLM) -> None:
 def test_centre_is_a_running_mean_and_is_saved(model: Qwen3ForCausalLM, tmp_path: Path) -> None:
     first = reader(model, centre=True)
     raw = first.read(ROWS)
-    first.update_centre(raw.mean(0))
+    first.update_centre(raw)
     torch.testing.assert_close(first.finish(raw), normalize(raw - raw.mean(0), dim=-1))
-    first.update_centre(torch.zeros(raw.size(1)))
+    first.update_centre(torch.zeros_like(raw))
     assert first.centre is not None
     torch.testing.assert_close(first.centre, raw.mean(0) * 0.9)
     first.save(tmp_path)
@@ -229,3 +230,76 @@ def test_sentence_encoder_reads_the_written_words(model: Qwen3ForCausalLM) -> No
 def test_sentence_encoder_that_is_not_there_is_named_at_once(model: Qwen3ForCausalLM) -> None:
     with pytest.raises(UserError, match=r"reader.weights: cannot load 'no/such-encoder'"):
         reader(model, span="bottleneck", weights="no/such-encoder")
+
+
+# -- joint ---------------------------------
+
+
+def joint_rows() -> list[Written]:
+    """The rows, the first of them again with other words and again with none."""
+    first = ROWS[0].prompt
+    return [*ROWS, Written(first, [33, 34, END], "more"), Written(first, [END], "")]
+
+
+def test_joint_adds_the_text_s_vector_and_the_rationale_s(model: Qwen3ForCausalLM) -> None:
+    rows, built = joint_rows(), reader(model, span="joint", weight=0.5)
+    alone = reader(model, span="bottleneck")
+    texts = [Written(r.prompt, r.prompt.token_ids[slice(*r.prompt.span)], "") for r in rows]
+    text, words = alone.read(texts), alone.read(rows)
+    written = torch.tensor([True, True, True, True, False])
+    raw = built.read(rows)
+    torch.testing.assert_close(raw[:, :16], text, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(raw[:4, 16:], words[:4], atol=1e-5, rtol=1e-5)
+    assert not raw[4, 16:].any()  # nothing was written
+    built.update_centre(raw)
+    text = normalize(text - text.mean(0), dim=-1)
+    words = normalize(words - words[written].mean(0), dim=-1)
+    expected = torch.where(written[:, None], normalize(text + 0.5 * words, dim=-1), text)
+    torch.testing.assert_close(built.finish(raw), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_joint_without_a_rationale_is_the_text_exactly(model: Qwen3ForCausalLM) -> None:
+    built = reader(model, span="joint", weight=3.0)
+    raw = built.read(joint_rows(), torch.tensor([[0, n] for n in (4, 2, 5, 3, 1)]))
+    built.update_centre(raw[:, -1])
+    prefix = built.finish(raw)[:, 0]
+    assert built.centre is not None
+    text = normalize(raw[:, 0, :16] - built.centre[:16], dim=-1)
+    assert prefix.equal(text)
+    assert built.finish(raw)[4, 1].equal(text[4])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_joint_reads_a_text_once_and_the_same_in_any_batch(
+    model: Qwen3ForCausalLM, batch_size: int
+) -> None:
+    together = reader(model, span="joint").read(joint_rows())
+    assert together[0, :16].equal(together[3, :16])
+    apart = reader(model, batch_size, span="joint").read(joint_rows())
+    torch.testing.assert_close(apart, together, atol=1e-5, rtol=1e-5)
+
+
+def test_joint_keeps_a_weight_that_was_learned(model: Qwen3ForCausalLM, tmp_path: Path) -> None:
+    first, second = (reader(model, span="joint", learn_weight=True) for _ in range(2))
+    first.weight = 1.5
+    first.save(tmp_path)
+    second.load(tmp_path)
+    assert second.weight == 1.5
+    fixed = reader(model, span="joint")
+    fixed.load(tmp_path)
+    assert fixed.weight == 1.0
+
+
+def test_joint_reads_with_a_sentence_encoder(model: Qwen3ForCausalLM) -> None:
+    built = reader(model, span="joint", weights=sentence_encoder(), centre=False)
+    prompt = Prompt("A dog barks.", "A dog barks.", [5, 6], (1, 2))
+    raw = built.read([Written(prompt, [10, END], "taxes"), Written(prompt, [END], "")])
+    silent = reader(model, span="bottleneck", weights=sentence_encoder(), centre=False)
+    text = silent.finish(silent.read([Written(prompt, [], "A dog barks.")]))
+    torch.testing.assert_close(built.finish(raw)[1], text[0], atol=1e-5, rtol=1e-5)
+    assert built.finish(raw)[0] @ text[0] < 0.95
+
+
+def test_a_weight_is_of_joint_only() -> None:
+    with pytest.raises(UserError, match="span: joint only"):
+        ReaderConfig(weight=2.0)

@@ -14,7 +14,8 @@ from sentence_transformers import SentenceTransformer
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.hidden_states import decoder_stack, tap_layers
-from grace_rl.embed.reader import Reader, ReaderConfig
+from grace_rl.embed.reader import Reader
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.settings import EncoderSettings
 from grace_rl.embed.soft_token_encoder import SoftTokenEncoder, SoftTokenSettings
 from grace_rl.rollout.policy import load_policy

@@ -27,6 +27,12 @@ def test_with_the_text_in_view_the_vector_stays(measured: dict[str, dict[str, fl
         assert 0 < measured["context"][edit] < measured["bottleneck"][edit] / 2
 
 
+def test_the_sum_moves_by_what_the_words_have_in_it(measured: dict[str, dict[str, float]]) -> None:
+    """At weight 1 the words are half of it."""
+    assert measured["context"]["swap"] < measured["joint"]["swap"] < measured["bottleneck"]["swap"]
+    assert 0 < measured["joint"]["blank"] < 1
+
+
 def test_two_texts_say_nothing() -> None:
     with pytest.raises(ValueError, match="at least 3"):
         faithfulness(None, ["a", "b"])  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
-@pytest.mark.parametrize("span", ["bottleneck", "context", "rationale"])
+@pytest.mark.parametrize("span", ["bottleneck", "context", "rationale", "joint"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_it_is_the_reward_with_a_gradient(
     build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: str, checkpointing: bool

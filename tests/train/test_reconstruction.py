@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.embed.reader import Reader, ReaderConfig
+from grace_rl.embed.reader import Reader
+from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.rebuild import rebuild_logps, right_padded
 from grace_rl.errors import UserError
 from grace_rl.rollout.policy import load_policy

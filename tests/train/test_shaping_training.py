@@ -58,7 +58,7 @@ def given_advantages(trainer: Any) -> list[dict[str, torch.Tensor]]:
     return seen
 
 
-@pytest.mark.parametrize("span", ["context", "rationale", "bottleneck"])
+@pytest.mark.parametrize("span", ["context", "rationale", "bottleneck", "joint"])
 def test_prefixes_need_no_forward_of_their_own(build: Any, tmp_path: Path, span: str) -> None:
     counts = []
     for reward in (Contrastive(), Stepwise()):
