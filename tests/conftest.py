@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
+import warm_python
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+os.environ.setdefault(warm_python.PLACE, "")
+subprocess.Popen = warm_python.Popen  # type: ignore[misc]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,3 +32,9 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared (real data and models), which is not here")
     return folder
+
+
+@pytest.fixture
+def cold_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs start from nothing: what they import, or who gets a terminal's signals, counts."""
+    monkeypatch.setenv(warm_python.PLACE, "off")

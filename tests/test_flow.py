@@ -102,15 +102,14 @@ def test_interrupted_and_killed_runs_resume(root: Path, tmp_path: Path) -> None:
 
     def until(step: int, number: int) -> int:
         process = subprocess.Popen(command(root, run, *overrides), stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and process.poll() is None:
+        while process.poll() is None:
             metrics = run / "metrics.jsonl"
             lines = metrics.read_text().count("\n") if metrics.exists() else 0
             if lines >= step:
                 os.kill(process.pid, number)
                 break
             time.sleep(0.05)
-        return process.wait(timeout=120)
+        return process.wait(timeout=900)
 
     assert until(3, signal.SIGINT) == 130
     assert until(6, signal.SIGKILL) == -signal.SIGKILL
@@ -128,7 +127,7 @@ def test_two_processes_share_bundles_and_pool(root: Path, tmp_path: Path) -> Non
     run = tmp_path / "run"
     done = subprocess.run(
         launcher + command(root, run, *SHORT, *options)[1:],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for step in (1, 2):
@@ -157,7 +156,7 @@ def test_vllm_trains_and_loads_the_model(root: Path, tmp_path: Path) -> None:
     settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     loaded = subprocess.run(
         [sys.executable, "-c", script, str(run / "model")],
-        env=os.environ | settings, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | settings, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert loaded.returncode == 0, loaded.stderr[-3000:]
 

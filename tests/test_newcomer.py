@@ -38,7 +38,7 @@ def test_from_an_idea_to_a_replay(tmp_path):
             [sys.executable, "-m", "grace_rl", *arguments],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"},
         )

@@ -16,6 +16,8 @@ from grace_rl.errors import UserError, describe_error
 from grace_rl.plugins import REWARDS, Plugin, argument_problems, docstring, find, installed
 from grace_rl.run.printing import shown
 
+pytestmark = pytest.mark.usefixtures("cold_python")
+
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

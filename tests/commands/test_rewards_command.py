@@ -28,7 +28,7 @@ def run(*arguments, cwd, **environment):
         [sys.executable, "-m", "grace_rl", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         cwd=cwd,
         env=os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)} | environment,
     )

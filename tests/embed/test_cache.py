@@ -135,7 +135,7 @@ def test_two_processes_share_one_file(tmp_path: Path) -> None:
     path = tmp_path / "cache.sqlite"
     command = [sys.executable, "-c", WRITER, str(path)]
     pair = [subprocess.Popen([*command, name]) for name in ("one", "two")]
-    assert [process.wait(timeout=120) for process in pair] == [0, 0]
+    assert [process.wait(timeout=900) for process in pair] == [0, 0]
     assert len(RationaleCache(path)) == 1000 + 2 * 1000
 
 

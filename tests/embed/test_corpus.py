@@ -166,8 +166,7 @@ def test_a_killed_job_goes_on_after_its_last_part(
     parts = EmbedJob(None, output).parts  # type: ignore[arg-type]
 
     process = subprocess.Popen(command)
-    deadline = time.monotonic() + 1800
-    while len([*parts.glob("part-*")]) < 3 and time.monotonic() < deadline:
+    while len([*parts.glob("part-*")]) < 3:
         assert process.poll() is None, "it finished before it could be killed"
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
@@ -176,14 +175,14 @@ def test_a_killed_job_goes_on_after_its_last_part(
     assert len(before) >= 3 and not output.exists()
 
     process = subprocess.Popen(command)
-    while len([*parts.glob("part-*")]) < len(before) + 2 and time.monotonic() < deadline:
+    while len([*parts.glob("part-*")]) < len(before) + 2:
         assert process.poll() is None, "it finished before it could be interrupted"
         time.sleep(0.01)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # none was made again
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=1800) == 130
+    assert process.wait(timeout=900) == 130
 
-    assert subprocess.run(command, check=False, timeout=1800).returncode == 0
+    assert subprocess.run(command, check=False, timeout=900).returncode == 0
     table = pq.read_table(output)
     assert table["id"].to_pylist() == list(range(count))
     some = [0, 51, 799]

@@ -43,7 +43,7 @@ def test_vllm_writes_what_transformers_writes(model_folder: Path) -> None:
         [sys.executable, "-c", SCRIPT, str(model_folder)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -150,7 +150,7 @@ def test_mteb_takes_the_encoder_by_hand(data: Path):
 
 
 def test_evaluation_json_goes_on_after_a_kill_and_starts_anew_when_finished(data: Path):
-    encoder, tasks = WordEncoder(), load_tasks(data / "tasks.yaml")[:4]  # the others take longer
+    encoder, tasks = WordEncoder(), load_tasks(data / "tasks.yaml")[:3]  # the others take longer
     wrapped, output = MtebEncoder(encoder), data / "out" / "evaluation.json"
     whole = evaluate_model(wrapped, "words", tasks, output)
     written = json.loads(output.read_text(encoding="utf-8"))

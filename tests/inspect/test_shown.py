@@ -257,5 +257,5 @@ def test_without_the_extra_the_command_says_what_to_install(written: Path) -> No
         "from grace_rl.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "inspect", str(written), "--terminal"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 2 and "pip install 'grace-rl[inspect]'" in result.stderr

@@ -245,11 +245,12 @@ def grace_rl(*words: str, **more: object) -> subprocess.Popen:
 
 @needs_deepspeed
 @pytest.mark.slow
+@pytest.mark.usefixtures("cold_python")
 def test_a_launched_run_trains_on_two_processes(recipe, tmp_path):
     run = tmp_path / "run"
     words = ["train", str(recipe), "--launch", "cpu-zero2", "--num_processes", "2"]
     process = grace_rl(*words, "--output_dir", str(run))
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
     line = "accelerate launch --config_file recipes/accelerate/cpu-zero2.yaml --num_processes 2"
     assert said.startswith(f"{line} -m grace_rl train {recipe}")
@@ -260,16 +261,16 @@ def test_a_launched_run_trains_on_two_processes(recipe, tmp_path):
 
 @needs_deepspeed
 @pytest.mark.slow
+@pytest.mark.usefixtures("cold_python")
 def test_interrupting_a_launched_run_saves_a_checkpoint(recipe, tmp_path):
     run = tmp_path / "run"
     words = ["train", str(recipe), "--launch", "cpu-zero2", "--num_processes", "2"]
     process = grace_rl(*words, "--max_steps", "2000", "--output_dir", str(run))
-    for _ in range(600):
-        if (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text():
-            break
+    while not ((run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text()):
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
-    said, _ = process.communicate(timeout=200)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert f"grace-rl train {recipe} --launch cpu-zero2 --num_processes 2" in said

@@ -78,7 +78,7 @@ def test_vllm_samples_from_the_pushed_weights(tmp_path: Path, span: str) -> None
         [sys.executable, str(script), str(tmp_path), span],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

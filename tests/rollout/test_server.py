@@ -343,15 +343,14 @@ def test_two_processes_lose_a_server_together(tmp_path, server):
     command += ["--vllm_server_base_url", server.url, "--vllm_server_retry_timeout", "2"]
 
     def lose_it():
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and server.calls["/v1/completions"] < 4:
+        while server.calls["/v1/completions"] < 4:
             time.sleep(0.01)
         server.stop()
 
     threading.Thread(target=lose_it, daemon=True).start()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path
+        command, capture_output=True, text=True, timeout=900, env=environment, cwd=tmp_path
     )
     codes = [line for line in done.stdout.splitlines() if line.startswith("exit code")]
     assert codes == ["exit code 75", "exit code 75"], done.stdout + done.stderr

@@ -381,14 +381,14 @@ def test_one_process_is_told_and_all_stop_at_the_same_step(tmp_path: Path) -> No
     run = RunDirectory(tmp_path / "run")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     with start(run, "--interrupt_at", "3", launcher=launcher) as process:
-        output = process.communicate(timeout=200)[0].decode()
+        output = process.communicate(timeout=900)[0].decode()
     assert process.returncode and "exitcode  : 130" in output, output
     assert [line["step"] for line in read_metrics(run.path)] == [1, 2, 3]
     last = last_complete_checkpoint(run.checkpoints)
     assert last is not None and last.name == "checkpoint-3"
     assert (last / "rng_state_0.pth").is_file() and (last / "rng_state_1.pth").is_file()
     with start(run, launcher=launcher) as process:
-        output = process.communicate(timeout=200)[0].decode()
+        output = process.communicate(timeout=900)[0].decode()
     assert process.returncode == 0, output
     assert (run.model / "model.safetensors").is_file()
     assert [line["step"] for line in read_metrics(run.path)] == list(range(1, 9))

@@ -66,7 +66,7 @@ def shares(tmp_path: Path, processes: int, guide: str) -> list[str]:
         command,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -288,7 +288,7 @@ def test_two_processes_end_where_one_does(policy: str, tmp_path: Path, root: Pat
         [*launch, *program, str(two), "4"],
     ):
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+            command, env=environment, capture_output=True, text=True, timeout=900, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(folder / "end.pt", weights_only=True) for folder in (one, two))

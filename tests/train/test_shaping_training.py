@@ -261,7 +261,7 @@ def test_groups_that_two_processes_share(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     command = [*launcher, "2", str(tmp_path / "program.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [row for row in read_rollouts(tmp_path).to_pylist() if row["advantage"] is not None]
     assert len(rows) == 2 * 48
