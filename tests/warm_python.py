@@ -1,6 +1,6 @@
 """Python programs that start with torch, TRL and grace-rl imported.
 
-A start of `grace-rl train` costs 15 seconds of CPU time before its first line of work, and the tests
+A start of `grace-rl train` costs 15 seconds of CPU time before its first line of work, and tests
 start about two hundred. Here one process imports all of it once and forks for each program, which
 then runs as any other: a process of its own with its own arguments, environment, signals and end.
 
@@ -28,10 +28,13 @@ from typing import Any
 
 PLACE = "WARM_PYTHON"
 """Environment: where the process that forks listens, or `off`."""
+READ = "WARM_PYTHON_READ"
+"""Environment: what it has read of the environment when it imported."""
 IMPORTED = (
     "grace_rl.cli", "grace_rl.train.run", "grace_rl.train.ppo", "grace_rl.train.sft",
     "grace_rl.train.gircse", "grace_rl.train.infonce", "grace_rl.train.reconstruction",
-    "grace_rl.embed.encoder", "deepspeed", "torch.distributed.elastic.multiprocessing.api", "pandas",
+    "grace_rl.embed.encoder", "deepspeed", "pandas",
+    "torch.distributed.elastic.multiprocessing.api",
 )  # fmt: skip
 MODULES = ("grace_rl", "torch.distributed.run")
 READ_AT_IMPORT = ("PYTHON", "HF_", "OMP_", "MKL_", "CUDA_", "LD_", "TOKENIZERS_", "DS_", "VLLM_")
@@ -72,21 +75,19 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         environment = dict(os.environ if env is None else env)
         wanted = not (executable or preexec_fn or pass_fds or rest[2]) and is_program(arguments)
         place = os.environ.get(PLACE, "off")
-        if not wanted or environment.get(PLACE) == "off" or place == "off":
-            return super()._execute_child(  # type: ignore[misc]
+        wanted = wanted and "off" not in (environment.get(PLACE), place)
+        if wanted and not place:
+            place = start()
+        if not wanted or read_at_import(environment) != json.loads(os.environ[READ]):
+            super()._execute_child(  # type: ignore[misc]
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest
             )
-        place = place or start()
-        if read_at_import(environment) != json.loads(os.environ["WARM_PYTHON_READ"]):
-            return super()._execute_child(  # type: ignore[misc]
-                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest
-            )
+            return
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[3:9]
-        keys = ("WARM_PYTHON", "WARM_PYTHON_READ")
         order = {
             "arguments": arguments,
             "cwd": os.fspath(cwd) if cwd else os.getcwd(),
-            "environment": environment | {key: os.environ[key] for key in keys},
+            "environment": environment | {key: os.environ[key] for key in (PLACE, READ)},
             "session": bool(rest[14]),
         }
         with open(os.devnull, "rb") as nothing:
@@ -137,7 +138,7 @@ def start() -> str:
     folder = tempfile.mkdtemp()
     place = os.path.join(folder, "fork")
     ours, its = os.pipe()[::-1]
-    os.environ["WARM_PYTHON_READ"] = json.dumps(read_at_import(os.environ))
+    os.environ[READ] = json.dumps(read_at_import(os.environ))
     process = cold(
         [sys.executable, __file__, place, str(its)],
         pass_fds=[its], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=folder,
@@ -220,8 +221,9 @@ def become(order: dict[str, Any]) -> None:
     rest = arguments[1:]
     unbuffered = rest[0] == "-u"
     rest = rest[unbuffered:]
-    sys.stdout = open(1, "w", closefd=False)  # those of the start know what they were opened on
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    # Those of the start know what they were opened on.
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through=unbuffered)
     more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
