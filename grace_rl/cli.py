@@ -36,6 +36,7 @@ from grace_rl.run.printing import forgive_encoding, nobody_reads, say, shown
 from grace_rl.run.secrets import masked_text
 
 COMMANDS = (
+    "new",
     "train",
     "check",
     "serve",
@@ -47,6 +48,8 @@ COMMANDS = (
     "evaluate",
     "compare",
     "inspect",
+    "push",
+    "env",
 )
 DISK = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)  # not ours to mend
 PLACE = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # an output where something else lies

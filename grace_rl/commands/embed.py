@@ -1,25 +1,36 @@
-"""grace-rl embed MODEL --input FILE --output FILE"""
+"""grace-rl embed MODEL --input TEXTS --output FILE|DIR"""
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-HELP = "write the vectors of a file of texts; an unfinished output resumes"
+if TYPE_CHECKING:
+    from grace_rl.data.corpus import Texts
+    from grace_rl.embed.loading import EncoderKind
+
+HELP = "write the vectors of a file or corpus of texts; an unfinished output resumes"
 RECIPE_OVERRIDES = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run's model/, or any sentence encoder")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", metavar="FILE", help="texts: .jsonl[.gz], .csv[.gz] or .parquet")
+    source.add_argument(
+        "--input",
+        metavar="TEXTS",
+        help="a .jsonl[.gz], .csv[.gz] or .parquet file; a folder, pattern or address of parquet",
+    )
     source.add_argument(
         "--from-rationales",
         metavar="FILE",
         help="stored rationales: read them with this model and write none",
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="a .parquet file")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE|DIR", help=".parquet, or a folder of parts"
+    )
     parser.add_argument("--text-column", default="text", metavar="NAME")
     parser.add_argument("--id-column", default="id", metavar="NAME", help="default: the row number")
     parser.add_argument("--rationales", action="store_true", help="keep texts and rationales too")
@@ -32,7 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instruction", metavar="TEXT", help="in place of the trained one")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="only every N-th row")
     parser.add_argument("--chunk", type=int, default=4096, metavar="ROWS", help="rows of a part")
-    parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "transformers", "vllm", "ray"),
+        default="auto",
+        help="what writes; ray: many workers, each as auto says",
+    )
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="of a Ray cluster; default: one here"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="default: one for each GPU or CPU")
     parser.add_argument("--cache", metavar="FILE", help="a sqlite file that remembers rationales")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
@@ -42,69 +62,98 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.errors import UserError
 
     shard = _shard(options.shard)
-    output = Path(options.output).expanduser()
-    problems = []
-    if shard is None:
-        problems.append(f"--shard: must be I/N with 1 <= I <= N, such as 2/4, not {options.shard}")
-    if output.suffix != ".parquet":
-        problems.append(f"--output: must be a .parquet file, not {output}")
-    if options.chunk < 1:
-        problems.append(f"--chunk: must be at least 1, not {options.chunk}")
-    if problems or shard is None:
+    if problems := _problems(options, shard):
         raise UserError(problems)
 
-    from grace_rl.data.texts import TextSource
-    from grace_rl.embed.corpus import EmbedJob, embed_file
-    from grace_rl.embed.encoder import RationaleEncoder
-    from grace_rl.embed.loading import load_encoder, usable_device
+    from grace_rl.embed.corpus import EmbedJob, embed_corpus
+    from grace_rl.embed.loading import encoder_kind, load_encoder, usable_device
+    from grace_rl.embed.reader import CENTRE_FILE
     from grace_rl.run.screen import Screen
+    from grace_rl.run.workers import Cluster
 
-    given = bool(options.from_rationales)
-    path = Path(options.from_rationales or options.input).expanduser()
-    source = TextSource(
-        path, None if given else options.text_column, options.id_column, shard=shard
-    )
-    if not given:
-        source.check()  # before the model loads
+    model = Path(options.model)
+    kind = encoder_kind(model)
+    settings = _settings(options, kind)
+    texts = _texts(options, kind, shard or (1, 1))
+    texts.partitions(options.chunk)  # before the model loads
     device = usable_device(options.device)
-    encoder = load_encoder(options.model, device, engine=options.engine, cache=options.cache)
-    if given:
-        if not isinstance(encoder, RationaleEncoder):
-            raise UserError(f"{options.model}: reads texts, not rationales; use --input")
-        needs = encoder.reader.config.span != "bottleneck"
-        text = options.text_column if needs or options.rationales else None
-        source = TextSource(path, text, options.id_column, "rationale", shard)
-    if shard[1] > 1:
-        output = output.with_name(f"{output.stem}-{shard[0]}-of-{shard[1]}.parquet")
+    cluster = Cluster(options.address, options.workers) if options.engine == "ray" else None
+    engine = options.engine if cluster is None else "auto"
+    load = partial(load_encoder, model.absolute(), device, engine=engine, cache=options.cache)
     console = Screen(stderr=True)
-    reader = encoder.reader if isinstance(encoder, RationaleEncoder) else None
-    if reader is not None and reader.config.centre and reader.centre is None:
+    if kind.settings and kind.settings.reader.centre and not (model / CENTRE_FILE).exists():
         console.print(
             f"{options.model} has no centre, so its cosines are all close to 1: "
             f"grace-rl centre {options.model} --input TEXTS fits one",
             style="yellow",
         )
-    job = EmbedJob(source, output, options.rationales, _settings(options, encoder), options.chunk)
+    output = Path(options.output).expanduser()
+    if shard and shard[1] > 1:
+        output = output.with_name(f"{output.stem}-{shard[0]}-of-{shard[1]}{output.suffix}")
+    job = EmbedJob(texts, output.absolute(), options.rationales, settings, options.chunk)
     try:
-        rows = embed_file(
-            encoder, job, Path(options.model), overwrite=options.overwrite, console=console
+        done = embed_corpus(
+            load, job, model, cluster=cluster, overwrite=options.overwrite, console=console
         )
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on after the last finished part")
+        console.print("interrupted; the same command goes on with the parts that are not there")
         return 130
-    console.print(f"{rows:,} vectors are in {output}", highlight=False, soft_wrap=True)
+    told = f", {done.errors:,} of them errors (see the column error)" if done.errors else ""
+    console.print(f"{done.rows:,} vectors are in {output}{told}")
     return 0
 
 
-def _settings(options: argparse.Namespace, encoder: Any) -> dict[str, Any]:
-    from grace_rl.embed.encoder import RationaleEncoder
+def _problems(options: argparse.Namespace, shard: tuple[int, int] | None) -> list[str]:
+    """What is wrong with the options by themselves."""
+    problems = []
+    if shard is None:
+        problems.append(f"--shard: must be I/N with 1 <= I <= N, such as 2/4, not {options.shard}")
+    if Path(options.output).suffix not in (".parquet", ""):
+        problems.append(f"--output: must be a .parquet file or a folder, not {options.output}")
+    if options.chunk < 1:
+        problems.append(f"--chunk: must be at least 1, not {options.chunk}")
+    if options.workers is not None and options.workers < 1:
+        problems.append(f"--workers: must be at least 1, not {options.workers}")
+    for name in ("address", "workers"):
+        if options.engine != "ray" and getattr(options, name) is not None:
+            problems.append(f"--{name}: is of a Ray cluster; add --engine ray or leave it out")
+    return problems
+
+
+def _texts(options: argparse.Namespace, kind: EncoderKind, shard: tuple[int, int]) -> Texts:
+    """Where the texts, or the stored rationales, come from."""
+    from grace_rl.data.corpus import OneFile, texts_of
+    from grace_rl.data.texts import TextSource
     from grace_rl.errors import UserError
 
-    if options.rationales and not encoder.writes_rationales:
+    text: str | None = options.text_column
+    if options.from_rationales:
+        if kind.settings is None:
+            raise UserError(f"{options.model}: reads texts, not rationales; use --input")
+        needed = kind.settings.reader.span != "bottleneck" or options.rationales
+        text = text if needed else None
+    place = options.from_rationales or options.input
+    columns = TextSource(
+        Path(place).expanduser().absolute(),
+        text,
+        options.id_column,
+        "rationale" if options.from_rationales else None,
+        shard,
+    )
+    texts = texts_of(place, columns)
+    if shard[1] > 1 and not isinstance(texts, OneFile):
+        raise UserError("--shard: is for one file; --engine ray shares a corpus among workers")
+    return texts
+
+
+def _settings(options: argparse.Namespace, kind: EncoderKind) -> dict[str, Any]:
+    from grace_rl.errors import UserError
+
+    if options.rationales and not kind.module.writes_rationales:
         raise UserError(f"--rationales: {options.model} writes none; leave it out")
     names = ("rationale", "max_rationale_tokens", "temperature", "seed", "instruction")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if given and (options.from_rationales or not isinstance(encoder, RationaleEncoder)):
+    if given and (options.from_rationales or kind.settings is None):
         told = ", ".join("--" + name.replace("_", "-") for name in given)
         raise UserError(f"{told}: nothing is written here; leave it out")
     return given

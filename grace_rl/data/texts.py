@@ -79,7 +79,7 @@ class TextSource:
                 if mine:
                     yield f"{place}: {record}"
                 continue
-            row, problem = self._row(number, record)
+            row, problem = self.row(number, record)
             if not problem:
                 if kind is None:
                     kind, given = type(row["id"]), record.get(self.id) is not None
@@ -93,7 +93,8 @@ class TextSource:
             if mine:
                 yield f"{place}: {problem}" if problem else row
 
-    def _row(self, number: int, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    def row(self, number: int, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """`{id, text?, rationale?}` of a record, and what is wrong with it, "" if nothing."""
         row = {"id": number if record.get(self.id) is None else record[self.id]}
         wide = isinstance(row["id"], int) and not -(2**63) <= row["id"] < 2**63
         if type(row["id"]) not in _TYPES or wide:

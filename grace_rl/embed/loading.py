@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +35,57 @@ def load_encoder(
     Raises:
         UserError: The folder is none of these, or damaged.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
-        raise UserError(f"{folder}: there is no model (no config.json and no modules.json)")
-    module = _first_module(folder)
-    settings = None
-    if not module and is_language_model(read_config(folder)):
-        module = RationaleEncoder.__name__
-        if not (folder / SETTINGS_FILE).exists():
-            settings = EncoderSettings(instruction=None)
-    elif module.startswith("grace_rl."):
-        module = module.rpartition(".")[2]
-        if module not in (RationaleEncoder.__name__, SoftTokenEncoder.__name__):
-            raise UserError(f"{folder}/modules.json: grace_rl has no encoder {module}")
-    if module == RationaleEncoder.__name__:
+    kind = encoder_kind(folder)
+    if kind.module is RationaleEncoder:
+        settings = None if kind.saved else kind.settings
         return RationaleEncoder.from_pretrained(
             folder, device, settings=settings, engine=engine, cache=cache
         )
     if engine not in ("transformers", "auto") or cache is not None:
         raise UserError(f"{folder}: writes no rationales; leave out --engine vllm and --cache")
-    if module == SoftTokenEncoder.__name__:
+    if kind.module is SoftTokenEncoder:
         return SoftTokenEncoder.from_pretrained(folder, device)
     with reading(folder, "the model"):
         return SentenceEncoder(SentenceTransformer(str(folder), device=device))
+
+
+@dataclass(frozen=True)
+class EncoderKind:
+    """What a folder holds, known without loading its weights.
+
+    Attributes:
+        module: `RationaleEncoder`, `SoftTokenEncoder` or `SentenceEncoder`.
+        settings: Of a `RationaleEncoder`; None for others.
+        saved: Whether these settings lie beside the model, or are those of a bare policy.
+    """
+
+    module: type[RationaleEncoder] | type[SoftTokenEncoder] | type[SentenceEncoder]
+    settings: EncoderSettings | None = None
+    saved: bool = False
+
+
+def encoder_kind(folder: str | Path) -> EncoderKind:
+    """What `load_encoder` will make of a folder.
+
+    Raises:
+        UserError: The folder is no model, or damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
+        raise UserError(f"{folder}: there is no model (no config.json and no modules.json)")
+    module = _first_module(folder)
+    if module.startswith("grace_rl."):
+        module = module.rpartition(".")[2]
+        if module not in (RationaleEncoder.__name__, SoftTokenEncoder.__name__):
+            raise UserError(f"{folder}/modules.json: grace_rl has no encoder {module}")
+        if module == SoftTokenEncoder.__name__:
+            return EncoderKind(SoftTokenEncoder)
+        return EncoderKind(RationaleEncoder, EncoderSettings.load(folder), saved=True)
+    if not module and is_language_model(read_config(folder)):
+        if (folder / SETTINGS_FILE).exists():
+            return EncoderKind(RationaleEncoder, EncoderSettings.load(folder), saved=True)
+        return EncoderKind(RationaleEncoder, EncoderSettings(instruction=None))
+    return EncoderKind(SentenceEncoder)
 
 
 def usable_device(told: str | None) -> str:

@@ -146,7 +146,7 @@ def test_another_jobs_parts_are_not_taken(
     output = tmp_path / "vectors.parquet"
     parts = EmbedJob(None, output).parts  # type: ignore[arg-type]
     parts.mkdir()
-    (parts / "job.json").write_text('{"model": "another"}')
+    (parts / "_job.json").write_text('{"model": "another"}')
     arguments = ["embed", str(model_folder), "--input", str(source), "--output", str(output)]
     assert main(arguments) == 2
     assert "unfinished output of another job" in capsys.readouterr().err

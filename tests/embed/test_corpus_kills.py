@@ -16,8 +16,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from grace_rl.data.corpus import OneFile
 from grace_rl.data.texts import TextSource
-from grace_rl.embed.corpus import EmbedJob, embed_file
+from grace_rl.embed.corpus import EmbedJob, embed_corpus
 from grace_rl.embed.encoder_module import Encoded
 from grace_rl.errors import UserError
 
@@ -73,8 +74,8 @@ def write_texts(path: Path, word: str) -> Path:
 
 
 def embed(source: Path, model: Path, output: Path, **options: Any) -> int:
-    job = EmbedJob(TextSource(source), output, keep_rationales=False, chunk=2)
-    return embed_file(Digests(), job, model, console=Console(quiet=True), **options)
+    job = EmbedJob(OneFile(TextSource(source)), output, keep_rationales=False, chunk=2)
+    return embed_corpus(Digests, job, model, console=Console(quiet=True), **options).rows
 
 
 def rows_of(output: Path, word: str) -> bool:
@@ -100,7 +101,7 @@ def test_killed_at_any_moment(tmp_path: Path, model: Path, monkeypatch: pytest.M
         try:  # another job: refused, or only its own rows
             embed(new, model, output)
         except UserError:
-            assert finished or (folder / "v.parquet.parts" / "job.json").exists()
+            assert finished or (folder / "v.parquet.parts" / "_job.json").exists()
         else:
             assert not finished and rows_of(output, "new")
             output.unlink()
@@ -148,7 +149,7 @@ def test_an_input_that_changes_while_it_is_read_is_refused(tmp_path: Path, model
             write_texts(source, "new")
             return super().encode(texts)
 
-    job = EmbedJob(TextSource(source), output, chunk=2)
+    job = EmbedJob(OneFile(TextSource(source)), output, chunk=2)
     with pytest.raises(UserError, match="changed while it was read"):
-        embed_file(Editing(), job, model, console=Console(quiet=True))
+        embed_corpus(Editing, job, model, console=Console(quiet=True))
     assert not output.exists()

@@ -1,0 +1,140 @@
+"""The same work on many items: by this process, or by workers of a Ray cluster.
+
+Ray schedules, retries and feeds; an item and what comes of it are small plain data, and what is
+large goes from the worker to a file. So memory stays flat, and work that is whole in its file is
+done, whoever dies. Ray (the extra `ray`) is imported only where it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from grace_rl.errors import UserError
+
+Item = dict[str, Any]
+Work = Callable[[Item], Item]
+RETRIES = 3
+"""How often an item is given to another worker after it took one down with it."""
+BLOCKS = 2000  # of items; what Ray holds at a time is told by blocks, not by items
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster, one of this machine's own unless an address is told.
+
+    Attributes:
+        address: `host:port`, `ray://...` or `auto`; None starts one here, for this work.
+        workers: How many; None: one for each GPU, or for each CPU where there is no GPU.
+    """
+
+    address: str | None = None
+    workers: int | None = None
+
+    def run(self, items: Sequence[Item], make: Callable[[], Work]) -> Iterator[Item]:
+        """As `run_all`, by the cluster's workers."""
+        ray, data = _ray()
+        if not ray.is_initialized():
+            try:
+                ray.init(address=self.address, **_QUIET)
+            except (ConnectionError, ValueError) as error:
+                raise UserError(f"--address: {str(error).splitlines()[0]}") from error
+        there = ray.cluster_resources()
+        resource = "GPU" if there.get("GPU") else "CPU"
+        most = max(1, int(there.get(resource, 1)))
+        count = min(self.workers or most, len(items))
+        if count > most:
+            raise UserError(f"--workers: {count} of one {resource} each, but there are {most}")
+        rows = [{"item": json.dumps(item)} for item in items]
+        work = data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS)).map_batches(
+            _Worker,
+            fn_constructor_args=(make,),
+            batch_size=1,
+            compute=data.ActorPoolStrategy(size=count),
+            max_task_retries=RETRIES,
+            **{f"num_{resource.lower()}s": 1},
+        )
+        try:
+            for row in work.iter_rows():
+                yield json.loads(row["result"])
+        except ray.exceptions.RayError as error:
+            raise _cause(error) from error
+
+
+def run_all(
+    items: Sequence[Item], make: Callable[[], Work], cluster: Cluster | None = None
+) -> Iterator[Item]:
+    """What comes of every item, in the order in which it is done.
+
+    Args:
+        items: Plain data.
+        make: Makes what does an item; called once by each worker, for it may load a model. On a
+            cluster it travels there, so it holds nothing that cannot.
+        cluster: Where; None: in this process.
+
+    Raises:
+        UserError: As the work did; the cluster is not there or has too few of something; an item
+            took down every worker that it was given to.
+    """
+    if cluster is not None:
+        yield from cluster.run(items, make)
+    elif items:
+        work = make()
+        yield from map(work, items)
+
+
+class _Worker:
+    def __init__(self, make: Callable[[], Work]) -> None:
+        self._make = make
+        self._work: Work | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if self._work is None:  # here and not above, for what is raised there Ray tries again
+            self._work = self._make()
+        return {"result": [json.dumps(self._work(json.loads(item))) for item in batch["item"]]}
+
+
+_QUIET = {
+    "include_dashboard": False,
+    "log_to_driver": False,
+    "logging_level": logging.ERROR,
+    "configure_logging": True,
+}
+
+
+def _ray() -> tuple[Any, Any]:
+    """The modules `ray` and `ray.data`, told to keep quiet and to send nothing home."""
+    if find_spec("ray") is None:
+        raise UserError("--engine ray: needs Ray; pip install 'grace-rl[ray]'")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+    import ray.data as data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return ray, data
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What our work raised, out of what Ray made of it."""
+    inner: BaseException | None = error
+    while inner is not None:
+        for one in (inner, getattr(inner, "cause", None)):
+            if isinstance(one, UserError):
+                return UserError(one.problems)
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    told = " ".join(str(error).split())
+    if "died" in told:
+        return UserError(
+            f"a worker died {RETRIES + 1} times over the same item (memory? a text that breaks the "
+            f"model?); what is finished is kept, the same command goes on: {told[:300]}"
+        )
+    return error
