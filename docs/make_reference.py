@@ -52,6 +52,7 @@ def pages() -> dict[str, str]:
         "metrics.md": _metrics(),
         "commands.md": _commands(),
         "python.md": _python(),
+        "gallery.md": _gallery(),
     }
     return {name: f"{MADE}\n\n{text.rstrip()}\n" for name, text in made.items()}
 
@@ -136,6 +137,7 @@ def _metrics() -> str:
     )
     text = (Path(__file__).parent / "troubleshooting.md").read_text(encoding="utf-8")
     table = text.partition("## Healthy ranges")[2].partition("\n## ")[0].strip()
+    table = re.sub(r"\]\((?=[a-z_-]+\.md)", "](../", table)
     rows = []
     for group, charts in panels.items():
         for chart in charts:
@@ -150,6 +152,43 @@ def _metrics() -> str:
     head = ("group", "metrics", "what it is", "healthy", "otherwise")
     return f"# Every metric\n\n## With its healthy range\n\n{table}\n\n## As charts\n\n" + _table(
         head, rows
+    )
+
+
+def _gallery() -> str:
+    """Every shipped recipe by its first comment, and what it writes at most, from its numbers."""
+    root = Path(__file__).parents[1] / "recipes"
+    rows = []
+    for path in sorted(root.rglob("*.yaml")):
+        if path.parent.name in ("accelerate", "curate", "evaluate"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        recipe = yaml.safe_load(text)
+        comment = " ".join(re.match(r"(?:#.*\n)*", text)[0].replace("#", " ").split())
+        told = re.split(r"(?<=[.:]) |(?= grace-rl | accelerate | pip )", comment)[0].strip(" :")
+        if "stages" in recipe:
+            rows.append((path, told, "stages", recipe.get("model_name_or_path", ""), "", "", ""))
+            continue
+        batch = recipe.get("per_device_train_batch_size", 8)
+        batch *= recipe.get("gradient_accumulation_steps", 1)
+        steps = recipe.get("max_steps", "")
+        method = recipe.get("method", "grpo")
+        written: Any = ""
+        if METHODS[method].rollouts and steps:
+            written = f"{batch * steps * recipe.get('max_completion_length', 256):,}"
+        model = recipe.get("model_name_or_path", "")
+        rows.append((path, told, method, model, batch, steps, written))
+    lines = [(f"`{path.relative_to(root.parent)}`", *rest) for path, *rest in rows]
+    head = ("recipe", "what it is", "method", "model", "examples a step", "steps")
+    return "\n\n".join(
+        [
+            "# Gallery of recipes",
+            "What a run costs is decided by the tokens that it writes and then learns from: at "
+            "most examples x steps x the longest rationale, for one process. Divide by what your "
+            "machine writes a second; a run's `time/rollout` and `time/train` say how much comes "
+            "on top. Seconds that were measured are in [results.md](../results.md).",
+            _table((*head, "tokens written at most"), lines),
+        ]
     )
 
 

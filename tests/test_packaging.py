@@ -43,6 +43,8 @@ def test_the_extras_are_those_promised():
         "compare",
         "judge",
         "inspect",
+        "ray",
+        "docs",
         "dev",
     }
 
