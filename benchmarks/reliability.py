@@ -79,7 +79,7 @@ PHASES = {  # a function on the stack -> what is being done, the innermost first
     "training_step": "optimizer",
     "step": "optimizer",
     "curate": "curate",
-    "embed_file": "embed",
+    "embed_corpus": "embed",
     "compare": "compare",
 }
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "open")

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     import shutil
     import tempfile
 
-    from grace_rl.inspect.card import model_card
+    from grace_rl.run.card import model_card
     from grace_rl.run.files import write_text
     from grace_rl.run.printing import say
 

@@ -14,7 +14,7 @@ import yaml
 
 from grace_rl import __version__
 from grace_rl.cli import main
-from grace_rl.inspect.card import model_card
+from grace_rl.run.card import model_card
 from tests.commands.hub import hub
 
 RECIPE = {

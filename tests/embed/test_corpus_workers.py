@@ -6,14 +6,11 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -160,21 +157,16 @@ def nodes() -> Iterator[Any]:
 
 
 class DiesOnce:
-    """An encoder whose worker, or its whole node, is killed at the first text that says so."""
+    """An encoder whose worker is killed at the first text."""
 
-    def __init__(self, encoder: Any, mark: Path, node: str = "") -> None:
-        self.encoder, self.mark, self.node = encoder, mark, node
+    def __init__(self, encoder: Any, mark: Path) -> None:
+        self.encoder, self.mark = encoder, mark
         self.writes_rationales = encoder.writes_rationales
 
     def encode(self, texts: Sequence[str], *args: Any, **kwargs: Any) -> Encoded:
-        import ray
-
-        here = self.node in ("", ray.get_runtime_context().get_node_id())
-        if here and not self.mark.exists():
+        if not self.mark.exists():
             self.mark.touch()
-            # The parent of a worker is its node's raylet.
-            os.kill(os.getppid() if self.node else os.getpid(), signal.SIGKILL)
-            time.sleep(600)
+            os.kill(os.getpid(), signal.SIGKILL)
         if any("poison" in text for text in texts):
             raise RuntimeError("it cannot be read")
         return self.encoder.encode(texts, *args, **kwargs)
@@ -194,67 +186,6 @@ def test_two_workers_one_killed_give_what_one_gives(
     assert mark.exists() and several == Done(16, 1)
     assert embed(source, tmp_path / "one", model_folder, load) == several
     assert table(tmp_path / "two") == table(tmp_path / "one")  # to the last bit
-
-
-DRIVER = """
-import sys, time
-from pathlib import Path
-from rich.console import Console
-from grace_rl.data.corpus import ParquetTexts
-from grace_rl.data.texts import TextSource
-from grace_rl.embed.corpus import EmbedJob, embed_corpus
-from grace_rl.run.workers import Cluster
-
-source, output, model, address = sys.argv[1:]
-
-class Slow:
-    writes_rationales = False
-    def encode(self, texts, *args, **kwargs):
-        import hashlib, torch
-        from grace_rl.embed.encoder_module import Encoded
-        if "text 9" in texts:
-            time.sleep(3600)
-        rows = [list(hashlib.sha256(text.encode()).digest()) for text in texts]
-        return Encoded([], torch.tensor(rows, dtype=torch.float32))
-
-job = EmbedJob(ParquetTexts(source, TextSource(Path("unused"))), Path(output), chunk=4)
-embed_corpus(Slow, job, Path(model), cluster=Cluster(address, 1), console=Console(quiet=True))
-"""
-
-
-def wait_for(event: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    while not event():
-        assert process.poll() is None, "it ended before"
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_a_killed_driver_goes_on_and_a_lost_node_costs_nothing(
-    nodes: Any, model: Path, tmp_path: Path
-) -> None:
-    source = write_folder(tmp_path / "in", [f"text {i}" for i in range(40)])
-    output = tmp_path / "out"
-    arguments = [str(source), str(output), str(model), nodes.address]
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, *arguments])
-    wait_for(lambda: (output / "part-000001.parquet").exists(), process)
-    process.kill()
-    process.wait()
-    before = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
-
-    node = nodes.worker_nodes.copy().pop().node_id
-    mark = tmp_path / "died"
-    done = embed(
-        source,
-        output,
-        model,
-        lambda: DiesOnce(Digests(), mark, node),
-        cluster=Cluster(workers=2),
-    )
-    assert done == Done(40) and mark.exists()
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert table(output)["id"].to_pylist() == list(range(40))
-    expected = Digests().encode([f"text {i}" for i in range(40)]).vectors.numpy()
-    assert np.array_equal(np.stack(table(output)["vector"].to_numpy()), expected)
 
 
 def test_partitions_are_plain_data() -> None:
