@@ -43,13 +43,11 @@ class Partition(NamedTuple):
 
 
 class Texts(Protocol):
-    """Where texts come from, in partitions.
+    """Where texts come from, in partitions."""
 
-    Attributes:
-        columns: What is read of a row; `columns.path` counts for a single file only.
-    """
-
-    columns: TextSource
+    @property
+    def columns(self) -> TextSource:
+        """What is read of a row; its `path` counts for a single file only."""
 
     def partitions(self, size: int) -> tuple[list[Partition], type]:
         """Partitions of `size` rows or fewer, and the type of the ids.
@@ -88,9 +86,13 @@ class OneFile:
     """
 
     def __init__(self, columns: TextSource) -> None:
-        self.columns = columns
+        self._columns = columns
         self._rows: Iterator[Any] = iter(())
         self._at: int | None = None  # the row that comes next
+
+    @property
+    def columns(self) -> TextSource:
+        return self._columns
 
     def partitions(self, size: int) -> tuple[list[Partition], type]:
         rows, kind = self.columns.check()
