@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Whoever is started in the background by a script is told to ignore Ctrl-C, and so are its children.
+# What a script starts in the background is told to ignore Ctrl-C, and so are its children.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault(warm_python.PLACE, "")
