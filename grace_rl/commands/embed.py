@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from grace_rl.data.corpus import Texts
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     texts.partitions(options.chunk)  # before the model loads
     device = usable_device(options.device)
     cluster = Cluster(options.address, options.workers) if options.engine == "ray" else None
-    engine = options.engine if cluster is None else "auto"
+    engine: Literal["auto", "transformers", "vllm"] = "auto" if cluster else options.engine
     load = partial(load_encoder, model.absolute(), device, engine=engine, cache=options.cache)
     console = Screen(stderr=True)
     if kind.settings and kind.settings.reader.centre and not (model / CENTRE_FILE).exists():

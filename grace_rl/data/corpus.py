@@ -148,9 +148,9 @@ class ParquetTexts:
         return parts, next(iter(kinds))
 
     def read(self, partition: Partition) -> list[dict[str, Any] | str]:
-        names = [self.columns.id, self.columns.text, self.columns.rationale]
+        columns = (self.columns.id, self.columns.text, self.columns.rationale)
         with self._open(partition.file) as file:
-            names = [name for name in names if name in file.schema_arrow.names]
+            names = [name for name in columns if name and name in file.schema_arrow.names]
             start, groups = partition.start, []
             before = 0  # rows of the groups that lie before
             for group in range(file.num_row_groups):

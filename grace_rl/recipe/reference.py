@@ -127,7 +127,7 @@ def _rewards_schema() -> dict[str, Any]:
     """Entries of `rewards`; a reward's own arguments are beside ours, so any more keys may come."""
     spec = named(REWARD_SPEC)
     documented = described(spec)
-    kinds = {
+    kinds: dict[str, dict[str, object]] = {
         "name": {"type": "string"},
         "weight": {"type": "number"},
         "on_error": {"enum": ["raise", "abstain"]},
