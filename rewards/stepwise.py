@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from grace_rl.reward import (
     LoadedReward,
@@ -37,6 +40,10 @@ class Stepwise:
             `{name: contrastive, temperature: 0.1, score: probability}`. It must look at
             `batch.embeddings` and have neither a gate nor steps. From Python also a built object. A
             `path/to/file.py:Name` starts at the working directory.
+        over_text: pay what the rationale adds, s_K - s_0. With a reader that reads the text too
+            (`joint`) s_0 is the score of the text alone, which no rationale can change: within a
+            group nothing is ranked otherwise, but the number says what the words are worth, and a
+            critic can foresee it.
 
     Requirements: those of the potential; a reader that uses a language model. No columns.
 
@@ -66,16 +73,28 @@ class Stepwise:
     steps = True
 
     def __init__(
-        self, potential: str | dict[str, Any] | Callable[[RewardBatch], Any] = "contrastive"
+        self,
+        potential: str | dict[str, Any] | Callable[[RewardBatch], Any] = "contrastive",
+        over_text: bool = False,
     ) -> None:
         self.potential = _loaded(potential)
+        self.over_text = over_text
 
     @staticmethod
-    def check(potential: str | dict[str, Any] | Callable[[RewardBatch], Any]) -> None:
+    def check(
+        potential: str | dict[str, Any] | Callable[[RewardBatch], Any], over_text: bool
+    ) -> None:
+        if not isinstance(over_text, bool):
+            raise ValueError(f"over_text must be true or false, not {over_text!r}")
         _loaded(potential)
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        return score_prefixes(self.potential, batch)
+        found = score_prefixes(self.potential, batch)
+        if not self.over_text or found.steps is None:
+            return found
+        start = found.steps[:, :1]
+        adds = torch.as_tensor(found.values) - start[:, 0]
+        return dataclasses.replace(found, values=adds, steps=found.steps - start)
 
 
 def _loaded(potential: Any) -> LoadedReward:

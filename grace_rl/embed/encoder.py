@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,14 @@ from grace_rl.embed.encoder_module import (
     write_modules,
 )
 from grace_rl.embed.reader import FROZEN_FOLDER, Reader, Written
-from grace_rl.embed.settings import SETTINGS_FILE, Changes, EncoderSettings, RationaleMode, Writing
+from grace_rl.embed.settings import (
+    SETTINGS_FILE,
+    Changes,
+    EncoderRole,
+    EncoderSettings,
+    RationaleMode,
+    Writing,
+)
 from grace_rl.embed.writer import RationaleWriter
 from grace_rl.errors import UserError, reading
 from grace_rl.rollout.generator import Engine, end_token_ids
@@ -44,6 +51,7 @@ class RationaleEncoder(EncoderModule):
         writes_rationales: True; encoders of other methods embed a text as it is.
         rationale: `greedy`, `sample`, or `none`, which has the text read in the rationale's place.
         temperature, seed: Of `sample`.
+        roles: What is different for queries and documents (`EncoderRole`).
         writer: Writes the rationales, with `writer.generator`.
 
     Args:
@@ -53,12 +61,13 @@ class RationaleEncoder(EncoderModule):
         reader: Turns what was written into vectors.
         end_ids: Token ids that end a rationale.
         max_rationale_tokens: Longest rationale.
+        roles: What is different for queries and documents.
         batch_size: Texts per generation batch.
         folder: Where the model was loaded from; vLLM and the cache need it.
     """
 
     writes_rationales = True
-    forward_kwargs = {"rationale", "max_rationale_tokens", "temperature", "seed"}
+    forward_kwargs = {"rationale", "max_rationale_tokens", "temperature", "seed", "task"}
 
     def __init__(
         self,
@@ -70,9 +79,11 @@ class RationaleEncoder(EncoderModule):
         max_rationale_tokens: int,
         batch_size: int = 256,
         folder: Path | None = None,
+        roles: Mapping[Any, EncoderRole] | None = None,
     ) -> None:
         super().__init__(model, tokenizer, folder)
         self.reader = reader
+        self.roles = dict(roles or {})
         # Registered, so that `to(device)` moves them too.
         beside = [reader.frozen_policy, reader.sentence_encoder]
         self.readers = nn.ModuleList([module for module in beside if module is not None])
@@ -133,7 +144,14 @@ class RationaleEncoder(EncoderModule):
         ):
             reader.load(folder)
         encoder = cls(
-            model, tokenizer, template, reader, end_ids, own.max_rationale_tokens, folder=folder
+            model,
+            tokenizer,
+            template,
+            reader,
+            end_ids,
+            own.max_rationale_tokens,
+            folder=folder,
+            roles=own.roles,
         )
         encoder.rationale = own.rationale
         encoder.writer.use_engine(engine, encoder.max_rationale_tokens)
@@ -150,6 +168,7 @@ class RationaleEncoder(EncoderModule):
             max_rationale_tokens=self.max_rationale_tokens,
             chat_template_kwargs=self.template.chat_template_kwargs,
             rationale=self.rationale,
+            roles=self.roles,
             prompt=(self.template.prefix, self.template.suffix),
         )
         settings.save(folder)
@@ -186,6 +205,7 @@ class RationaleEncoder(EncoderModule):
             "reader": self._reader_settings,
             "centre": None if centre is None else centre.tolist(),
             "weight": self.reader.weight,
+            "roles": {name: role.given() for name, role in self.roles.items()},
         }
 
     @property
@@ -273,7 +293,8 @@ class RationaleEncoder(EncoderModule):
         Args:
             texts: N texts; a blank one gets a vector of zeros.
             rationale, changes: As in `write`.
-            role: Queries and documents are written for alike.
+            role: `query` or `document`, where `roles` says what is different for them; one that is
+                not written for never is.
             progress: Show a bar on stderr.
 
         Raises:
@@ -285,6 +306,10 @@ class RationaleEncoder(EncoderModule):
         rationales = [""] * len(place)
         lengths = [0] * len(place)
         vectors: Tensor | None = None
+        if role in self.roles:
+            rationale = rationale if self.roles[role].write else "none"
+            if changes.get("instruction") is None:
+                changes["instruction"] = self.roles[role].instruction
         for chunk in self._chunks(distinct, progress):
             with self.lock:
                 found, counts, raw = self._raw(chunk, rationale, changes)

@@ -74,8 +74,9 @@ class EncoderModule(InputModule):
 
     A subclass says how it is loaded (`from_pretrained`) and what it keeps beside the model
     (`save_beside`), and names in `forward_kwargs` what `SentenceTransformer.encode(texts, ...)` may
-    pass on to its `encode`. A prompt of sentence-transformers (`prompt`, `prompt_name`, those of
-    `encode_query` and `encode_document`) reaches it as `instruction`.
+    pass on to its `encode`; `task`, of `encode_query` and `encode_document`, reaches it as `role`.
+    A prompt of sentence-transformers (`prompt`, `prompt_name`, those of the two) reaches it as
+    `instruction`.
 
     Several threads may use one encoder: it does one call after the other.
 
@@ -185,7 +186,10 @@ class EncoderModule(InputModule):
                 "this encoder is not trained through sentence-transformers, which knows nothing of "
                 "what it writes; grace-rl train does"
             )
-        encoded = self.encode(features["texts"], instruction=features["instruction"], **kwargs)
+        role = kwargs.pop("task", None)  # of encode_query and encode_document
+        encoded = self.encode(
+            features["texts"], instruction=features["instruction"], role=role, **kwargs
+        )
         device = next(self.model.parameters()).device
         return _Features({**features, "sentence_embedding": encoded.vectors.to(device)})
 

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.recipe.fields import TrainerConfig
+from grace_rl.recipe.prompt import Instruction
 from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION
 
 
@@ -21,13 +22,14 @@ class ReadingConfig(TrainerConfig):
 
     Args:
         reader: How a rationale becomes a vector.
-        instruction: System instruction of the prompt; `None` leaves it out.
+        instruction: System message of the prompt, or the whole prompt, see `PromptConfig`; `None`
+            has neither.
         max_text_tokens: Longer texts are cut here (at least 1); the chat template around them stays
             whole.
         chat_template_kwargs: Keywords for the chat template, such as `{enable_thinking: false}`.
     """
 
     reader: ReaderConfig = field(default_factory=ReaderConfig)
-    instruction: str | None = DEFAULT_INSTRUCTION
+    instruction: Instruction | None = DEFAULT_INSTRUCTION
     max_text_tokens: Annotated[int, Field(ge=1)] = 512
     chat_template_kwargs: dict[str, Any] | None = None

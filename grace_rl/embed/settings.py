@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
@@ -10,6 +11,8 @@ from pydantic import Field, Strict
 
 from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.errors import UserError
+from grace_rl.recipe.prompt import Instruction, PromptConfig
+from grace_rl.recipe.roles import RoleConfig
 from grace_rl.recipe.schema import Section
 from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION
 from grace_rl.run.files import write_text
@@ -28,7 +31,8 @@ class Writing(Section):
         max_rationale_tokens: Longest rationale, at least 1.
         temperature: Of `sample`, above 0; greedy needs none.
         seed: Of `sample`.
-        instruction: System message in place of the one the policy was trained with; None keeps it.
+        instruction: System message, or whole prompt, in place of the one the policy was trained
+            with; None keeps it.
 
     Raises:
         UserError: With every mistake in the values.
@@ -38,7 +42,7 @@ class Writing(Section):
     max_rationale_tokens: int = Field(ge=1)
     temperature: float = Field(default=1.0, gt=0)
     seed: int = 0
-    instruction: str | None = None
+    instruction: Instruction | None = None
 
 
 class Changes(TypedDict, total=False):
@@ -47,7 +51,19 @@ class Changes(TypedDict, total=False):
     max_rationale_tokens: int | None
     temperature: float | None
     seed: int | None
-    instruction: str | None
+    instruction: str | PromptConfig | None
+
+
+class EncoderRole(Section):
+    """What is different for queries, or for documents.
+
+    Attributes:
+        write: Whether rationales are written for them.
+        instruction: In place of the encoder's own, where it is given.
+    """
+
+    write: bool = True
+    instruction: Instruction | None = None
 
 
 class EncoderSettings(Section):
@@ -60,16 +76,18 @@ class EncoderSettings(Section):
         instruction, max_text_tokens, chat_template_kwargs: Of the prompt, see `PromptTemplate`.
         max_rationale_tokens: Longest rationale that is written.
         rationale: How rationales are written unless a call says otherwise.
+        roles: What is different for queries and for documents; both are of `EncoderRole`.
         prompt: What stood before and after a text in training. A chat template may render
             something else today, such as the date.
     """
 
     reader: ReaderConfig = Field(default_factory=ReaderConfig)
-    instruction: str | None = DEFAULT_INSTRUCTION
+    instruction: Instruction | None = DEFAULT_INSTRUCTION
     max_text_tokens: int = Field(default=512, ge=1)
     max_rationale_tokens: int = Field(default=64, ge=1)
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     rationale: RationaleMode = "greedy"
+    roles: dict[Literal["query", "document"], EncoderRole] = Field(default_factory=dict)
     prompt: Annotated[tuple[str, str], Strict(False)] | None = None
 
     def save(self, folder: Path) -> None:
@@ -88,6 +106,15 @@ class EncoderSettings(Section):
         if not path.exists():
             raise UserError(f"{folder}: has no {SETTINGS_FILE}; give the model/ folder of a run")
         return load_settings(cls, path)
+
+
+def encoder_roles(roles: Mapping[str, RoleConfig]) -> dict[Any, EncoderRole]:
+    """What training told of its roles, for use: a `positive` is a document."""
+    found = {}
+    for name, role in (("query", roles.get("query")), ("document", roles.get("positive"))):
+        if role is not None and (not role.write or role.instruction is not None):
+            found[name] = EncoderRole(write=role.write, instruction=role.instruction)
+    return found
 
 
 def load_settings(cls: type[S], path: Path) -> S:

@@ -14,6 +14,7 @@ from grace_rl.embed.reader import Written
 from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.settings import Writing
 from grace_rl.errors import UserError
+from grace_rl.recipe.prompt import PromptConfig
 from grace_rl.rollout.generator import (
     Engine,
     Generator,
@@ -64,7 +65,7 @@ class RationaleWriter:
         self.generator: Generator = self._own
         self.cache: RationaleCache | None = None
         self.fingerprint = ""
-        self._told: tuple[PromptTemplate, dict[str, PromptTemplate]] = (template, {})
+        self._told: tuple[PromptTemplate, dict[Any, PromptTemplate]] = (template, {})
 
     def use_engine(self, engine: Engine, longest: int) -> None:
         """Write with another engine from now on.
@@ -160,7 +161,7 @@ class RationaleWriter:
             for prompt, row, rationale in zip(prompts, ids, rationales, strict=True)
         ]
 
-    def template_for(self, instruction: str | None) -> PromptTemplate:
+    def template_for(self, instruction: str | PromptConfig | None) -> PromptTemplate:
         """The template, with another instruction where one is given."""
         own, others = self._told
         if own is not self.template:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader
 from grace_rl.embed.reader_config import ReaderConfig
+from grace_rl.embed.settings import encoder_roles
 from grace_rl.rollout.generator import end_token_ids
 from grace_rl.rollout.policy import load_policy, resolve_model
 from grace_rl.rollout.prompts import PromptTemplate
@@ -44,4 +45,5 @@ def untrained_encoder(
         Reader(reader or config.reader, tokenizer, end_ids, model),
         end_ids,
         getattr(config, "max_completion_length", None) or 1,
+        roles=encoder_roles(getattr(config, "roles", {})),
     )

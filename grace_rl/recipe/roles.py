@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
+from grace_rl.errors import UserError
+from grace_rl.recipe.prompt import Instruction
 from grace_rl.recipe.schema import Section, nearest
 
 SUPERVISED_ROLES = ("query", "positive", "negative", "negative_positive")
@@ -24,13 +26,33 @@ class RoleConfig(Section):
     Args:
         samples: Rationales of each text, at least 1; None is `num_generations` for a trained role
             and 1 for an anchor.
-        train: Whether the policy learns from them.
+        train: Whether the policy learns from them; a text that is not written for teaches nothing.
+        write: Whether rationales are written at all. Without, a text is embedded as it is, in one
+            pass.
+        instruction: What the policy is told about these texts, in place of the recipe's
+            `instruction`: a system message or a whole prompt.
+
+    Raises:
+        UserError: With every mistake in the values.
     """
 
     recipe_key = "roles"
 
     samples: int | None = Field(None, ge=1)
     train: bool = True
+    write: bool = True
+    instruction: Instruction | None = None
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if not self.write:
+            if self.train and "train" in self.model_fields_set:
+                raise UserError("train: there is nothing to learn from with write: false")
+            object.__setattr__(self, "train", False)
+            for key in ("samples", "instruction"):
+                if getattr(self, key) is not None:
+                    raise UserError(f"{key}: has no effect with write: false")
+        return self
 
 
 _Role = Annotated[RoleConfig, BeforeValidator(lambda value: {} if value is None else value)]
@@ -44,6 +66,11 @@ def default_roles() -> Roles:
 
 def trained_roles(roles: Mapping[str, RoleConfig]) -> list[str]:
     return [name for name, role in roles.items() if role.train]
+
+
+def unwritten_roles(roles: Mapping[str, RoleConfig]) -> frozenset[str]:
+    """Roles whose texts are embedded without a rationale."""
+    return frozenset(name for name, role in roles.items() if not role.write)
 
 
 def role_problems(roles: Mapping[str, RoleConfig], num_generations: int) -> Iterator[str]:

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from grace_rl.errors import UserError, reading
+from grace_rl.recipe.prompt import PromptConfig
 
 DEFAULT_INSTRUCTION = (
     "Read the text and say in a few plain words what it is about: who or what, what happens, "
@@ -45,8 +46,8 @@ class PromptTemplate:
 
     Args:
         tokenizer: A fast tokenizer (offsets are needed).
-        instruction: System message; `None` for none. Templates without a system role get it before
-            the text.
+        instruction: System message, or a whole prompt; `None` for none. Templates without a system
+            role get the system message before the first text.
         max_text_tokens: Texts are cut to this many tokens, at least 1.
         chat_template_kwargs: Passed on to the template, e.g. `{"enable_thinking": False}`.
         surroundings: What stands before and after a text, as an earlier template has rendered it
@@ -59,7 +60,7 @@ class PromptTemplate:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        instruction: str | None = DEFAULT_INSTRUCTION,
+        instruction: str | PromptConfig | None = DEFAULT_INSTRUCTION,
         max_text_tokens: int = 512,
         chat_template_kwargs: dict[str, Any] | None = None,
         surroundings: tuple[str, str] | None = None,
@@ -75,17 +76,23 @@ class PromptTemplate:
             )
         self.tokenizer = tokenizer
         self.instruction = instruction
+        whole = instruction if isinstance(instruction, PromptConfig) else None
+        self._told = whole or PromptConfig(system=instruction)  # type: ignore[arg-type]
         self.max_text_tokens = max_text_tokens
         self.chat_template_kwargs = chat_template_kwargs or {}
         self._special = [token for token in tokenizer.get_added_vocab() if token.strip()]
         with reading(tokenizer.name_or_path, "the chat template"):
             self.prefix, self.suffix = surroundings or self._surroundings()
 
-    def with_instruction(self, instruction: str) -> PromptTemplate:
-        """The same prompt with another instruction; whatever else it has rendered stays."""
-        pinned = None
-        if self.instruction and self.prefix.count(self.instruction) == 1:
-            pinned = (self.prefix.replace(self.instruction, instruction), self.suffix)
+    def with_instruction(self, instruction: str | PromptConfig) -> PromptTemplate:
+        """The same prompt with another instruction; with another system message, whatever else it
+        has rendered stays."""
+        pinned, own = None, self._told.system
+        if isinstance(instruction, str):
+            if own and self.prefix.count(own) == 1:
+                pinned = (self.prefix.replace(own, instruction), self.suffix)
+            if isinstance(self.instruction, PromptConfig):
+                instruction = self.instruction.changed(system=instruction)
         return PromptTemplate(
             self.tokenizer, instruction, self.max_text_tokens, self.chat_template_kwargs, pinned
         )
@@ -169,16 +176,26 @@ class PromptTemplate:
         return prefix, suffix
 
     def _fill(self, text: str, extra: dict[str, Any]) -> str:
-        user = {"role": "user", "content": text}
-        if self.instruction is None:
-            return self._apply([user], extra)
+        turns, system = self._turns(text), self._told.system
+        if system is None:
+            return self._apply(turns, extra)
         try:
-            filled = self._apply([{"role": "system", "content": self.instruction}, user], extra)
-            if self.instruction in filled:
+            filled = self._apply([{"role": "system", "content": system}, *turns], extra)
+            if system in filled:
                 return filled
         except TemplateError:  # how templates refuse a system role
             pass
-        return self._apply([{"role": "user", "content": f"{self.instruction}\n\n{text}"}], extra)
+        first = turns[0] | {"content": f"{system}\n\n{turns[0]['content']}"}
+        return self._apply([first, *turns[1:]], extra)
+
+    def _turns(self, text: str) -> list[dict[str, str]]:
+        """The user's and the policy's messages; the last is about the text."""
+        before, after = self._told.around
+        turns: list[dict[str, str]] = []
+        for example in self._told.examples:
+            turns.append({"role": "user", "content": before + example.text + after})
+            turns.append({"role": "assistant", "content": example.rationale})
+        return [*turns, {"role": "user", "content": before + text + after}]
 
     def _apply(self, messages: list[dict[str, str]], extra: dict[str, Any]) -> str:
         given = extra | self.chat_template_kwargs
@@ -188,10 +205,14 @@ class PromptTemplate:
         return str(rendered)
 
     def _plain_surroundings(self) -> tuple[str, str]:
-        """A base model's prompt: begin token (if the tokenizer has one), instruction, text, cue."""
+        """A base model's prompt: begin token (if the tokenizer has one), instruction, examples,
+        text, cue."""
         bos = self.tokenizer.bos_token
         begins = bos is not None and self.tokenizer("a")["input_ids"][:1] == [
             self.tokenizer.bos_token_id
         ]
-        head = "" if self.instruction is None else f"{self.instruction}\n\n"
-        return (bos if begins else "") + head + "Text: ", "\n\nRationale:"
+        system, (before, after) = self._told.system, self._told.around
+        head = "" if system is None else f"{system}\n\n"
+        for example in self._told.examples:
+            head += f"Text: {before}{example.text}{after}\n\nRationale: {example.rationale}\n\n"
+        return (bos if begins else "") + head + "Text: " + before, after + "\n\nRationale:"

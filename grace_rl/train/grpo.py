@@ -48,7 +48,9 @@ from grace_rl.data.false_negatives import load_false_negatives
 from grace_rl.embed.diagnostics import collapse_metrics, distinct_n
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader
+from grace_rl.embed.settings import encoder_roles
 from grace_rl.errors import UserError
+from grace_rl.recipe.roles import unwritten_roles
 from grace_rl.reward import RewardRuntime
 from grace_rl.reward.batch import reward_batch
 from grace_rl.reward.loading import LoadedReward, RewardSpec, build_rewards, load_rewards
@@ -56,7 +58,7 @@ from grace_rl.reward.scores import with_scores
 from grace_rl.reward.stored import FALSE_NEGATIVES, mask_settings
 from grace_rl.rollout.columns import row_columns
 from grace_rl.rollout.engines import vllm_start
-from grace_rl.rollout.prompts import PromptTemplate
+from grace_rl.rollout.prompts import Prompt, PromptTemplate
 from grace_rl.rollout.rollouts import Rollouts
 from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.run.screen import Screen
@@ -64,7 +66,7 @@ from grace_rl.train.grpo_config import GraceGRPOConfig, check_rollouts
 from grace_rl.train.hooks import RolloutTrainer, Write, like_completions
 from grace_rl.train.keep import RolloutKeeper, check_first_batch, check_totals
 from grace_rl.train.phases import PhaseClock
-from grace_rl.train.reader_loss import ReaderLoss
+from grace_rl.train.reader_loss import ReaderLoss, learn_weight
 from grace_rl.train.rollout_reader import RolloutReader
 
 
@@ -113,6 +115,7 @@ class GraceGRPOTrainer(RolloutTrainer):
             self.bundles["eval"] = Bundles(list(eval_dataset), roles)
         build_rewards(self.rewards)
         self._reader_loss: ReaderLoss | None = None  # of the batch of rollouts
+        self._raw = torch.empty(0)  # the batch's vectors, as they were read
         self.false_negatives = load_false_negatives(
             args.false_negatives,
             [row for part in self.bundles.values() for row in part.rows],
@@ -143,14 +146,21 @@ class GraceGRPOTrainer(RolloutTrainer):
         self.prompt_template = PromptTemplate(
             self._tokenizer, args.instruction, args.max_text_tokens, self.chat_template_kwargs
         )
-        self.render = lru_cache(maxsize=65_536)(self.prompt_template.render)
+        self._templates = {
+            name: self.prompt_template.with_instruction(role.instruction)
+            for name, role in args.roles.items()
+            if role.instruction is not None
+        }
+        self.render = lru_cache(maxsize=65_536)(self._render)
         self.segmenter = Segmenter(
             args.segments, args.segment_min_tokens, sentence_end_test(self._tokenizer)
         )
         self.reader = Reader(
             args.reader, self._tokenizer, self.eos_token_ids, policy, self.accelerator.device
         )
-        self.rollout_reader = RolloutReader(self.reader, policy, self.render)
+        self.rollout_reader = RolloutReader(
+            self.reader, policy, self.render, unwritten_roles(args.roles)
+        )
         self.runtime = RewardRuntime(
             self.rewards,
             gather=gather,
@@ -172,16 +182,21 @@ class GraceGRPOTrainer(RolloutTrainer):
     def generate(self, rollouts: Rollouts, write: Write) -> tuple[Rollouts, Any]:
         """Write for the texts, and along with them, or apart, for the anchors."""
         own, temperature = int(rollouts.trained.sum()), self.args.anchor_temperature
-        prompts = [self.render(text) for text in rollouts.texts]
+        prompts = [self.render(*text) for text in zip(rollouts.texts, rollouts.roles, strict=True)]
         ids = [prompt.token_ids for prompt in prompts]
+        places = self._places_to_write(rollouts.roles)
+        asked = [ids[i] for i in places]
         if temperature is None and not (self.use_vllm and self.vllm_mode == "server"):
-            written, logps = write(ids, self.num_generations)
+            found, logps = write(asked, self.num_generations)
         else:
-            written, logps = write(ids[:own], self.num_generations)
-            if ids[own:]:
+            found, logps = write(asked[:own], self.num_generations)
+            if asked[own:]:
                 with self.sampling_temperature(temperature):
-                    written = written + write(ids[own:], 1)[0]
-        ended = [row[-1] in self.eos_token_ids for row in written]
+                    found = found + write(asked[own:], 1)[0]
+        written: list[list[int]] = [[] for _ in ids]
+        for i, row in zip(reversed(places), reversed(found), strict=True):  # fillers first
+            written[i] = row
+        ended = [not row or row[-1] in self.eos_token_ids for row in written]
         rollouts = dataclasses.replace(
             rollouts,
             prompts=[prompt.string for prompt in prompts],
@@ -191,6 +206,19 @@ class GraceGRPOTrainer(RolloutTrainer):
             prefix_ends=self._prefix_ends(written, own),
         )
         return rollouts, logps
+
+    def _render(self, text: str, role: str) -> Prompt:
+        return self._templates.get(role, self.prompt_template).render(text)
+
+    def _places_to_write(self, roles: Sequence[str]) -> list[int]:
+        """Numbers of the texts that are written for, as many on every process: the first one fills
+        up."""
+        unwritten = self.rollout_reader.unwritten
+        places = [i for i, role in enumerate(roles) if role not in unwritten]
+        if unwritten:
+            count = torch.tensor([len(places)], device=self.accelerator.device)
+            places += [0] * (int(gather(count).max()) - len(places))
+        return places
 
     def _prefix_ends(self, token_ids: list[list[int]], own: int) -> Tensor | None:
         """(B, K+1) ends of segments, by the typical length of all processes' rollouts; an anchor is
@@ -209,6 +237,7 @@ class GraceGRPOTrainer(RolloutTrainer):
         """Read, gather, centre; and add the fields of the rows."""
         raw = self.rollout_reader.read(rollouts).gather(self._anchor_count, gather, gather_object)
         self.reader.update_centre(raw.embeddings)
+        self._raw = raw.embeddings
         rows, prefixes = self.bundles[self.mode].rows, raw.prefix_embeddings
         world = dataclasses.replace(
             raw,
@@ -239,6 +268,11 @@ class GraceGRPOTrainer(RolloutTrainer):
         if self.args.reader_loss is not None and self.mode == "train":
             written = self.rollout_reader.written(batch)
             self._reader_loss = ReaderLoss(self.args.reader_loss, self.reader, written, batch)
+            if self.reader.config.learn_weight:
+                temperature = self.args.reader_loss.temperature
+                learn_weight(self.reader, self._raw, rollouts, temperature, self.false_negatives)
+        if self.reader.config.span == "joint":
+            self.log_all({"reader/weight": self.reader.weight})
         if self.false_negatives is not None:
             own_share = torch.tensor([batch.masked_share()], device=rollouts.example.device)
             share = gather(own_share).mean().item()
@@ -305,6 +339,7 @@ class GraceGRPOTrainer(RolloutTrainer):
             self.reader,
             self.eos_token_ids,
             self.max_completion_length,
+            roles=encoder_roles(self.args.roles),
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -44,7 +44,7 @@ class RolloutTrainer(CheckpointMixin, GRPOTrainer):
     bundles: dict[str, Bundles]
     clock: PhaseClock
     rollout_reader: RolloutReader
-    render: Callable[[str], Prompt]
+    render: Callable[[str, str], Prompt]
     _rollouts: Rollouts | None = None  # under way
     _anchor_count = 0  # of all processes
 
@@ -130,7 +130,8 @@ class RolloutTrainer(CheckpointMixin, GRPOTrainer):
         return output
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [self.render(prompt).token_ids for prompt in prompts], None, {}
+        own = zip(prompts, self._under_way.roles, strict=False)  # which come before the anchors
+        return [self.render(*text).token_ids for text in own], None, {}
 
     def _generate_single_turn(  # type: ignore[override]  # has_tool_images: there are no tools
         self, prompt_ids: list[list[int]], images: Any, fields: Any, num_generations: int

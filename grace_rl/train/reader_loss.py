@@ -11,6 +11,7 @@ every process as candidates, and nothing has to be exchanged between processes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +19,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from grace_rl.data.false_negatives import FalseNegatives
 from grace_rl.embed.reader import Reader, Written
 from grace_rl.recipe.schema import Section
 from grace_rl.reward import RewardBatch, contrast_texts
+from grace_rl.reward.batch import reward_batch
+from grace_rl.rollout.rollouts import Rollouts
+
+WEIGHT_STEP = 1.05
 
 
 class ReaderLossConfig(Section):
@@ -48,9 +54,44 @@ def reader_loss_problems(config: Any) -> list[str]:
             "reader_loss: nothing could learn to read with reader.weights: "
             f"{config.reader.weights}; it needs policy"
         )
+    if config.reader_loss is None and config.reader.learn_weight:
+        problems.append("reader.learn_weight: follows reader_loss, and there is none")
     if config.reader_loss is not None and config.use_liger_kernel:
         problems.append("reader_loss: the fused loss of use_liger_kernel has no place for it")
     return problems
+
+
+def learn_weight(
+    reader: Reader,
+    raw: Tensor,
+    world: Rollouts,
+    temperature: float,
+    false_negatives: FalseNegatives | None = None,
+) -> None:
+    """Move a `joint` reader's weight by one small step to where the loss of a batch is less.
+
+    Three weights are tried: the present one, and one 5% below and above. So the weight follows many
+    batches, none moves it far, and every process, which sees the same batch, moves it alike.
+
+    Args:
+        reader: Of span `joint`.
+        raw: (N, 2H) what it has read of all processes' rollouts and anchors.
+        world: These N rollouts.
+        temperature: Of the loss.
+        false_negatives: As the rewards have it.
+    """
+    trained = slice(0, int(world.trained.sum()))
+    losses = {}
+    for weight in (reader.weight, reader.weight / WEIGHT_STEP, reader.weight * WEIGHT_STEP):
+        reader.weight = weight
+        read = dataclasses.replace(
+            world, embeddings=reader.finish(raw), prefix_embeddings=None, prefix_ends=None,
+            step_scores=None,
+        )  # fmt: skip
+        contrast = contrast_texts(reward_batch(read, trained, false_negatives))
+        values = contrast.log_softmax(temperature)[contrast.scored]
+        losses[weight] = float(-values.mean()) if len(values) else 0.0
+    reader.weight = min(losses, key=lambda weight: losses[weight])
 
 
 class ReaderLoss:

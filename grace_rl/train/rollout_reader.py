@@ -21,17 +21,25 @@ class RolloutReader:
     Args:
         reader: What to read.
         policy: The unwrapped policy.
-        render: A text's prompt.
+        render: The prompt of a text and its role.
+        unwritten: Roles whose texts have no rationale.
 
     Attributes:
         shares_forwards: The reader sees prompt and rationale together with the policy's own
             weights, so TRL's forward has the states that it needs.
     """
 
-    def __init__(self, reader: Reader, policy: nn.Module, render: Callable[[str], Prompt]) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        policy: nn.Module,
+        render: Callable[[str, str], Prompt],
+        unwritten: frozenset[str] = frozenset(),
+    ) -> None:
         self.reader = reader
         self.policy = policy
         self.render = render
+        self.unwritten = unwritten
         self.shares_forwards = reader.config.in_context and reader.config.weights == "policy"
         self._overheard: Tensor | None = None  # raw vectors of the rollouts under way
 
@@ -42,8 +50,14 @@ class RolloutReader:
 
     def written(self, rollouts: Rollouts) -> list[Written]:
         """The rows of a table as a reader takes them."""
-        rows = zip(rollouts.texts, rollouts.token_ids, rollouts.rationales, strict=True)
-        return [Written(self.render(text), ids, rationale) for text, ids, rationale in rows]
+        items = []
+        for i, role in enumerate(rollouts.roles):
+            prompt = self.render(rollouts.texts[i], role)
+            if role in self.unwritten:
+                items.append(self.reader.plain(prompt))
+            else:
+                items.append(Written(prompt, rollouts.token_ids[i], rollouts.rationales[i]))
+        return items
 
     @contextmanager
     def overhearing(
@@ -65,7 +79,12 @@ class RolloutReader:
         overheard, self._overheard = self._overheard, None
         ends = rollouts.prefix_ends
         if overheard is None:
-            raw = self.reader.read(self.written(rollouts), ends)
+            written = self.written(rollouts)
+            if ends is not None and self.unwritten:  # whatever is read of them is read whole
+                lengths = torch.tensor([len(item.token_ids) for item in written])
+                anchors = ~rollouts.trained[:, None]
+                ends = torch.where(anchors, lengths.to(ends.device)[:, None], ends)
+            raw = self.reader.read(written, ends)
         else:
             anchors = self.written(rollouts.take(~rollouts.trained))
             raw = overheard

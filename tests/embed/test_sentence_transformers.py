@@ -16,8 +16,10 @@ from torch import nn
 
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder
-from grace_rl.embed.settings import EncoderSettings
+from grace_rl.embed.reader_config import ReaderConfig
+from grace_rl.embed.settings import EncoderRole, EncoderSettings
 from grace_rl.errors import UserError
+from grace_rl.recipe.prompt import PromptConfig
 
 TEXTS = [row["query"] for row in scenes.rows("test", "triplet", 3)]
 
@@ -247,3 +249,26 @@ def test_the_prompt_of_training_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert untrained.writer.keys(TEXTS, untrained._how(None, {})) != today.writer.keys(
         TEXTS, today._how(None, {})
     )
+
+
+def test_queries_are_written_for_and_documents_are_not(tmp_path: Path, texts: list[str]) -> None:
+    """The reader `joint` with roles: a round trip through sentence-transformers."""
+    settings = EncoderSettings(
+        reader=ReaderConfig(span="joint", weight=2.0),
+        instruction=PromptConfig(user="Say: {text}!"),
+        max_rationale_tokens=8,
+        roles={"document": EncoderRole(write=False)},
+    )
+    encoder = RationaleEncoder.from_pretrained(scenes.COLD_START, settings=settings)
+    encoder.fit_centre(texts[:6])
+    encoder.save(tmp_path)
+    model = load(tmp_path)
+    alone = encoder.encode(texts[:6], "none").vectors
+    both = encoder.encode(texts[:6], role="query").vectors
+    assert not torch.allclose(both, alone, atol=0.05)
+    document, query = (
+        torch.tensor(f(texts[:6])) for f in (model.encode_document, model.encode_query)
+    )
+    torch.testing.assert_close(document, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(query, both, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(model.encode(texts[:6])), both, atol=1e-5, rtol=0)

@@ -96,3 +96,13 @@ def test_a_potential_is_a_plain_value_of_embeddings(potential, says):
 def test_without_prefixes_it_says_why():
     with pytest.raises(ValueError, match="no prefix embeddings"):
         Stepwise()(random_batch())
+
+
+def test_over_text_pays_what_the_rationale_adds():
+    batch = batch_with_prefixes("quad")
+    whole, adds = Stepwise()(batch), Stepwise(over_text=True)(batch)
+    torch.testing.assert_close(adds.values, whole.values - whole.steps[:, 0])
+    assert not adds.steps[:, 0].any()
+    torch.testing.assert_close(adds.steps.diff(dim=1), whole.steps.diff(dim=1))
+    with pytest.raises(ValueError, match="over_text"):
+        Stepwise.check("contrastive", over_text="yes")

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grace_rl.errors import UserError
+from grace_rl.recipe.prompt import PromptConfig
 from grace_rl.rollout.prompts import PromptTemplate
 
 CHATML = (
@@ -126,3 +127,30 @@ def test_a_pinned_prompt_keeps_its_day_under_another_instruction() -> None:
     assert template.render("A dog barks.").string == "26 Nov 2026\nThink.\nA dog barks.\nGo:"
     told = template.with_instruction("Say who it is.")
     assert told.prefix == "26 Nov 2026\nSay who it is.\n" and told.suffix == "\nGo:"
+
+
+WHOLE = PromptConfig(
+    system="Think.", user="Say: {text}!", examples=[{"text": "a dog", "rationale": "dog"}]
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, NO_SYSTEM, SILENT_SYSTEM, None])
+def test_a_whole_prompt_has_its_turns_in_order(template: str | None) -> None:
+    tokenizer = byte_tokenizer(template)
+    prompt = PromptTemplate(tokenizer, WHOLE).render(" A dog barks. ")
+    parts = ["Think.", "Say: a dog!", "dog", "Say: A dog barks.!"]
+    places = [prompt.string.index(part) for part in parts]
+    assert places == sorted(places)
+    assert tokenizer.decode(prompt.token_ids[slice(*prompt.span)]) == "A dog barks."
+
+
+def test_another_system_message_keeps_the_rest_of_a_whole_prompt() -> None:
+    template = PromptTemplate(byte_tokenizer(CHATML), WHOLE).with_instruction("Be short.")
+    string = template.render("x").string
+    assert "Be short." in string and "Think." not in string and "Say: x!" in string
+
+
+def test_the_text_must_have_one_place() -> None:
+    for user in ("no place", "{text} and {text}"):
+        with pytest.raises(UserError, match="instruction: user: must have {text} in it once"):
+            PromptConfig(user=user)
