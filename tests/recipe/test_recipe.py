@@ -258,7 +258,7 @@ def test_tags_cannot_run_code(write):
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size", "at least 1"),
         (["--roles", "{query: {train: false}}"], "--roles", "no role is trained"),
         (["--roles", "{query: {write: false}}"], "--roles", "no role is trained"),
-        (["--roles.negative", "{write: false, train: true}"], "--roles.negative", "nothing to learn"),
+        (["--roles.negative", "{write: false, train: true}"], "--roles.negative", "to learn from"),
         (["--roles.negative", "{write: false, samples: 2}"], "--roles.negative", "has no effect"),
         (["--instruction", "{user: no place}"], "--instruction", "{text} in it once"),
         (["--roles", "{query: {}, text: {}}"], "--roles", "cannot be mixed"),
