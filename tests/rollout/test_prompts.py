@@ -152,5 +152,5 @@ def test_another_system_message_keeps_the_rest_of_a_whole_prompt() -> None:
 
 def test_the_text_must_have_one_place() -> None:
     for user in ("no place", "{text} and {text}"):
-        with pytest.raises(UserError, match="instruction: user: must have {text} in it once"):
+        with pytest.raises(UserError, match="instruction.user: must have {text} in it once"):
             PromptConfig(user=user)
