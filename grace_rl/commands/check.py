@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="force known rationales: can the embedding see a better one?",
     )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="write for the texts of N rows, greedily and sampled, and stop",
+    )
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -44,6 +50,14 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         recipes = [stage.stand_in for stage in recipe.stages if stage.stand_in is not None]
     else:
         recipes = [recipe]
+    if options.sample is not None:
+        from grace_rl.evaluate.samples import print_samples
+
+        if options.sample < 1:
+            raise UserError(f"--sample: must be at least 1, not {options.sample}")
+        for one in recipes:
+            print_samples(one, options.sample)
+        return 0
     if options.oracle:
         from grace_rl.evaluate.oracle import print_oracle_table
 
