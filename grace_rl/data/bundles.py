@@ -122,9 +122,11 @@ class Bundles:
         else:
             negatives = row.get("negative") or []
             negatives = [negatives] if isinstance(negatives, str) else negatives
-            found = [("query", row["query"], 0), ("positive", row["positive"], 0)]
-            if row.get("negative_positive"):
-                found.append(("negative_positive", row["negative_positive"], 1))
+            found = [
+                (role, row[role], side)
+                for role, side in (("query", 0), ("positive", 0), ("negative_positive", 1))
+                if row.get(role)
+            ]
             found += [("negative", negative, 1 + i) for i, negative in enumerate(negatives)]
         return [text for text in found if text[0] in wanted]
 

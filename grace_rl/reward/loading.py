@@ -58,6 +58,8 @@ class LoadedReward:
         weight, on_error, timeout: See `RewardSpec`.
         gates: True where it may return a gate (the attribute `gates = True`).
         steps: True where it returns steps (the attribute `steps = True`).
+        trained_roles: The sets of trained roles that it can score (the attribute of that name, such
+            as `(("positive",), ("text",))`); empty for any.
         trl_parameters: None for a reward called with a RewardBatch. Else the names that the plain
             TRL function takes, where "**" stands for any.
     """
@@ -69,6 +71,7 @@ class LoadedReward:
     timeout: float | None = None
     gates: bool = False
     steps: bool = False
+    trained_roles: tuple[tuple[str, ...], ...] = ()
     trl_parameters: frozenset[str] | None = None
 
     @property
@@ -191,6 +194,7 @@ def _load(spec: Any, label: str, base_dir: Path, place: str) -> LoadedReward:
         timeout=spec.timeout,
         gates=bool(getattr(target, "gates", False)),
         steps=bool(getattr(target, "steps", False)),
+        trained_roles=tuple(map(tuple, getattr(target, "trained_roles", ()))),
         trl_parameters=names if _is_plain_trl(parameters) else None,
     )
 

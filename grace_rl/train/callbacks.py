@@ -66,7 +66,7 @@ def follow(
     # First of all, so that trackers (report_to) see the alarm's metric too.
     trainer.callback_handler.callbacks.insert(0, alarm)
     tables = RolloutTables(run, trainer.callback_handler)
-    for callback in (MetricsWriter(run), tables, progress, stop):
+    for callback in (LastStepLogged(), MetricsWriter(run), tables, progress, stop):
         trainer.add_callback(callback)
     bars = is_progress_bar_enabled()
     disable_progress_bar()  # one for every file saved
@@ -77,6 +77,16 @@ def follow(
             enable_progress_bar()
         stop.close()
         progress.close()
+
+
+class LastStepLogged(TrainerCallback):
+    """The last step is logged, whatever `logging_steps` says: a short run leaves metrics, too."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
 
 
 class MetricsWriter(TrainerCallback):

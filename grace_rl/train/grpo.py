@@ -58,7 +58,7 @@ from grace_rl.reward.scores import with_scores
 from grace_rl.reward.stored import FALSE_NEGATIVES, mask_settings
 from grace_rl.rollout.columns import row_columns
 from grace_rl.rollout.engines import vllm_start
-from grace_rl.rollout.prompts import Prompt, PromptTemplate
+from grace_rl.rollout.prompts import Prompt
 from grace_rl.rollout.rollouts import Rollouts
 from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.run.screen import Screen
@@ -143,9 +143,7 @@ class GraceGRPOTrainer(RolloutTrainer):
         """What a batch goes through, in its order."""
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
         main = self.accelerator.is_main_process
-        self.prompt_template = PromptTemplate(
-            self._tokenizer, args.instruction, args.max_text_tokens, self.chat_template_kwargs
-        )
+        self.prompt_template = args.prompt_template(self._tokenizer)
         self._templates = {
             name: self.prompt_template.with_instruction(role.instruction)
             for name, role in args.roles.items()

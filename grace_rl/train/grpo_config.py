@@ -16,7 +16,7 @@ from grace_rl.embed.reading_config import ReadingConfig
 from grace_rl.errors import UserError
 from grace_rl.recipe.fields import Rule
 from grace_rl.recipe.methods import named
-from grace_rl.recipe.roles import Roles, batch_problems, default_roles, row_problems
+from grace_rl.recipe.roles import Roles, batch_problems, default_roles, row_problems, trained_roles
 from grace_rl.reward.loading import LoadedReward, build_rewards, load_rewards
 from grace_rl.train.held import PROMPT, Held
 from grace_rl.train.reader_loss import ReaderLossConfig, reader_loss_problems
@@ -135,6 +135,14 @@ def check_rollouts(
 def reward_problems(args: Any, rewards: Sequence[LoadedReward]) -> list[str]:
     """What keeps rewards from having an effect, each as `key: what to do`."""
     problems = shaping_problems(args, rewards)
+    trained = trained_roles(args.roles)
+    for i, reward in enumerate(rewards):
+        if reward.trained_roles and set(trained) not in map(set, reward.trained_roles):
+            ways = " or ".join(" and ".join(roles) for roles in reward.trained_roles)
+            problems.append(
+                f"rewards[{i}]: {reward.label} scores rollouts of {ways} alone, but the trained "
+                f"roles are {', '.join(trained)}; give the others train: false"
+            )
     gates = [reward.label for reward in rewards if reward.gates and reward.weight]
     if gates and args.multi_objective_aggregation == "normalize_then_sum":
         problems.append(

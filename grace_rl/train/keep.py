@@ -18,7 +18,7 @@ from grace_rl.train.progress import print_group
 
 
 class RolloutKeeper:
-    """Stores the rollouts and anchors of logged steps; now and then prints a group.
+    """Stores the rollouts and anchors of logged steps and of the last; now and then prints a group.
 
     Args:
         run_folder: The run directory; None stores nothing.
@@ -46,13 +46,19 @@ class RolloutKeeper:
         if not self.main_process:
             return
         step = rollouts.step
-        logged = step % max(1, int(trainer.state.logging_steps)) == 0
-        logged |= step == 1 and trainer.args.logging_first_step
-        if self.run_folder is not None and logged:
+        if self.run_folder is not None and is_logged(step, trainer):
             write_rollouts(self.run_folder, step, rollouts.to_arrow())
         if self.print_steps > 0 and (step % self.print_steps == 0 or step == 1):
             group = rollouts.take(rollouts.trained & (rollouts.group == rollouts.group[0]))
             print_group(self.console, group.to_arrow().to_pylist(), [r.label for r in rewards])
+
+
+def is_logged(step: int, trainer: Any) -> bool:
+    """Whether a step is logged; or one of those that its generation batch serves, from it on."""
+    last = step + int(getattr(trainer.args, "steps_between_generations", 1)) - 1
+    every, end = max(1, int(trainer.state.logging_steps)), int(trainer.state.max_steps)
+    first = step == 1 and bool(trainer.args.logging_first_step)
+    return first or last // every > (step - 1) // every or step <= end <= last
 
 
 def check_totals(rollouts: Rollouts) -> None:

@@ -37,9 +37,9 @@ from grace_rl.embed.settings import RationaleMode
 from grace_rl.errors import UserError
 from grace_rl.recipe.rows import DataConfig
 from grace_rl.rollout.generator import end_token_ids
-from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.run.screen import Screen
+from grace_rl.train.keep import is_logged
 from grace_rl.train.reconstruction_config import ReconstructionConfig
 from grace_rl.train.reconstruction_loss import Objective, PairCollator, add_reconstruction
 from grace_rl.train.sft import sft_examples
@@ -163,9 +163,7 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
         args.remove_unused_columns = False
         self.console = console or Screen()
         self.reader_config = args.reader
-        self.template = PromptTemplate(
-            processing_class, args.instruction, args.max_text_tokens, args.chat_template_kwargs
-        )
+        self.template = args.prompt_template(processing_class)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)  # type: ignore[assignment]
         end_ids = end_token_ids(model.generation_config, processing_class)
@@ -209,9 +207,7 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _probes(self) -> bool:
-        step = self.state.global_step + 1
-        logged = step % max(1, int(self.state.logging_steps)) == 0
-        return logged or (step == 1 and self.args.logging_first_step)
+        return is_logged(self.state.global_step + 1, self)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._found:

@@ -72,6 +72,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
         seed=args.seed,
     )
     args.output_dir = str(run.checkpoints)
+    if flight.prompt is not None:
+        args.pin_prompt(run.keep_prompt((flight.prompt.prefix, flight.prompt.suffix)))
     trainer = None
     try:
         try:

@@ -162,9 +162,7 @@ class GraceSFTTrainer(TokenCount, CheckpointMixin, SFTTrainer):
         if args.completion_only_loss is None:
             args.completion_only_loss = True
         reader_config = args.reader
-        self.prompt_template = PromptTemplate(
-            processing_class, args.instruction, args.max_text_tokens, args.chat_template_kwargs
-        )
+        self.prompt_template = args.prompt_template(processing_class)
         dataset = tokenize_examples(examples, self.prompt_template, processing_class)
         self.longest_rationale = max(sum(mask) for mask in dataset["completion_mask"])
         super().__init__(
