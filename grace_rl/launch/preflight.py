@@ -138,18 +138,22 @@ def _found_also(recipe: Recipe, wrong: set[str], processes: int) -> list[str]:
         found += error.problems
     except UserError:  # rules of ours, that have been told
         pass
+    if any(key.startswith("dataset_") for key in wrong):
+        return found
     try:
         rows = read_rows(recipe.data)
     except UserError as error:
         return [*found, *error.problems]
     try:
-        named(METHODS[recipe.method].plan)(recipe, args, rows)
+        if "rewards" not in wrong:
+            named(METHODS[recipe.method].plan)(recipe, args, rows)
     except UserError as error:
         found += recipe.problems(error.problems)
     except Wrong:
         pass
-    machine = this_machine(processes, use_cpu=True)
-    subject = Subject(recipe, args, rows, None, processes, machine)
+    if "model_name_or_path" in wrong:
+        return found
+    subject = Subject(recipe, args, rows, None, processes, this_machine(processes, use_cpu=True))
     looks = _looked(subject, model_looks.LOOKS)
     return [*found, *_placed(recipe, [one for one in looks if one.level == "problem"])]
 

@@ -150,7 +150,7 @@ class RecipeError(UserError):
     Args:
         problems: The mistakes.
         recipe: The recipe without the values that are wrong; None where too little is left.
-        wrong: The keys that were left out.
+        wrong: The keys of the mistakes.
     """
 
     def __init__(self, problems: Sequence[str], recipe: Recipe | None, wrong: set[str]) -> None:
@@ -231,9 +231,8 @@ def recipe_of(source: RecipeSource, look: bool = True) -> Recipe:
         raise RecipeError(list(dict.fromkeys(source.problems)), None, set())
     recipe = Recipe(method, model, training, data, rewards, evaluation, name, source)
     if source.problems:
-        whole = recipe if model.get("model_name_or_path") else None
-        wrong |= set(fields.keys_of(model_class())) & set(source.tree) - set(model)
-        raise RecipeError(list(dict.fromkeys(source.problems)), whole, wrong)
+        whole = recipe if "method" not in source.reported else None
+        raise RecipeError(list(dict.fromkeys(source.problems)), whole, source.reported)
     return recipe
 
 

@@ -30,6 +30,8 @@ def rollout_problems(config: GraceGRPOConfig) -> Iterator[str]:
     """What TRL would take, and rollouts cannot use."""
     if config.remove_unused_columns:
         yield "remove_unused_columns: would take the texts away from the rewards; leave it out"
+    if config.max_completion_length is None:
+        yield "max_completion_length: must be at least 1, not None"
     if config.sync_ref_model and config.beta == 0:
         yield "sync_ref_model: without a KL penalty there is no reference model; set beta above 0"
 

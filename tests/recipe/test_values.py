@@ -121,7 +121,7 @@ def test_every_number_of_the_libraries_has_a_range(method: str) -> None:
         ("hub_model_id", "x"), ("fsdp_config", "{version: 2}"), ("optim_args", "momentum=1"),
         ("optim_target_modules", "[x]"), ("metric_for_best_model", "loss"),
         ("include_for_metrics", "[loss]"), ("resume_from_checkpoint", "x"),
-        ("trust_remote_code", "true"),
+        ("trust_remote_code", "true"), ("max_completion_length", "null"),
         ("load_in_4bit", "true"), ("use_liger_kernel", "true"),
         ("attn_implementation", "flash_attention_2"), ("report_to", "comet_ml"),
         ("model", "x"), ("torch_dtype", "bfloat16"), ("max_prompt_length", "3"),
