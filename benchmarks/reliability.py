@@ -379,9 +379,10 @@ def inputs(folder: Path, count: int, seed: int, limit: float = 10) -> dict[str, 
 
     preload()  # not while the clock runs
     draw, wrong, outcomes = random.Random(seed), [], collections.Counter[str]()
+    number = 0
     alarms = {signal.ITIMER_PROF: (signal.SIGPROF, limit)}
     alarms[signal.ITIMER_REAL] = (signal.SIGALRM, 30 * limit)
-    before = {number: signal.signal(number, _too_slow) for number, _ in alarms.values()}
+    before = {one: signal.signal(one, _too_slow) for one, _ in alarms.values()}
     try:
         for number in range(count):
             kind = draw.choice(list(SLOW_KINDS if draw.random() < 0.01 else KINDS))
@@ -402,9 +403,11 @@ def inputs(folder: Path, count: int, seed: int, limit: float = 10) -> dict[str, 
             finally:
                 for timer in alarms:
                     signal.setitimer(timer, 0)
+    except KeyboardInterrupt:  # what was done until now counts
+        count = number
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     return {"inputs": count, "wrong": wrong[:20], "wrongs": len(wrong), "outcomes": dict(outcomes)}
 
 
