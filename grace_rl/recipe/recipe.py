@@ -221,12 +221,12 @@ def recipe_of(source: RecipeSource, look: bool = True) -> Recipe:
         source.add(("evaluation",), "only scenes can be scored during training; remove it")
     if METHODS[method].rollouts and data is not None and data.rows is not None:
         rule = functools.partial(row_problems, rows=data.rows, key="dataset_rows")
-        source.take(fields.broken_rules(draft, wrong, [rule]))
+        source.take(fields.broken_rules(draft, wrong | source.reported, [rule]))
     rewards = _rewards(source, method)
     if look:
         source.take([*idle_problems(draft, source.tree), *loading_problems(draft, model)])
         source.take([*file_problems(training), *package_problems(draft, model)])
-        _look_for_rewards(source, rewards, draft, wrong)
+        _look_for_rewards(source, rewards, draft, wrong | source.reported)
     if data is None:
         raise RecipeError(list(dict.fromkeys(source.problems)), None, set())
     recipe = Recipe(method, model, training, data, rewards, evaluation, name, source)

@@ -57,6 +57,7 @@ def refused(tmp_path: Path) -> Any:
     def _refused(method: str, key: str, value: str) -> bool:
         name = "grpo" if method == "model" else method
         text = f"method: {name}\n{BASE}{REWARDS if METHODS[name].rollouts else ''}"
+        text += "dataset_rows: 64\n" if key == "roles" else ""
         text += "use_peft: true\n" if method == "model" and key != "use_peft" else ""
         file = tmp_path / "mine.yaml"
         file.write_text(text, encoding="utf-8")
@@ -155,6 +156,11 @@ def test_keys_of_mappings_that_depend_on_another_key(
         load_recipe(file, options)
     assert [problem.partition(":")[0] for problem in error.value.problems] == [f"--{key}"]
     load_recipe(file, ["--optim=sgd", "--optim_args=momentum=0.9,nesterov=true"])
+
+
+@pytest.mark.parametrize("roles", ["{}", "{query: {train: false}}", "{qeury: {}}"])
+def test_a_rule_does_not_read_what_another_has_refused(roles: str, refused: Any) -> None:
+    assert refused("grpo", "roles", roles)
 
 
 def test_all_linear_as_trl_takes_it(tmp_path: Path) -> None:
