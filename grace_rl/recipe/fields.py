@@ -272,6 +272,8 @@ def _adapter(config: type, name: str) -> TypeAdapter[Any]:
     kind: Any = keys_of(config)[name]
     if name not in own_defaults(config):
         kind = _checked(kind, name)
+        if name == "fsdp":  # annotated as a text, and documented as true
+            kind = kind | bool
     elif section_in(kind) is None:
         kind = Annotated[kind, BeforeValidator(exact)]
     section = isinstance(kind, type) and issubclass(kind, Section)

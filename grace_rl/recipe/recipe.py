@@ -224,7 +224,7 @@ def recipe_of(source: RecipeSource, look: bool = True) -> Recipe:
         source.take(fields.broken_rules(draft, wrong | source.reported, [rule]))
     rewards = _rewards(source, method)
     if look:
-        source.take([*idle_problems(draft, source.tree), *loading_problems(draft, model)])
+        source.take([*idle_problems(draft, given), *loading_problems(draft, model)])
         source.take([*file_problems(training), *package_problems(draft, model)])
         _look_for_rewards(source, rewards, draft, wrong | source.reported)
     if data is None:
