@@ -114,6 +114,11 @@ class Bundles:
             )
             raise UserError(shown)
 
+    def prompts_of(self, example: int) -> list[RoleText]:
+        """The trained texts of a row."""
+        count = len(self.trained)
+        return self.prompts[example * count : (example + 1) * count]
+
     def _texts(self, example: int, row: dict[str, Any]) -> list[tuple[str, str, int]]:
         """`(role, text, side)` of every text of a row that some role of the recipe asks for."""
         wanted = {role.name for role in self.roles}

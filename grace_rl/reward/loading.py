@@ -85,6 +85,14 @@ class LoadedReward:
         function: Callable[..., Any] = self.plugin.object
         return function
 
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether it starts from the policy or waits for an answer from elsewhere: one call of it
+        may cost more than a whole batch of the others."""
+        call = getattr(self.plugin.target, "__call__", None)  # noqa: B004  # of a class or an object
+        waits = map(inspect.iscoroutinefunction, (self.plugin.target, call))
+        return hasattr(self.plugin.target, "start_from") or any(waits)
+
     def __call__(self, batch: RewardBatch, trainer_arguments: Mapping[str, Any]) -> Any:
         """Call it as its signature asks for: with the batch, or as TRL would.
 

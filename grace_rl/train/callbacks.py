@@ -25,6 +25,7 @@ from grace_rl.run.directory import RunDirectory
 from grace_rl.run.files import plain_numbers
 from grace_rl.run.records import read_metrics
 from grace_rl.run.screen import Screen
+from grace_rl.train.panel import panel_of
 from grace_rl.train.progress import ProgressLine
 from grace_rl.train.rollout_tables import RolloutTables
 from grace_rl.train.stop import StopOnSignal
@@ -65,6 +66,8 @@ def follow(
     trainer.remove_callback(PrinterCallback)
     # First of all, so that trackers (report_to) see the alarm's metric too.
     trainer.callback_handler.callbacks.insert(0, alarm)
+    if (panel := panel_of(trainer, run)) is not None:  # its cost is a metric too
+        trainer.callback_handler.callbacks.insert(0, panel)
     tables = RolloutTables(run, trainer.callback_handler)
     for callback in (LastStepLogged(), MetricsWriter(run), tables, progress, stop):
         trainer.add_callback(callback)

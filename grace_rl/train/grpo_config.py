@@ -60,6 +60,9 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
         reader_loss: A loss beside the rewards, by which the policy learns to read what it writes,
             see `ReaderLossConfig`. `None` has none.
         print_rollouts_steps: Print one group of rationales every so many steps; 0 never prints.
+        panel_texts: About how many texts of the first rows are written for greedily before training
+            and at every logged step, for `grace-rl inspect` to follow; never more than a step has
+            rollouts. 0 writes none. `time/panel` says what it costs.
         stale_engine_threshold: Alarm level of `sampling/sampling_logp_difference/mean`, in nats.
         vllm_server_retry_timeout: Seconds to try again when the server of `vllm_mode: server` is
             lost; after that a checkpoint is saved and the run ends with exit code 75. Also how long
@@ -76,6 +79,7 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
     false_negatives: FalseNegativeConfig | None = None
     reader_loss: ReaderLossConfig | None = None
     print_rollouts_steps: Annotated[int, Field(ge=0)] = 10
+    panel_texts: Annotated[int, Field(ge=0)] = 48
     stale_engine_threshold: Annotated[float, Field(gt=0)] = 0.1
     vllm_server_retry_timeout: Annotated[float, Field(gt=0)] = 600.0
 
