@@ -18,6 +18,9 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from grace_rl.data.bundles import Bundles, RoleText
+from grace_rl.embed.encoder import RationaleEncoder
+from grace_rl.embed.reader import Written
+from grace_rl.rollout.generator import Sampling
 from grace_rl.run.directory import RunDirectory
 from grace_rl.run.files import whole_file
 from grace_rl.run.zero import whole_policy
@@ -69,24 +72,46 @@ class PanelWriter(TrainerCallback):
     def _write_here(self, step: int) -> None:
         encoder = self.trainer.encoder()
         with torch.no_grad():
-            written = encoder.write([text.text for text in self.texts], "greedy")
+            written = self._written(encoder)
             raw = encoder.reader.read(written)
             # Before the first batch there is no centre: it is that of the panel itself then.
             centre = encoder.reader.centre
             centre = encoder.reader.mean(raw) if centre is None else centre
             vectors = encoder.reader.finish(raw, centre).float().cpu()
         limit = encoder.max_rationale_tokens
+        unwritten = self.trainer.rollout_reader.unwritten
         columns = {
             "step": [step] * len(written),
             **{n: [getattr(t, n) for t in self.texts] for n in ("text", "role", "example", "side")},
-            "rationale": [item.rationale for item in written],
-            "truncated": [len(item.token_ids) >= limit for item in written],
+            "rationale": [
+                "" if text.role in unwritten else item.rationale
+                for text, item in zip(self.texts, written, strict=True)
+            ],
+            "truncated": [
+                text.role not in unwritten and len(item.token_ids) >= limit
+                for text, item in zip(self.texts, written, strict=True)
+            ],
             "embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())),
         }
         path = Path(self.run.path) / PANEL / f"step-{step:06d}.parquet"
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as unfinished:
             pq.write_table(pa.table(columns), unfinished, compression="zstd")
+
+    def _written(self, encoder: RationaleEncoder) -> list[Written]:
+        """What is written greedily, by each role's own prompt; texts of roles that nothing is
+        written for are read as in training."""
+        how = self.trainer.rollout_reader
+        prompts = [how.render(text.text, text.role) for text in self.texts]
+        items = [encoder.reader.plain(prompt) for prompt in prompts]
+        places = [i for i, text in enumerate(self.texts) if text.role not in how.unwritten]
+        greedy = Sampling(encoder.max_rationale_tokens, 0.0)
+        found = encoder.writer.generator.generate([prompts[i].token_ids for i in places], greedy)
+        ids = [row[0].token_ids for row in found]
+        strings = encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for i, row, string in zip(places, ids, strings, strict=True):
+            items[i] = Written(prompts[i], row, string)
+        return items
 
 
 def panel_of(trainer: Any, run: RunDirectory) -> PanelWriter | None:

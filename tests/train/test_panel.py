@@ -28,6 +28,10 @@ def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     roles = [Role("query", 8, True), Role("positive", 8, True), Role("negative", 1, False)]
     trainer = SimpleNamespace(
         encoder=lambda: encoder,
+        rollout_reader=SimpleNamespace(
+            render=lambda text, role: encoder.template.render(text),
+            unwritten=frozenset({"negative"}),
+        ),
         args=SimpleNamespace(panel_texts=48, generation_batch_size=8),
         bundles={"train": Bundles(scenes.rows(count=5), roles)},
     )
@@ -49,6 +53,7 @@ def test_the_same_texts_at_each_step(writer: Any, tmp_path: Path) -> None:
     found = run.panel([5])
     assert len(found) == 6  # two rows whole: no more texts than a step has rollouts
     assert list(found["role"]) == ["query", "positive", "negative"] * 2
+    assert (found["rationale"] == "").tolist() == [False, False, True] * 2
     assert (run.panel([0])["rationale"] == found["rationale"]).all()
     cut_rollouts(tmp_path, 0)
     assert run.panel_steps() == [0]
