@@ -130,7 +130,8 @@ def all_together(processes: int = 1) -> Iterator[None]:
 
 
 def _found_also(recipe: Recipe, wrong: set[str], processes: int) -> list[str]:
-    args, found = View(recipe.config, wrong), []
+    args: Any = View(recipe.config, wrong)
+    found: list[str] = []
     try:
         if not wrong & {"bf16", "fp16", "use_cpu"}:
             found += _placed(recipe, _arguments(recipe, processes)[1])

@@ -37,12 +37,13 @@ OPTIMIZERS = {
 }  # fmt: skip
 """A part of an optimizer's name -> the package that it comes from."""
 
-OPTIMIZER_KEYS: dict[str, dict[str, type]] = {
-    **{name: {} for name in ("adafactor", "adamw_torch", "adamw_torch_fused")},
-    "adagrad": dict.fromkeys(("lr_decay", "weight_decay", "eps"), float),
-    "rmsprop": dict.fromkeys(("momentum", "alpha", "eps", "weight_decay"), float)
-    | {"centered": bool},
-    "sgd": dict.fromkeys(("momentum", "dampening", "weight_decay"), float) | {"nesterov": bool},
+OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
+    "adafactor": (),
+    "adagrad": ("lr_decay", "weight_decay", "eps"),
+    "adamw_torch": (),
+    "adamw_torch_fused": (),
+    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
 }
 """Of torch's optimizers, what `optim_args` may have."""
 
@@ -226,7 +227,7 @@ def _optimizer_problems(config: Any) -> Iterator[str]:
     for key, value in pairs:
         if key not in known:
             yield f"optim_args: {key}: {unknown_key(key, known) if known else f'{name} takes none'}"
-        elif known[key] is float and not _is_number(value):
+        elif key not in ("centered", "nesterov") and not _is_number(value):
             yield f"optim_args: {key}: must be a number, not {value}"
 
 
