@@ -166,7 +166,7 @@ def measured(run: Run, step: int, rows: Sequence[int]) -> Iterator[tuple[float, 
     folder = checkpoints(run)[checkpoint_after(run, step)]
     stamps = (*rollouts_stamp(run, step), folder.stat().st_mtime_ns)
     credit = _reading(run, step, folder, stamps)
-    parts = []
+    parts: list[pd.DataFrame] = []
     for done, row in enumerate(rows):
         yield done / len(rows), None
         parts += credit.measure([row])

@@ -94,8 +94,9 @@ def _frame(
             for of in (positive, negative)
         ]
         stored = rows.get((step, row["text"]))
+        x, y = at[i]
         said = (row["text"], row["rationale"], row["role"], int(row["side"]))
-        dots.append(Dot(*at[i], *said, stored, *best))
+        dots.append(Dot(x, y, *said, stored, *best))
     known = np.isfinite(positive.max(1))
     closer = positive.max(1)[known] > negative.max(1)[known]
     return Frame(step, dots, float(closer.mean()) if known.any() else float("nan"))

@@ -241,7 +241,7 @@ class View:
         self._config, self._wrong = config, frozenset(wrong)
 
     @property
-    def __class__(self) -> Any:  # so that isinstance sees the config's
+    def __class__(self) -> Any:  # type: ignore[misc]  # so that isinstance sees the config's
         return type(self._config)
 
     def __getattr__(self, name: str) -> Any:
