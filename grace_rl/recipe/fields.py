@@ -240,8 +240,8 @@ class View:
     def __init__(self, config: Any, wrong: Iterable[str]) -> None:
         self._config, self._wrong = config, frozenset(wrong)
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]  # so that isinstance sees the config's
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # so that isinstance sees the config's
         return type(self._config)
 
     def __getattr__(self, name: str) -> Any:
