@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(problems)
 
     from grace_rl.embed.corpus import EmbedJob, embed_corpus
-    from grace_rl.embed.loading import encoder_kind, load_encoder, usable_device
+    from grace_rl.embed.loading import encoder_kind, load_encoder, look_before, usable_device
     from grace_rl.embed.reader import CENTRE_FILE
     from grace_rl.run.screen import Screen
     from grace_rl.run.workers import Cluster
@@ -76,6 +76,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     settings = _settings(options, kind)
     texts = _texts(options, kind, shard or (1, 1))
     texts.partitions(options.chunk)  # before the model loads
+    look_before(model, kind)
     device = usable_device(options.device)
     cluster = Cluster(options.address, options.workers) if options.engine == "ray" else None
     engine: Literal["auto", "transformers", "vllm"] = "auto" if cluster else options.engine

@@ -17,7 +17,8 @@ from grace_rl.embed.settings import SETTINGS_FILE, EncoderSettings
 from grace_rl.embed.soft_token_encoder import SoftTokenEncoder
 from grace_rl.errors import UserError, reading
 from grace_rl.rollout.generator import Engine
-from grace_rl.rollout.policy import is_language_model, read_config
+from grace_rl.rollout.policy import is_language_model, outline_policy, read_config
+from grace_rl.rollout.prompts import PromptTemplate
 
 
 def load_encoder(
@@ -86,6 +87,26 @@ def encoder_kind(folder: str | Path) -> EncoderKind:
             return EncoderKind(RationaleEncoder, EncoderSettings.load(folder), saved=True)
         return EncoderKind(RationaleEncoder, EncoderSettings(instruction=None))
     return EncoderKind(SentenceEncoder)
+
+
+def look_before(folder: str | Path, kind: EncoderKind) -> None:
+    """Find what is wrong with a language model's folder before its weights load.
+
+    Args:
+        folder: Of the encoder.
+        kind: From `encoder_kind`.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    if (own := kind.settings) is not None:
+        PromptTemplate(
+            outline_policy(folder).tokenizer,
+            own.instruction,
+            own.max_text_tokens,
+            own.chat_template_kwargs,
+            own.prompt,
+        )
 
 
 def usable_device(told: str | None) -> str:
