@@ -13,7 +13,7 @@ from pydantic import Field
 from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.recipe.fields import TrainerConfig
 from grace_rl.recipe.prompt import Instruction
-from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION
+from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION, PromptTemplate
 
 
 @dataclass
@@ -33,3 +33,9 @@ class ReadingConfig(TrainerConfig):
     instruction: Instruction | None = DEFAULT_INSTRUCTION
     max_text_tokens: Annotated[int, Field(ge=1)] = 512
     chat_template_kwargs: dict[str, Any] | None = None
+
+    def prompt_template(self, tokenizer: Any) -> PromptTemplate:
+        """What makes prompts of texts."""
+        return PromptTemplate(
+            tokenizer, self.instruction, self.max_text_tokens, self.chat_template_kwargs
+        )

@@ -330,6 +330,18 @@ def end_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) ->
     return [token for token in every if token is not None]
 
 
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends what is taught.
+
+    Raises:
+        UserError: The tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        name = tokenizer.name_or_path
+        raise UserError(f"{name}: the tokenizer has no end token, so nothing written could end")
+    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+
 def prompt_seed(seed: int, prompt: Tokens, number: int = 0) -> int:
     """The seed of one continuation's own draws, 0 to 2^63 - 1."""
     told = (seed, list(prompt), number) if number else (seed, list(prompt))

@@ -277,7 +277,7 @@ class GraceGRPOTrainer(RolloutTrainer):
             own_share = torch.tensor([batch.masked_share()], device=rollouts.example.device)
             share = gather(own_share).mean().item()
             self.log_all({"false_negatives/masked_share": share})
-            self._say(self.false_negatives.watch(share))
+            self.say(self.false_negatives.watch(share))
         return rollouts, scored.rewards
 
     def give_credit(self, rollouts: Rollouts, output: dict[str, Any]) -> Rollouts:
@@ -291,9 +291,9 @@ class GraceGRPOTrainer(RolloutTrainer):
         if trained.step_scores is not None:
             self.log_all(shaping_metrics(*prefix_columns(trained)))
         if self.mode == "train":
-            self._say(self.credit.learn(trained))
+            self.say(self.credit.learn(trained))
             if self.state.global_step == 0:
-                self._say(check_first_batch(advantages))
+                self.say(check_first_batch(advantages))
             if self._reader_loss is not None:
                 count, device = len(output["advantages"]), output["completion_ids"].device
                 output["rollout"] = torch.arange(count, device=device)
@@ -302,10 +302,6 @@ class GraceGRPOTrainer(RolloutTrainer):
     def keep(self, rollouts: Rollouts) -> None:
         """Store and print, where it is time to."""
         self._keeper.keep(rollouts, self, self.rewards)
-
-    def _say(self, advice: str | None) -> None:
-        if advice and self.accelerator.is_main_process:
-            self.console.print(advice, style="yellow", highlight=False)
 
     # -- loss ---------------------------------
 
@@ -341,10 +337,6 @@ class GraceGRPOTrainer(RolloutTrainer):
             self.max_completion_length,
             roles=encoder_roles(self.args.roles),
         )
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        self.encoder().save_beside(Path(output_dir or str(self.args.output_dir)))
 
     def save_extra_state(self, folder: Path) -> None:
         for name, state in self._extra_state().items():

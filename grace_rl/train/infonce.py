@@ -44,11 +44,10 @@ from grace_rl.embed.similarity import TIE
 from grace_rl.errors import UserError
 from grace_rl.recipe.rows import DataConfig
 from grace_rl.rollout.policy import is_language_model, read_config
-from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.guided_infonce import CachedGuidedInfoNCE, GuidedInfoNCE, Marks, row_numbers
 from grace_rl.train.infonce_config import InfoNCEConfig, ValidationConfig
+from grace_rl.train.policy_trainer import RowTrainer
 from grace_rl.train.start import Build, Start
-from grace_rl.train.token_count import TokenCount
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -231,7 +230,7 @@ class RowScores(BaseEvaluator):
 # --- trainer ---------------------------------------------------------------------------------
 
 
-class InfoNCETrainer(TokenCount, CheckpointMixin, SentenceTransformerTrainer):
+class InfoNCETrainer(RowTrainer, SentenceTransformerTrainer):
     """sentence-transformers' trainer on rows, for language models and encoders.
 
     Args:

@@ -14,12 +14,10 @@ Source: bidirectional reconstruction ("Anchor Embedding", EMNLP 2025 main 216); 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import get_peft_model
 from rich.console import Console
 from torch import Tensor
@@ -37,14 +35,12 @@ from grace_rl.embed.settings import RationaleMode
 from grace_rl.errors import UserError
 from grace_rl.recipe.rows import DataConfig
 from grace_rl.rollout.generator import end_token_ids
-from grace_rl.rollout.prompts import PromptTemplate
-from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.run.screen import Screen
+from grace_rl.train.policy_trainer import RowTrainer
 from grace_rl.train.reconstruction_config import ReconstructionConfig
-from grace_rl.train.reconstruction_loss import Objective, PairCollator, add_reconstruction
+from grace_rl.train.reconstruction_loss import PairCollator, add_reconstruction
 from grace_rl.train.sft import sft_examples
-from grace_rl.train.start import Build, Start
-from grace_rl.train.token_count import TokenCount
+from grace_rl.train.start import Build
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -60,19 +56,7 @@ LONGEST_RATIONALE = 128  # tokens the saved model may write until another stage 
 def plan(recipe: Recipe, args: ReconstructionConfig, rows: Sequence[Mapping[str, Any]]) -> Build:
     """See `grace_rl.recipe.methods.Method`."""
     examples = paired_with_writing(rows, args)
-
-    def build(start: Start) -> ReconstructionTrainer:
-        model, tokenizer = start.load_policy()
-        return ReconstructionTrainer(
-            model,
-            args,
-            examples,
-            tokenizer,
-            peft_config=start.peft_config,
-            console=start.console,
-        )
-
-    return build
+    return lambda start: start.trainer(ReconstructionTrainer, examples, console=start.console)
 
 
 def writing_examples(
@@ -127,7 +111,7 @@ class TextEncoder(RationaleEncoder):
         return [self.collator.written(text) for text in texts]
 
 
-class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
+class ReconstructionTrainer(RowTrainer, Trainer):
     """transformers' trainer with the reconstruction loss.
 
     Args:
@@ -155,31 +139,15 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
         callbacks: list[TrainerCallback] | None = None,
         console: Console | None = None,
     ) -> None:
-        if processing_class.eos_token_id is None:
-            raise UserError(
-                f"{processing_class.name_or_path}: the tokenizer has no end token, "
-                "so no rebuilt text could end"
-            )
         args.remove_unused_columns = False
         self.console = console or Screen()
-        self.reader_config = args.reader
-        self.template = PromptTemplate(
-            processing_class, args.instruction, args.max_text_tokens, args.chat_template_kwargs
-        )
+        self.template = args.prompt_template(processing_class)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)  # type: ignore[assignment]
         end_ids = end_token_ids(model.generation_config, processing_class)
-        self.reader = Reader(self.reader_config, processing_class, end_ids, model, args.device)
-        add_reconstruction(
-            model,
-            Objective(
-                self.reader_config.layers, self.reader_config.pool, args.alpha, args.writing_share
-            ),
-        )
-        self.collator = PairCollator(
-            self.template, self.reader, processing_class, args.writing_share
-        )
-        self._found: dict[str, list[Tensor]] = defaultdict(list)
+        self.reader = Reader(args.reader, processing_class, end_ids, model, args.device)
+        self.collator = PairCollator(self.template, self.reader, args.writing_share)
+        add_reconstruction(model, args)
         self._gains: list[float] = []
         super().__init__(
             model=model,
@@ -205,7 +173,7 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
         self.reader.update_centre(centre.repeat(self.reader.config.parts)[None])
         for name, value in outputs.items():
             if name != "loss":
-                self._found[name].append(value)
+                self.noted[name].append(value)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _probes(self) -> bool:
@@ -214,29 +182,20 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
         return logged or (step == 1 and self.args.logging_first_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._found:
-            names = sorted(self._found)
-            means = torch.stack([torch.stack(self._found[name]).mean() for name in names])
-            means = self.accelerator.reduce(means, reduction="mean")
-            logs |= dict(zip(names, means.tolist(), strict=True))
-            self._found.clear()
-            if "gain_q2d" in logs:
-                logs["information_gain"] = (logs["gain_q2d"] + logs["gain_d2q"]) / 2
-                self._watch(logs["information_gain"])
         super().log(logs, start_time)
+        if "information_gain" in logs:
+            self._watch(logs["information_gain"])
 
     def _watch(self, gain: float) -> None:
         """Say so, every few logs, while vectors say nothing of the other side."""
         self._gains.append(gain)
         if len(self._gains) < WATCHED:
             return
-        if max(self._gains) < NO_GAIN and self.accelerator.is_main_process:
-            self.console.print(
+        if max(self._gains) < NO_GAIN:
+            self.say(
                 f"The information gain is {gain:.4f} nats per token after {WATCHED} logs: texts "
                 "are rebuilt as well from another row's vector, so the vector says nothing yet. If "
-                "this stays so, raise learning_rate or look at the pairs (docs/reconstruction.md).",
-                style="yellow",
-                highlight=False,
+                "this stays so, raise learning_rate or look at the pairs (docs/reconstruction.md)."
             )
         self._gains.clear()
 
@@ -249,7 +208,7 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
     def encoder(self) -> TextEncoder:
         """The model as it is now, as an encoder of texts."""
         policy = self.accelerator.unwrap_model(self.model)
-        tokenizer: Any = self.processing_class
+        tokenizer = self.template.tokenizer
         encoder = TextEncoder(
             policy,
             tokenizer,
@@ -260,10 +219,6 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
         )
         encoder.rationale, encoder.collator = "none", self.collator
         return encoder
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        self.encoder().save_beside(Path(output_dir or self.args.output_dir))
 
     def save_extra_state(self, folder: Path) -> None:
         (folder / "gains.json").write_text(json.dumps(self._gains), encoding="utf-8")

@@ -6,20 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler, TrainerState
 from transformers.training_args import TrainingArguments
 
 from grace_rl.rollout.store import REWARD, read_rollouts, rollout_files
 from grace_rl.run.directory import RunDirectory
 from grace_rl.run.files import plain_numbers
+from grace_rl.train.progress import LogReader
 
 ROWS = 64  # of a table: whole groups, as many as fit
 LONGEST = 500  # characters of a text in a Markdown table
 NAME = "rollouts"
 
 
-class RolloutTables(TrainerCallback):
+class RolloutTables(LogReader):
     """Sends the rollouts of each stored step to TensorBoard, trackio and Weights & Biases.
 
     TRL's `log_completions` sends prompts and completions to the latter two under a name of its own
@@ -35,17 +35,10 @@ class RolloutTables(TrainerCallback):
         self.handler = handler
         self._sent = -1
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def read_logs(self, logs: dict[str, Any], state: TrainerState, args: TrainingArguments) -> None:
         step = state.global_step
         senders = [s for name, s in SENDERS.items() if name in (args.report_to or ())]
-        if not state.is_world_process_zero or not senders or step == self._sent:
+        if not senders or step == self._sent:
             return
         if step not in rollout_files(self.run.path):
             return

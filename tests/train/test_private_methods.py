@@ -69,9 +69,11 @@ OVERRIDDEN: dict[tuple[type, str], tuple[str, list[str], str]] = {
     (GRPOTrainer, "_load_optimizer_and_scheduler"): (
         "run/checkpoints", ["checkpoint"], "what else a checkpoint keeps"
     ),
-    (Trainer, "_save"): ("train/grpo", ["output_dir", "state_dict"], "reader beside weights"),
+    (Trainer, "_save"): (
+        "train/policy_trainer", ["output_dir", "state_dict"], "reader beside weights"
+    ),
     (STTrainer, "_save"): ("train/infonce", ["output_dir", "state_dict"], "reader beside weights"),
-    (Trainer, "_track_num_input_tokens"): ("train/token_count", ["inputs"], "ours counts"),
+    (Trainer, "_track_num_input_tokens"): ("train/policy_trainer", ["inputs"], "ours counts"),
     (torch.nn.Module, "_apply"): ("embed/encoder", ["fn", "recurse"], "device and dtype follow"),
 }  # fmt: skip
 """(owner, name) -> file, parameters ("...": whatever follows), why."""
