@@ -264,8 +264,7 @@ def load_comparison(path: str | Path) -> Comparison:
             contents[row.name] = [_content(some[0], bool(counts)) for some in recipes]
     if not baseline and len(rows) == len(entries):
         source.problems.append(source.problem(("rows",), NO_BASELINE))
-    if source.problems or file is None:
-        raise UserError(source.problems)
+    file = source.settled(file)
     output_dir = file.output_dir or Path("runs") / Path(path).stem
     if file.held_out is not None:
         score_content += path_digest(file.held_out)

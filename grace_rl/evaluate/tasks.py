@@ -134,9 +134,7 @@ def load_tasks(path: str | Path) -> list[Task]:
             tasks.append(_local(checked, source, i) if local else checked.name)
     if not entries:
         source.problems.append(f"{path}: names no task")
-    if source.problems:
-        raise UserError(source.problems)
-    return tasks
+    return source.settled(tasks)
 
 
 def tasks_digest(tasks: Sequence[Task]) -> str:

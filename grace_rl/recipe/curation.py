@@ -257,8 +257,7 @@ def load_curation(path: str | Path, overrides: Sequence[str] = ()) -> CurationRe
     ]
     steps = {key: value for key, value in source.tree.items() if key in keys}
     file = validated(CurationFile, steps, source)
-    if source.problems or data is None:
-        raise UserError(source.problems)
+    data = source.settled(data)
     values = {key: getattr(file, key) for key in file.model_fields_set}
     values["output_dir"] = file.output_dir or Path("curated") / source.path.stem
     return CurationRecipe(**values, data=data, path=source.path)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grace_rl.embed.similarity import rank_correlation
 from grace_rl.errors import Finding
+from grace_rl.recipe import RewardSpec
 from grace_rl.reward.batch import RewardBatch
 from grace_rl.reward.example import (
     batch_of_pool,
@@ -23,7 +24,7 @@ from grace_rl.reward.example import (
     take_rows,
     with_prefixes,
 )
-from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
+from grace_rl.reward.loading import LoadedReward, load_rewards
 from grace_rl.reward.runtime import RewardError, RewardRuntime, Scored
 from grace_rl.rollout.groups import group_means, group_stds
 

@@ -4,7 +4,7 @@ Both take token ids and give token ids. A sample is a function of its prompt, it
 seed alone: each row draws from a generator of its own, so that neither the batch nor the order of
 the prompts changes what is written. The two engines draw differently, so that their samples differ;
 their greedy continuations are the same up to ties within rounding. (Training writes with TRL's own
-engines: `grace_rl.rollout.engines`, `grace_rl.rollout.server`.)
+engines: `grace_rl.rollout.engines`, `grace_rl.rollout.kept_server`.)
 
 Every generator holds a lock while it writes: calls from several threads wait for each other.
 """

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from rich.console import Console
 from torch import Tensor, nn
 
 from grace_rl.data.bundles import Bundles, BundleSampler
 from grace_rl.rollout.engines import GRPOTrainer, repair_weight_push
+from grace_rl.rollout.kept_server import keep_server
 from grace_rl.rollout.prompts import Prompt
 from grace_rl.rollout.rollouts import Rollouts
-from grace_rl.rollout.server import keep_server
 from grace_rl.train.grpo_config import GraceGRPOConfig
 from grace_rl.train.phases import PHASES, PhaseClock
 from grace_rl.train.policy_trainer import PolicyTrainer
@@ -41,6 +42,7 @@ class RolloutTrainer(PolicyTrainer, GRPOTrainer):
     num_generations_eval: int
     shuffle_dataset: bool
 
+    console: Console
     bundles: dict[str, Bundles]
     clock: PhaseClock
     rollout_reader: RolloutReader

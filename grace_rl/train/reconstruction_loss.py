@@ -109,9 +109,8 @@ def reconstruct(
         with torch.no_grad():
             others = torch.cat([half.roll(1, 0) for half in vectors.chunk(2)])
             shuffled_q2d, shuffled_d2q = directions(others)
-        gains = shuffled_q2d - q2d, shuffled_d2q - d2q
-        found |= dict(zip(("gain_q2d", "gain_d2q"), gains, strict=True))
-        found["information_gain"] = sum(gains) / 2
+        gains = {"gain_q2d": shuffled_q2d - q2d, "gain_d2q": shuffled_d2q - d2q}
+        found |= gains | {"information_gain": torch.stack(list(gains.values())).mean()}
     found |= {"centre": vectors.mean(0)}
     return {"loss": loss} | {name: value.detach() for name, value in found.items()}
 
