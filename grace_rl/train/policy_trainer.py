@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from grace_rl.run.checkpoints import CheckpointMixin
+from grace_rl.train.checkpoint_mixin import CheckpointMixin
 
 
 class PolicyTrainer(CheckpointMixin):

@@ -97,20 +97,24 @@ def _tensorboard(handler: CallbackHandler, rows: list[dict[str, Any]], step: int
             writer.flush()
 
 
-def _trackio(handler: CallbackHandler, rows: list[dict[str, Any]], step: int) -> None:
+def _frame(rows: list[dict[str, Any]]) -> Any:
     import pandas as pd
+
+    return pd.DataFrame(rows)
+
+
+def _trackio(handler: CallbackHandler, rows: list[dict[str, Any]], step: int) -> None:
     import trackio
 
-    table = trackio.Table(dataframe=pd.DataFrame(rows))
+    table = trackio.Table(dataframe=_frame(rows))
     trackio.log({NAME: table, "train/global_step": step})
 
 
 def _wandb(handler: CallbackHandler, rows: list[dict[str, Any]], step: int) -> None:
-    import pandas as pd
     import wandb
 
     if wandb.run is not None:
-        wandb.log({NAME: wandb.Table(dataframe=pd.DataFrame(rows)), "train/global_step": step})
+        wandb.log({NAME: wandb.Table(dataframe=_frame(rows)), "train/global_step": step})
 
 
 Sender = Callable[[CallbackHandler, list[dict[str, Any]], int], None]
