@@ -24,6 +24,11 @@ class UserError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+def missing(what: object) -> str:
+    """What to say where a path of the user's leads to nothing, such as `missing("file a.csv")`."""
+    return f"there is no {what}; paths start at the working directory {Path.cwd()}"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was looked at before a run, or of a reward.

@@ -19,7 +19,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, missing
 from grace_rl.recipe.rows import ROW_SUFFIXES
 
 SHOWN_PROBLEMS = 20
@@ -51,9 +51,7 @@ def file_records(path: Path) -> Iterator[Record]:
     try:
         yield from reader(path)
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: there is no such file; paths start at the working directory {Path.cwd()}"
-        ) from error
+        raise UserError(f"{path}: {missing('such file')}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 

@@ -8,7 +8,7 @@ Every process reads the same rows in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +161,15 @@ def _checked(record: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Row
         if not negatives:
             problems.append("negative_positive has no negative to be a paraphrase of")
     return row, problems
+
+
+def pair_problems(
+    method: str, rows: Sequence[Mapping[str, Any]], name: str = "the rows"
+) -> list[str]:
+    """What a method that needs pairs says of rows that have text alone."""
+    if not rows or "query" in rows[0]:
+        return []
+    return [f"method {method} needs pairs: {name} have text alone; give query and positive"]
 
 
 def _text_problems(name: str, value: Any) -> list[str]:

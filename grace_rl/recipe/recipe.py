@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import grace_rl.recipe.fields as fields
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, missing
 from grace_rl.recipe.methods import METHODS, named
 from grace_rl.recipe.requirements import file_problems, kwargs_problems, package_problems
 from grace_rl.recipe.rewards import RewardSpec, reward_specs
@@ -301,11 +301,7 @@ def _check_model(source: RecipeSource, model: dict[str, Any], look: bool) -> Non
     if not name:
         source.missing("model_name_or_path", "give scenes, a folder or a hub id")
     elif look and looks_like_path(name) and not (Path(name) / "config.json").is_file():
-        source.add(
-            ("model_name_or_path",),
-            f"there is no model in {name} (no config.json); "
-            f"paths start at the working directory {Path.cwd()}",
-        )
+        source.add(("model_name_or_path",), missing(f"model in {name} (no config.json)"))
     if not model.get("use_peft"):
         for key in model:
             if key.startswith("lora_") or key in ("use_rslora", "use_dora"):

@@ -28,7 +28,7 @@ from trl.models.utils import _ForwardRedirection
 
 from grace_rl.data.false_negatives import load_false_negatives
 from grace_rl.data.guide import text_key
-from grace_rl.data.rows import Row
+from grace_rl.data.rows import Row, pair_problems
 from grace_rl.embed.soft_token_encoder import SoftTokenEncoder, SoftTokenSettings, tokenize_texts
 from grace_rl.embed.soft_tokens import soft_tokens
 from grace_rl.errors import UserError
@@ -49,9 +49,8 @@ LENGTH_GROUPS, GROUP_TEXTS = 4, 16  # texts of like length share a forward: less
 
 def row_problems(args: GIRCSEConfig, rows: Sequence[Row]) -> list[str]:
     """What is wrong with rows."""
-    if "query" not in rows[0]:
-        return ["method gircse needs pairs: the rows have text alone; give query and positive"]
-    problems = []
+    if problems := pair_problems("gircse", rows):
+        return problems
     for key in ("query_prompt", "passage_prompt"):
         for column in sorted(prompt_columns(getattr(args, key))):
             without = sum(row.get(column) is None for row in rows)

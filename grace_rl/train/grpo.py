@@ -59,13 +59,13 @@ from grace_rl.reward.scores import with_scores
 from grace_rl.reward.stored import FALSE_NEGATIVES, mask_settings
 from grace_rl.rollout.columns import row_columns
 from grace_rl.rollout.engines import vllm_start
-from grace_rl.rollout.prompts import Prompt, PromptTemplate
+from grace_rl.rollout.prompts import Prompt
 from grace_rl.rollout.rollouts import Rollouts
 from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.run.screen import Screen
 from grace_rl.train.grpo_config import GraceGRPOConfig, check_rollouts
 from grace_rl.train.hooks import RolloutTrainer, Write, like_completions
-from grace_rl.train.keep import RolloutKeeper, check_first_batch, check_totals
+from grace_rl.train.keep import check_first_batch, check_totals, keep_rollouts
 from grace_rl.train.phases import PhaseClock
 from grace_rl.train.reader_loss import ReaderLoss, learn_weight
 from grace_rl.train.rollout_reader import RolloutReader
@@ -138,15 +138,13 @@ class GraceGRPOTrainer(RolloutTrainer):
                 peft_config=peft_config,
             )
         self.set_up_engine(self.console)
-        self._set_up_rooms(run_folder)
+        self.run_folder = run_folder
+        self._set_up_rooms()
 
-    def _set_up_rooms(self, run_folder: Path | None) -> None:
+    def _set_up_rooms(self) -> None:
         """What a batch goes through, in its order."""
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
-        main = self.accelerator.is_main_process
-        self.prompt_template = PromptTemplate(
-            self._tokenizer, args.instruction, args.max_text_tokens, self.chat_template_kwargs
-        )
+        self.prompt_template = args.prompt_template(self._tokenizer)
         self._templates = {
             name: self.prompt_template.with_instruction(role.instruction)
             for name, role in args.roles.items()
@@ -166,11 +164,10 @@ class GraceGRPOTrainer(RolloutTrainer):
             self.rewards,
             gather=gather,
             gather_object=lambda item: gather_object([item]),
-            main_process=main,
+            main_process=self.accelerator.is_main_process,
         )
         self.runtime.start_from(policy.name_or_path)
         self.credit = self._make_credit()
-        self._keeper = RolloutKeeper(run_folder, self.console, args.print_rollouts_steps, main)
 
     def _make_credit(self) -> Credit:
         if step_labels(self.rewards):
@@ -302,7 +299,7 @@ class GraceGRPOTrainer(RolloutTrainer):
 
     def keep(self, rollouts: Rollouts) -> None:
         """Store and print, where it is time to."""
-        self._keeper.keep(rollouts, self, self.rewards)
+        keep_rollouts(rollouts, self, self.run_folder)
 
     # -- loss ---------------------------------
 

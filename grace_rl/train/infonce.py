@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from grace_rl.data.false_negatives import load_false_negatives
-from grace_rl.data.rows import Row, read_rows
+from grace_rl.data.rows import Row, pair_problems, read_rows
 from grace_rl.embed.hidden_states import decoder_stack
 from grace_rl.embed.sentence_encoder import SentenceEncoder
 from grace_rl.embed.similarity import TIE
@@ -96,11 +96,8 @@ def plan(recipe: Recipe, args: InfoNCEConfig, rows: Sequence[Row]) -> Build:
     validation = []
     if args.validation is not None:
         validation = read_rows(_validation_data(recipe.data, args.validation))
-    problems = [
-        f"method infonce needs pairs: {name} have text alone; give query and positive"
-        for name, some in (("the rows", rows), ("the validation rows", validation))
-        if some and "query" not in some[0]
-    ]
+    problems = pair_problems("infonce", rows)
+    problems += pair_problems("infonce", validation, "the validation rows")
     if problems:
         raise UserError(problems)
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from grace_rl.train.checkpoint_mixin import CheckpointMixin
+from grace_rl.train.checkpointed import CheckpointMixin
 
 
 class PolicyTrainer(CheckpointMixin):
@@ -35,6 +35,12 @@ class PolicyTrainer(CheckpointMixin):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         self.encoder().save_beside(Path(output_dir or str(self.args.output_dir)))
+
+
+def is_logged(trainer: Any, step: int) -> bool:
+    """Whether a trainer logs a step, as transformers decides it."""
+    first = step == 1 and trainer.args.logging_first_step
+    return bool(first or step % max(1, int(trainer.state.logging_steps)) == 0)
 
 
 class RowTrainer(PolicyTrainer):

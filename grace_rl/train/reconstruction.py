@@ -28,7 +28,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from grace_rl.data.rows import read_rows
+from grace_rl.data.rows import pair_problems, read_rows
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader, Written
 from grace_rl.embed.settings import RationaleMode
@@ -36,7 +36,7 @@ from grace_rl.errors import UserError
 from grace_rl.recipe.rows import DataConfig
 from grace_rl.rollout.generator import end_token_ids
 from grace_rl.run.screen import Screen
-from grace_rl.train.policy_trainer import RowTrainer
+from grace_rl.train.policy_trainer import RowTrainer, is_logged
 from grace_rl.train.reconstruction_config import ReconstructionConfig
 from grace_rl.train.reconstruction_loss import PairCollator, add_reconstruction
 from grace_rl.train.sft import sft_examples
@@ -85,10 +85,8 @@ def paired_with_writing(
     Raises:
         UserError: The rows are no pairs, or what is to be written cannot be read.
     """
-    if rows and "query" not in rows[0]:
-        raise UserError(
-            "method reconstruction needs pairs, rows with query and positive; these have text only"
-        )
+    if problems := pair_problems("reconstruction", rows):
+        raise UserError(problems)
     if len(rows) < 2:
         raise UserError(f"method reconstruction needs at least 2 rows, not {len(rows)}")
     writing = writing_examples(rows, args) if args.writing_share else [(None, "")]
@@ -168,18 +166,13 @@ class ReconstructionTrainer(RowTrainer, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        outputs = model(pairs=inputs, probe=self._probes())
+        outputs = model(pairs=inputs, probe=is_logged(self, self.state.global_step + 1))
         centre = self.accelerator.reduce(outputs.pop("centre"), reduction="mean")
         self.reader.update_centre(centre.repeat(self.reader.config.parts)[None])
         for name, value in outputs.items():
             if name != "loss":
                 self.noted[name].append(value)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def _probes(self) -> bool:
-        step = self.state.global_step + 1
-        logged = step % max(1, int(self.state.logging_steps)) == 0
-        return logged or (step == 1 and self.args.logging_first_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
