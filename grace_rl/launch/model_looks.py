@@ -10,20 +10,16 @@ from typing import Any
 from grace_rl.embed.hidden_states import decoder_blocks, decoder_stack, layer_numbers
 from grace_rl.errors import Finding, UserError
 from grace_rl.launch.subject import Subject
+from grace_rl.rollout.generator import end_token
 
 WAYS = {"date": "today's date", "chance": "chance"}
 
 
-def end_token(subject: Subject) -> Iterator[Finding]:
+def ending(subject: Subject) -> Iterator[Finding]:
     """What is written must be able to end."""
-    if subject.prompt is None or subject.policy is None:
-        return
-    if subject.policy.tokenizer.eos_token_id is None:
-        yield _wrong(
-            "model_name_or_path",
-            f"{subject.place}: the tokenizer has no end token, so no rationale could end",
-            "set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json",
-        )
+    if subject.prompt is not None:
+        end_token(subject.prompt.tokenizer)
+    yield from ()
 
 
 def template(subject: Subject) -> Iterator[Finding]:
@@ -150,4 +146,4 @@ def _wrong(key: str, found: str, advice: str) -> Finding:
     return Finding(key, f"{found}; {advice}", "problem", [f"{key}: {advice}"])
 
 
-LOOKS = (folder, end_token, template, reader_layers, lengths, adapter, hardware)
+LOOKS = (folder, ending, template, reader_layers, lengths, adapter, hardware)

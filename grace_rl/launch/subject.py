@@ -130,12 +130,7 @@ class Subject:
         """The policy's prompt; None for methods without prompts. Raises UserError."""
         if self.policy is None or not isinstance(self.args, ReadingConfig):
             return None
-        return PromptTemplate(
-            self.policy.tokenizer,
-            self.args.instruction,
-            self.args.max_text_tokens,
-            self.args.chat_template_kwargs,
-        )
+        return self.args.prompt_template(self.policy.tokenizer)
 
     @property
     def reader(self) -> ReaderConfig | None:

@@ -337,8 +337,10 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
         UserError: The tokenizer has none.
     """
     if tokenizer.eos_token_id is None:
-        name = tokenizer.name_or_path
-        raise UserError(f"{name}: the tokenizer has no end token, so nothing written could end")
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has no end token, so nothing that is written "
+            "could end; set eos_token in tokenizer_config.json"
+        )
     return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
 
 
