@@ -19,7 +19,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grace_rl.errors import UserError, missing
+from grace_rl.errors import UserError, first_line, missing
 from grace_rl.recipe.rows import ROW_SUFFIXES
 
 SHOWN_PROBLEMS = 20
@@ -132,5 +132,4 @@ def _parquet(path: Path) -> Iterator[Record]:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: is not parquet that can be read: {reason}") from error
+        raise UserError(f"{path}: is not parquet that can be read: {first_line(error)}") from error

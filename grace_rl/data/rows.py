@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grace_rl.data.files import SHOWN_PROBLEMS, file_records
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.recipe.rows import is_local_file
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _hub(data: DataConfig) -> Iterator[tuple[str, Any]]:
     try:
         found = datasets.load_dataset(data.dataset_name, data.config, split=split)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         offline = datasets.config.HF_HUB_OFFLINE
         hint = (
             "HF_HUB_OFFLINE is set, so only data sets in the cache are found"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from trl import get_peft_config
 
-from grace_rl.errors import Finding, UserError
+from grace_rl.errors import Finding, UserError, first_line
 from grace_rl.launch.memory import (
     GIB,
     MemoryPlan,
@@ -103,7 +103,7 @@ def shape_of(subject: Subject) -> ModelShape:
         with warnings.catch_warnings(action="ignore"):  # said when the run begins
             return model_shape(subject.policy.model, adapter)
     except ValueError as error:
-        raise UserError(f"lora_target_modules: {str(error).splitlines()[0]}") from error
+        raise UserError(f"lora_target_modules: {first_line(error)}") from error
 
 
 def _share(shape: ModelShape, plan: MemoryPlan, args: Any) -> Finding:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.recipe.schema import KeyPath, dotted, exact, shown, split_key
 from grace_rl.run.secrets import masked_keys
 
@@ -207,7 +207,7 @@ def _compose(text: str, place: str) -> yaml.Node | None:
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         raise UserError(f"{place}{line}: is not valid YAML: {reason}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{place}: is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{place}: is not valid YAML: {first_line(error)}") from error
     except RecursionError as error:
         raise UserError(too_deep) from error
 

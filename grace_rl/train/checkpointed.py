@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.run.checkpoints import (
     COMPLETE,
     is_complete,
@@ -132,7 +132,7 @@ class CheckpointMixin:
         shutil.rmtree(folder, ignore_errors=True)
         last = last_complete_checkpoint(folder.parent)
         left = f"{last.name} is the last one" if last else "there is no earlier one"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         return (
             f"{folder}: the checkpoint could not be written ({reason}); {left}: make room, and "
             "start again with the same command"
@@ -202,7 +202,7 @@ def _readable(checkpoint: str | Path | None) -> Iterator[None]:
             "this folder to go on from the checkpoint before it"
         ) from error
     except UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"{checkpoint}: is damaged and cannot be read ({reason}); remove this folder to go on "
             "from the checkpoint before it"

@@ -41,7 +41,7 @@ from grace_rl.data.rows import Row, pair_problems, read_rows
 from grace_rl.embed.hidden_states import decoder_stack
 from grace_rl.embed.sentence_encoder import SentenceEncoder
 from grace_rl.embed.similarity import TIE
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.recipe.rows import DataConfig
 from grace_rl.rollout.policy import is_language_model, read_config
 from grace_rl.train.guided_infonce import CachedGuidedInfoNCE, GuidedInfoNCE, Marks, row_numbers
@@ -161,8 +161,7 @@ def encoder_model(path: str, pooling: str | None) -> SentenceTransformer:
     try:
         model = SentenceTransformer(path)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model_name_or_path: cannot load {path!r}: {reason}") from error
+        raise UserError(f"model_name_or_path: cannot load {path!r}: {first_line(error)}") from error
     if pooling is not None:
         places = [i for i, module in enumerate(model) if isinstance(module, Pooling)]
         if not places:
