@@ -27,7 +27,6 @@ from grace_rl.launch.memory import (
 from grace_rl.launch.model_looks import adapter
 from grace_rl.launch.plan import memory_plan
 from grace_rl.launch.subject import Subject
-from grace_rl.rollout.server import server_problems, server_url
 from grace_rl.run.versions import installed_versions, untested
 
 PORT = 29500  # where the processes of one machine meet, by default
@@ -144,6 +143,8 @@ def engine(subject: Subject) -> Iterator[Finding]:
     if not getattr(args, "use_vllm", False):
         return
     if args.vllm_mode == "server":
+        from grace_rl.rollout.server import server_problems, server_url  # requests
+
         url, model = server_url(args), subject.place
         wrong = server_problems(url, model, args.max_text_tokens + args.max_completion_length)
         if not wrong:
