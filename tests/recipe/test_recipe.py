@@ -195,7 +195,7 @@ max_steps: 4
         f"{path}:13: rewards.0": "did you mean temperature?",
         f"{path}:14: rewards.1": "did you mean length?",
         f"{path}:15: rewards.2": "is missing",
-        f"{path}:16: rewards.3": "weight: must be a finite number",
+        f"{path}:16: rewards.3": "weight: must be a number",
         f"{path}:18: max_steps": f"first in {path}:17",
         "--max_lenght": "unknown key",
         "'stray'": "expected --key value",
