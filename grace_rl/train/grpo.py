@@ -50,8 +50,8 @@ from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader
 from grace_rl.embed.settings import encoder_roles
 from grace_rl.errors import UserError
-from grace_rl.recipe.roles import unwritten_roles
 from grace_rl.recipe import RewardSpec
+from grace_rl.recipe.roles import unwritten_roles
 from grace_rl.reward import RewardRuntime
 from grace_rl.reward.batch import reward_batch
 from grace_rl.reward.loading import LoadedReward, build_rewards, load_rewards
