@@ -202,7 +202,7 @@ max_steps: 4
     }.items():
         assert any(p.startswith(place) and words in p for p in problems), (place, words, problems)
     assert sum("on_error" in problem for problem in problems) == 1
-    assert len(problems) == 21
+    assert len(problems) == 20
 
 
 @pytest.mark.parametrize(
