@@ -232,6 +232,11 @@ def time_page(runs: list[Path]) -> dict[str, Any]:
             groups = f"{list_of}?show=groups&sort=spread&order=down"
             until("groups", lambda: page.goto(groups), "tbody a")
             until("texts", lambda: page.goto(f"{address}/training"), "tbody a")
+            until("what it learned", lambda: page.goto(f"{address}/learned"), "text=Words that")
+            until("what it learned, again", lambda: page.goto(f"{address}/learned"), "text=Words")
+            until("map", lambda: page.goto(f"{address}/map"), ".map .frame.shown a")
+            until("compare", lambda: page.goto(f"{address}/compare"), "text=The same texts")
+            until("notes", lambda: page.goto(f"{address}/notes"), ".count")
             browser.close()
     finally:
         server.terminate()

@@ -52,6 +52,19 @@ def recipe(draw: random.Random, folder: Path) -> Made:
     return (lambda: load(path)), unknown if sound else ""
 
 
+def preflight(draw: random.Random, folder: Path) -> Made:
+    """A recipe whose mistakes are told with those of its rows and its model."""
+    from grace_rl.launch.preflight import all_together
+
+    load, unknown = draw.choice([recipe, overrides])(draw, folder)
+
+    def look() -> None:
+        with all_together():
+            load()
+
+    return look, unknown
+
+
 def overrides(draw: random.Random, folder: Path) -> Made:
     from grace_rl.recipe.stages import load
 
@@ -156,7 +169,7 @@ KINDS: dict[str, Callable[[random.Random, Path], Made]] = {
     "rollouts": rollouts,
     "run records": records,
 }
-SLOW_KINDS = {"model folder": model}  # tens of milliseconds each
+SLOW_KINDS = {"model folder": model, "preflight": preflight}  # tens of milliseconds and more
 
 
 def _spoil(draw: random.Random, tree: dict[str, Any]) -> str:

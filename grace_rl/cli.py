@@ -78,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0].startswith("--local_rank="):
         del given[0]  # deepspeed's launcher puts it there; LOCAL_RANK says the same
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+        close = difflib.get_close_matches(given[0], COMMANDS, n=1, cutoff=0.6)
+        advice = f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(COMMANDS)}"
+        parsers[""].error(shown(f"no command {given[0]!r}{advice}"))
     options, rest = parsers[""].parse_known_args(given)
     command = commands[options.command]
     if rest and not command.RECIPE_OVERRIDES:

@@ -56,6 +56,8 @@ class GracePublished:
         tensor([11.2000,  7.2000])
     """
 
+    trained_roles = (("positive",), ("text",))
+
     def __init__(
         self,
         temperature: float = 0.1,

@@ -176,3 +176,9 @@ def test_a_reader_that_has_seen_enough_changes_no_exit_code(recipe):
         os.close(writer)
         assert told.returncode == code, told.stderr
         assert b"Traceback" not in told.stderr and b"BrokenPipe" not in told.stderr
+
+
+def test_a_verb_that_is_none_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["inspct", "runs/x"])
+    assert ended.value.code == 2 and "did you mean inspect?" in capsys.readouterr().err

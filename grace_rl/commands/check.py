@@ -26,30 +26,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="force known rationales: can the embedding see a better one?",
     )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="write for the texts of N rows, greedily and sampled, and stop",
+    )
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.errors import UserError
     from grace_rl.launch.lines import counted, read_launch
+    from grace_rl.launch.preflight import all_together, preflight, refuse
     from grace_rl.recipe.stages import Chain, load
 
     if options.num_processes is not None and options.num_processes < 1:
         raise UserError(f"--num_processes: must be at least 1, not {options.num_processes}")
     launch = read_launch(options.launch, options.num_processes) if options.launch else None
     processes = launch.processes if launch else options.num_processes or 1
-    with counted(processes):
+    with counted(processes), all_together(processes):
         recipe = load(options.recipe, overrides)
     if isinstance(recipe, Chain):
         recipes = [stage.stand_in for stage in recipe.stages if stage.stand_in is not None]
     else:
         recipes = [recipe]
+    if options.sample is not None:
+        from grace_rl.evaluate.samples import print_samples
+
+        if options.sample < 1:
+            raise UserError(f"--sample: must be at least 1, not {options.sample}")
+        for one in recipes:
+            print_samples(one, options.sample)
+        return 0
     if options.oracle:
         from grace_rl.evaluate.oracle import print_oracle_table
 
         for one in recipes:
             print_oracle_table(one)
         return 0
-    from grace_rl.launch.preflight import preflight, refuse
     from grace_rl.recipe import describe
     from grace_rl.run.screen import Screen
 

@@ -1,4 +1,4 @@
-"""grace-rl inspect RUN ... [--terminal | --html FILE] [--host ADDRESS] [--port N]"""
+"""grace-rl inspect RUN ... [--terminal | --html FILE | --credit] [--host ADDRESS] [--port N]"""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grace_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from grace_rl.inspect.filters import Filter
+    from grace_rl.inspect.run import Run
+    from grace_rl.run.screen import Screen
 
 HELP = "look at runs: a local web page, the terminal, or one file to send to somebody"
 RECIPE_OVERRIDES = False
@@ -16,10 +22,36 @@ PACKAGES = ("duckdb", "pandas", "starlette", "uvicorn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run directory, runs/<name>")
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="a run directory, runs/<name>; a "
+        "folder of runs; or an address such as s3://bucket/runs/<name>",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--terminal", action="store_true", help="print instead of serving a page")
     how.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained file")
+    how.add_argument(
+        "--credit",
+        action="store_true",
+        help="measure which words earned it in a step's groups (the last step, or --step), print "
+        "it and keep it beside the run",
+    )
+    how.add_argument(
+        "--export",
+        metavar=("KIND", "PATH"),
+        nargs=2,
+        help="flagged rollouts as rows of `sft`, as preference `pairs`, or as a folder of `tests` "
+        "for `rewards check --rollouts` and `replay`",
+    )
+    parser.add_argument(
+        "--rewards",
+        metavar="FILE",
+        help="with --credit: a recipe, or YAML with its `rewards`; what it names is run. The "
+        "default: the run's own rewards, where they are installed ones by name",
+    )
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="with --credit: all numbers")
     page = parser.add_argument_group("the page")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     page.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
@@ -32,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--empty", choices=["true", "false"], help="nothing written, or something")
     chosen.add_argument("--example", help="row of the data set")
     chosen.add_argument("--group", help="one group, best to worst; with --step")
+    chosen.add_argument("--word", help="a whole word of the rationale")
+    chosen.add_argument("--pattern", help="repetition, copy, same, unsupported, empty or endless")
     chosen.add_argument("--row", type=int, help="one rollout; with --step")
     chosen.add_argument("--groups", action="store_true", help="list groups instead of rollouts")
     chosen.add_argument("--sort", help="a column, such as advantage or reward/length")
@@ -44,14 +78,28 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
     with needs_extra():
         from grace_rl.inspect.filters import Filter
-        from grace_rl.inspect.run import Run, distinct_names
+        from grace_rl.inspect.remote import open_runs
+        from grace_rl.inspect.run import distinct_names
 
-        runs = [Run(path) for path in options.runs]
+        runs = open_runs(options.runs)
     distinct_names(runs)
     console = Screen()
-    names = ("step", "role", "text", "score", "truncated", "empty", "example", "group")
+    names = (
+        "step",
+        "role",
+        "text",
+        "score",
+        "truncated",
+        "empty",
+        "example",
+        "group",
+        "word",
+        "pattern",
+    )
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     chosen = Filter.from_query(given)
+    if not options.credit and (options.rewards is not None or options.csv is not None):
+        raise UserError("--rewards and --csv go with --credit")
     if options.limit < 1:
         raise UserError("--limit: must be at least 1")
     if options.terminal:
@@ -64,6 +112,17 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
         write_html(runs, chosen, options.html, limit=options.limit)
         console.print(f"wrote {options.html}")
+        return 0
+    if options.export is not None:
+        from grace_rl.inspect.notes import export
+
+        if len(runs) > 1:
+            raise UserError("--export takes one run")
+        kind, path = options.export
+        console.print(f"wrote {export(runs[0], kind, Path(path)):,} rows: {path}", markup=False)
+        return 0
+    if options.credit:
+        _credit(runs, chosen, options, console)
         return 0
     if given or options.row is not None:
         raise UserError("these choose rollouts for --terminal and --html; the page has fields")
@@ -81,6 +140,23 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
     serve(runs, options.host, options.port, say)
     return 0
+
+
+def _credit(runs: list[Run], chosen: Filter, options: argparse.Namespace, console: Screen) -> None:
+    from grace_rl.inspect.credit import measurable_rewards
+    from grace_rl.inspect.terminal import show_credit
+    from grace_rl.recipe import read_rewards
+    from grace_rl.reward import load_rewards
+
+    for run in runs:
+        if options.rewards is not None:
+            path = Path(options.rewards)
+            rewards, missing = load_rewards(read_rewards(path), path.parent), ""
+        else:
+            rewards, missing = measurable_rewards(run)
+        if missing:
+            console.print(missing, style="yellow", markup=False)
+        show_credit(run, chosen, rewards, options, console)
 
 
 @contextmanager

@@ -51,9 +51,11 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.launch or options.num_processes is not None:
         return _launch(options, overrides)
     with launched() as tell:
+        from grace_rl.launch.preflight import all_together
         from grace_rl.recipe.stages import Chain, load
 
-        recipe = load(options.recipe, overrides)
+        with all_together(int(os.environ.get("WORLD_SIZE", "1"))):
+            recipe = load(options.recipe, overrides)
         if options.dry_run:
             return _dry_run(recipe, None, int(os.environ.get("WORLD_SIZE", "1")))
         if isinstance(recipe, Chain):
@@ -69,12 +71,13 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     """Start `grace-rl train` on many processes; what is wrong with the recipe is said once."""
     from grace_rl.errors import UserError
     from grace_rl.launch.lines import counted, read_launch, run_launch
+    from grace_rl.launch.preflight import all_together
     from grace_rl.recipe.stages import load, recipes_of
 
     if options.launch is None:
         raise UserError("--num_processes: needs --launch, such as --launch zero2")
     launch = read_launch(options.launch, options.num_processes)
-    with counted(launch.processes):
+    with counted(launch.processes), all_together(launch.processes):
         recipe = load(options.recipe, overrides)
     if launch.zero_stage and any(one.training.get("deepspeed") for one in recipes_of(recipe)):
         raise UserError(

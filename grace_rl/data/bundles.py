@@ -113,6 +113,11 @@ class Bundles:
             )
             raise UserError(shown)
 
+    def prompts_of(self, example: int) -> list[RoleText]:
+        """The trained texts of a row."""
+        count = len(self.trained)
+        return self.prompts[example * count : (example + 1) * count]
+
     def _texts(self, example: int, row: dict[str, Any]) -> list[tuple[str, str, int]]:
         """`(role, text, side)` of every text of a row that some role of the recipe asks for."""
         wanted = {role.name for role in self.roles}
@@ -121,9 +126,11 @@ class Bundles:
         else:
             negatives = row.get("negative") or []
             negatives = [negatives] if isinstance(negatives, str) else negatives
-            found = [("query", row["query"], 0), ("positive", row["positive"], 0)]
-            if row.get("negative_positive"):
-                found.append(("negative_positive", row["negative_positive"], 1))
+            found = [
+                (role, row[role], side)
+                for role, side in (("query", 0), ("positive", 0), ("negative_positive", 1))
+                if row.get(role)
+            ]
             found += [("negative", negative, 1 + i) for i, negative in enumerate(negatives)]
         return [text for text in found if text[0] in wanted]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
+from transformers import PreTrainedTokenizerBase
 
 from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.recipe.fields import TrainerConfig
@@ -34,8 +35,16 @@ class ReadingConfig(TrainerConfig):
     max_text_tokens: Annotated[int, Field(ge=1)] = 512
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def prompt_template(self, tokenizer: Any) -> PromptTemplate:
-        """What makes prompts of texts."""
+    def prompt_template(self, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
+        """The prompt of every text. Raises UserError: see `PromptTemplate`."""
         return PromptTemplate(
-            tokenizer, self.instruction, self.max_text_tokens, self.chat_template_kwargs
+            tokenizer,
+            self.instruction,
+            self.max_text_tokens,
+            self.chat_template_kwargs,
+            getattr(self, "_surroundings", None),
         )
+
+    def pin_prompt(self, surroundings: tuple[str, str]) -> None:
+        """Take what stands before and after a text from where the run began, not anew."""
+        self._surroundings = surroundings

@@ -56,6 +56,19 @@ def checkpoints(run: Run) -> dict[str, Path]:
     return found
 
 
+def checkpoint_after(run: Run, step: int) -> str:
+    """The run's first checkpoint at or after a step, else its last.
+
+    Raises:
+        UserError: It has none yet.
+    """
+    names = [name for name in checkpoints(run) if name != START]
+    if not names:
+        raise UserError("The run has no checkpoint yet to read the text with.")
+    later = [n for n in names if n.startswith("checkpoint-") and int(n.split("-")[1]) >= step]
+    return later[0] if later else names[-1]
+
+
 class Checkpoint:
     """One of a run's models.
 
@@ -114,15 +127,15 @@ class Checkpoint:
             raise UserError(f"{self.folder}: this model writes no rationales")
         return np.asarray(self.encoder.encode(list(texts), "none").vectors)
 
-    def read(self, rationale: str, text: str) -> np.ndarray:
-        """(H,) the vector of a rationale that somebody wrote.
+    def read(self, rationales: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+        """(N, H) the vectors of rationales that somebody wrote of these texts.
 
         Raises:
             UserError: This model reads no rationales.
         """
         if not self.writes:
             raise UserError(f"{self.folder}: this model reads no rationales")
-        return np.asarray(self.encoder.encode_rationales([rationale], [text]))[0]
+        return np.asarray(self.encoder.encode_rationales(list(rationales), list(texts)))
 
     @cached_property
     def pool(self) -> pd.DataFrame:

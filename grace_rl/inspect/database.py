@@ -11,6 +11,7 @@ from typing import Any
 import duckdb
 import pandas as pd
 
+from grace_rl.inspect.patterns import MADE
 from grace_rl.rollout.store import REWARD
 from grace_rl.run.records import rollout_files
 
@@ -44,6 +45,8 @@ class RolloutTable:
         self.path = path
         self.unreadable: dict[int, str] = {}
         self._lock = threading.Lock()
+        self._asking = threading.Lock()  # for patterns
+        self._patterns_of: dict[int, tuple[int, int]] | None = None
         self._loaded: dict[int, tuple[int, int]] = {}
         self._looked = -LOOK_AGAIN
         # No extension may be fetched: nothing leaves the machine.
@@ -57,6 +60,16 @@ class RolloutTable:
         """The answer to a question in SQL about the table `rollouts`."""
         self.refresh()
         return self._database.cursor().execute(query, list(values)).df()
+
+    def ask_patterns(self, query: str, values: Sequence[Any] = ()) -> pd.DataFrame:
+        """The answer to a question about the tables of `patterns.MADE`, which follow the files."""
+        self.refresh()
+        with self._asking:
+            if self._patterns_of != self._loaded:
+                of = dict(self._loaded)
+                self._database.cursor().execute(MADE)
+                self._patterns_of = of
+            return self._database.cursor().execute(query, list(values)).df()
 
     def names(self) -> list[str]:
         """Columns, as far as files are read."""

@@ -28,6 +28,8 @@ class Filter:
         empty: Whether nothing was written.
         score: Conditions such as `contrastive >= 0.5, advantage < 0`: a reward's label, `advantage`
             or `tokens`, compared with a number.
+        word: A whole word of the rationale, in any case of letters.
+        pattern: One of `grace_rl.inspect.patterns.PATTERNS`, such as `repetition`.
 
     >>> Filter(step=(10, None), text="red fox").query()
     'step=10-&text=red+fox'
@@ -43,6 +45,8 @@ class Filter:
     truncated: bool | None = None
     empty: bool | None = None
     score: str | None = None
+    word: str | None = None
+    pattern: str | None = None
 
     @classmethod
     def from_query(cls, query: Mapping[str, str]) -> Filter:
@@ -128,6 +132,8 @@ _READERS: dict[str, Any] = {
     "truncated": _truth,
     "empty": _truth,
     "score": _score,
+    "word": str,
+    "pattern": str,
 }
 
 

@@ -15,9 +15,13 @@ from markupsafe import Markup
 from grace_rl.errors import UserError
 from grace_rl.inspect.filters import Filter
 from grace_rl.inspect.markup import LOOK, render
+from grace_rl.inspect.neighbours import nearest_by_rationale
+from grace_rl.inspect.notes import notes
 from grace_rl.inspect.run import Run
-from grace_rl.inspect.views import group_cards, history, overview, soft_token_tables
+from grace_rl.inspect.views import gaming_rows, group_cards, history, overview, soft_token_tables
 from grace_rl.run.files import write_text
+
+NEAREST = 5  # texts beside a group
 
 
 def write_html(runs: Sequence[Run], chosen: Filter, file: Path, limit: int = 20) -> None:
@@ -41,6 +45,8 @@ def write_html(runs: Sequence[Run], chosen: Filter, file: Path, limit: int = 20)
         title=title,
         look=Markup(LOOK),  # our own
         view=overview(runs),
+        notes=[(run.name, notes(run).to_dict("records")) for run in runs],
+        gaming=[(run.name, gaming_rows(run)) for run in runs],
         chosen=[_chosen(run, chosen, limit) for run in runs if run.steps()],
         soft=[(run.name, soft_token_tables(run)) for run in runs],
     )
@@ -56,7 +62,17 @@ def _chosen(run: Run, chosen: Filter, limit: int) -> dict[str, Any]:
         | {
             "cards": group_cards(run, int(record["step"]), int(record["group"])),
             "history": history(run, str(record["text"])),
+            "near": _nearest(run, int(record["step"]), record),
         }
         for record in run.groups(chosen, limit=limit).to_dict("records")
     ]
     return {"name": run.name, "whole": run.count_groups(chosen), "groups": groups}
+
+
+def _nearest(run: Run, step: int, group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The texts nearest to the best rollout of a group; none where no vectors are stored."""
+    row = int(run.group(step, int(group["group"]))["row"].iloc[0])
+    try:
+        return nearest_by_rationale(run, step, row).head(NEAREST).to_dict("records")
+    except UserError:
+        return []

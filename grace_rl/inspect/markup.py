@@ -106,9 +106,11 @@ def address(path: str, /, **query: Any) -> str:
 
 def _lead(link: Any, row: Mapping[str, Any]) -> str:
     """Where a cell leads: what a function says, or a path and the values of the row that it takes,
-    as in `{"path": "/group", "run": "first", "of": ["step", "group"]}`."""
+    as in `{"path": "/group", "run": "first", "of": ["step", "group"]}`; "" where one is None."""
     if callable(link):
         return str(link(row))
+    if any(row[name] is None for name in link["of"]):
+        return ""
     return address(link["path"], run=link["run"], **{name: row[name] for name in link["of"]})
 
 
@@ -137,6 +139,30 @@ def shaded(pieces: Sequence[str], advantages: Sequence[float] | float | None) ->
         sign = "up" if advantage >= 0 else "down"
         strength = min(5, math.ceil(abs(advantage) * 2.5))
         made.append((f"{sign}{strength}", f"advantage {advantage:+.3f}", piece))
+    return made
+
+
+def earned(rationale: str, words: Sequence[Mapping[str, Any]], largest: float) -> Pieces:
+    """The words of a rationale on a ground of green (earned something) or red (cost something).
+
+    Args:
+        rationale: The whole.
+        words: One for each of its words, in their order: `word`, `credit`, what else is told on
+            hover, and maybe `only`, whether no sibling has it.
+        largest: The credit of the deepest colour.
+    """
+    made: Pieces = []
+    for piece, about in zip(re.findall(r"\s*\S+", rationale), words, strict=False):
+        word = piece.lstrip()
+        facts = {name: value for name, value in about.items() if isinstance(value, float)}
+        told = ", ".join(f"{name} {value:+.3f}" for name, value in facts.items() if value == value)
+        credit = about["credit"] if about["credit"] == about["credit"] else 0.0
+        strength = min(5, math.ceil(5 * abs(credit) / max(largest, 1e-9)))
+        looks = [f"{'up' if credit > 0 else 'down'}{strength}"] if strength else []
+        if about.get("only"):
+            looks.append("only")
+            told += "; no sibling has it"
+        made += [("", "", piece[: len(piece) - len(word)]), (" ".join(looks), told, word)]
     return made
 
 

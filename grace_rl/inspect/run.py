@@ -12,10 +12,12 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, reading
 from grace_rl.inspect.database import LIGHT, RolloutTable, quoted
 from grace_rl.inspect.filters import Filter
+from grace_rl.inspect.patterns import PATTERNS, WORD
 from grace_rl.inspect.records import Records
 from grace_rl.rollout.store import REWARD, SCHEMA, read_rollouts
 from grace_rl.run.records import read_status, rollout_files
@@ -56,6 +58,12 @@ class Run:
         names = self._table.names()
         return [name.removeprefix(REWARD) for name in names if name.startswith(REWARD)]
 
+    @property
+    def beside(self) -> Path:
+        """The folder beside the run for what looking at it leaves: `<run>.inspect`."""
+        path = self.path.resolve()
+        return path.with_name(f"{path.name}.inspect")
+
     def problems(self) -> list[str]:
         """A sentence for each file that is damaged."""
         self.refresh()
@@ -73,7 +81,7 @@ class Run:
         """When something was last written, in seconds since 1970, and how many files there are."""
         names = ("status.json", "metrics.jsonl", "evaluation.json", "soft_tokens.jsonl")
         paths = [self.path / name for name in names]
-        for folder in ("rollouts", "checkpoints", "replays", "model"):
+        for folder in ("rollouts", "panel", "checkpoints", "replays", "model"):
             paths += [self.path / folder, *(self.path / folder).glob("*")]
         times = [path.stat().st_mtime for path in paths if path.exists()]
         return max(times, default=0.0), len(times)
@@ -101,6 +109,34 @@ class Run:
     def steps(self) -> list[int]:
         """Steps whose rollouts are kept."""
         return list(rollout_files(self.path))
+
+    def panel_steps(self) -> list[int]:
+        """Steps at which the panel was written, 0 for before training."""
+        return list(rollout_files(self.path, "panel"))
+
+    def panel(self, steps: Sequence[int] | None = None, text: str | None = None) -> pd.DataFrame:
+        """What was written greedily of the same texts through training: `step text role example
+        side rationale truncated embedding`; empty without a panel.
+
+        Raises:
+            UserError: A file of it is damaged.
+        """
+        parts = []
+        for step, path in rollout_files(self.path, "panel").items():
+            if steps is None or step in steps:
+                with reading(path, "the panel"):
+                    only = None if text is None else [("text", "==", text)]
+                    parts.append(pq.read_table(path, filters=only).to_pandas())
+        columns = ["step", "text", "role", "example", "side", "rationale", "truncated", "embedding"]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+    def best_rows(self, texts: Sequence[str]) -> dict[tuple[int, str], int]:
+        """The best stored rollout of each of these texts at each step: (step, text) -> row."""
+        query = """SELECT step, text, arg_max(row, coalesce(advantage, -1e9)) AS row FROM rollouts
+                   WHERE list_contains(?, text) GROUP BY step, text"""
+        found = self._table.ask(query, [list(texts)])
+        keys = zip(found["step"], found["text"], strict=True)
+        return dict(zip(keys, found["row"].astype(int), strict=True))
 
     def roles(self) -> list[str]:
         """Roles in the order of how many rollouts they have."""
@@ -294,7 +330,19 @@ class Run:
             [text],
         )
 
+    def last_best(self) -> pd.DataFrame:
+        """The best rationale of each text at the last step that has it: `text step rationale
+        total`."""
+        return self._table.ask(
+            """SELECT text, step, rationale, total FROM rollouts QUALIFY 1 = row_number() OVER
+               (PARTITION BY text ORDER BY step DESC, advantage DESC NULLS LAST, row)"""
+        )
+
     # -- asking ---------------------------------
+
+    def pattern_table(self, query: str, values: Sequence[Any] = ()) -> pd.DataFrame:
+        """The answer to a question of `grace_rl.inspect.patterns`."""
+        return self._table.ask_patterns(query, values)
 
     def _with_heavy(self, part: pd.DataFrame, heavy: list[str]) -> pd.DataFrame:
         step = int(part["step"].iloc[0])
@@ -328,6 +376,15 @@ class Run:
                 "(contains(lower(text), lower(?)) OR contains(lower(rationale), lower(?)))"
             )
             values += [chosen.text, chosen.text]
+        if chosen.pattern is not None:
+            if chosen.pattern not in PATTERNS:
+                raise UserError(f"pattern: must be one of {', '.join(PATTERNS)}")
+            self.pattern_table("SELECT 1")
+            found = f"SELECT (step, row) FROM patterns WHERE {quoted(chosen.pattern)}"
+            conditions.append(f"(step, row) IN ({found})")
+        if chosen.word:
+            conditions.append("list_contains(regexp_extract_all(lower(rationale), ?), lower(?))")
+            values += [WORD, chosen.word]
         for name, compared, number in chosen.conditions():
             column = name if name in ("advantage", "tokens", "total") else REWARD + name
             self._check_names([column])

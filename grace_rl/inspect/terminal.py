@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from grace_rl.errors import UserError
 from grace_rl.inspect import health, views
+from grace_rl.inspect.beside import against_siblings, keep_credit, kept_credit
+from grace_rl.inspect.csv_file import csv_text
 from grace_rl.inspect.filters import Filter
-from grace_rl.inspect.markup import number, visible
+from grace_rl.inspect.markup import Pieces, earned, number, visible
 from grace_rl.inspect.neighbours import nearest_by_rationale
 from grace_rl.inspect.run import Run
 from grace_rl.rollout.store import REWARD
+from grace_rl.run.files import write_text
+
+if TYPE_CHECKING:
+    from grace_rl.reward.loading import LoadedReward
 
 BARS = "▁▂▃▄▅▆▇█"
 LONGEST = 800  # characters of a text
@@ -84,6 +92,79 @@ def show(
         _print(pd.DataFrame(rows), list(recipe["columns"].values()), console)
 
 
+def show_credit(
+    run: Run,
+    chosen: Filter,
+    rewards: Sequence[LoadedReward],
+    options: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Measure which words earned it in the groups of one step, keep it beside the run, print it.
+
+    Args:
+        run: Whose.
+        chosen: `step` (the last stored one if it has none), `group` and the rest say which.
+        rewards: What is measured besides the cosines.
+        options: `row`, `limit`, and `csv`, a file for all numbers.
+        console: Where to.
+
+    Raises:
+        UserError: There are no such rollouts, or no checkpoint reads rationales.
+    """
+    from grace_rl.inspect.credit import StepCredit, said  # and with them torch
+
+    step = run.steps()[-1] if chosen.step is None and run.steps() else chosen.step
+    if not isinstance(step, int):
+        raise UserError("--credit needs one --step whose rollouts are stored")
+    found = run.rollouts(replace(chosen, step=step), sort="total", descending=True)
+    found = found[found["advantage"].notna() & (found["rationale"].str.strip() != "")]
+    if options.row is not None:
+        found = found[found["row"] == options.row]
+    if found.empty:
+        raise UserError(f"{run.path}: step {step} has no such rollout with words")
+    whole = run.rollouts(step=step, columns=["row", "group", "advantage"])
+    rows = whole[whole["group"].isin(set(found["group"])) & whole["advantage"].notna()]["row"]
+    credit = StepCredit(run, step, rewards)
+    parts = [
+        part
+        for row in track(list(map(int, rows)), "measuring words", console=console)
+        for part in credit.measure([row])
+    ]
+    table = against_siblings(pd.concat(parts))
+    kept = keep_credit(run, step, table, said(credit))
+    if options.csv is not None:
+        write_text(options.csv, csv_text(table))
+    largest = float(table["credit"].abs().max())
+    names = [name for name in table.columns if table[name].dtype.kind == "f"]
+    for rollout in found.head(options.limit).to_dict("records"):
+        words = table[table["row"] == rollout["row"]]
+        console.print(
+            _text(f"row {rollout['row']}, {rollout['role']}: {rollout['text']}"), style="bold"
+        )
+        facts = {"total": rollout["total"], "advantage": rollout["advantage"]}
+        console.print(_text(", ".join(f"{name} {_plain(value)}" for name, value in facts.items())))
+        pieces = earned(rollout["rationale"], words.to_dict("records"), largest)
+        console.print(_coloured(pieces))
+        if options.row is not None or len(found) == 1:
+            _print(words, ["word", *names], console)
+        else:
+            best = words.sort_values("credit", ascending=False)
+            each = (f"{w} {c:+.3f}" for w, c in zip(best["word"], best["credit"], strict=True))
+            console.print(_text("  " + ", ".join(each)), style="dim")
+    count = f"{table['row'].nunique():,} rollouts, {len(table):,} words"
+    console.print(_text(f"{count}, {said(credit)}; kept in {kept}"))
+
+
+def _coloured(pieces: Pieces) -> Text:
+    """Pieces on grounds of green and red, as letters of these colours."""
+    made = Text(overflow="fold")
+    for kind, _, piece in pieces:
+        style = "green" if kind.startswith("up") else "red" if kind.startswith("down") else ""
+        deep = " bold" if kind[-1:] in "45" and kind else ""
+        made.append(visible(piece), style=style + deep if style else "")
+    return made
+
+
 def sparkline(values: Iterable[float], width: int = 40) -> str:
     """A curve in one line of text.
 
@@ -124,6 +205,8 @@ def _overview(run: Run, console: Console) -> None:
     for alarm in views.alarm_rows(run):
         line = f"{alarm['metric']}: {alarm['reason']} ({alarm['steps']})"
         console.print(_text(line), style="bold red")
+    for alarm in views.gaming_rows(run):
+        console.print(_text(f"{alarm['pattern']}: {alarm['reason']}"), style="bold red")
     if about["scores"]:
         console.print(_table(pd.DataFrame(about["scores"]), list(about["columns"]), "scores"))
     for soft in run.soft_tokens():
@@ -144,14 +227,16 @@ def _rollout(run: Run, step: int, row: int, console: Console) -> None:
     rollout = run.rollout(step, row)
     console.print(_text(f"step {step}, {rollout['role']}: {rollout['text']}"))
     pieces, colour = views.rollout_tokens(run, rollout)
-    made = Text(overflow="fold")
-    for kind, _, piece in pieces:
-        style = "green" if kind.startswith("up") else "red" if kind.startswith("down") else ""
-        made.append(visible(piece), style=style)
+    made = _coloured(pieces)
     console.print(made if made.plain.strip() else Text("(empty)"))
     console.print(_text(colour), style="dim")
     values = views.scores(run, rollout).items()
     console.print(_text(", ".join(f"{name} {_plain(value)}" for name, value in values)))
+    kept = kept_credit(run, step)
+    if kept is not None and len(words := kept[0][kept[0]["row"] == row]):
+        largest = float(kept[0]["credit"].abs().max())
+        console.print(_text("which words earned it:"))
+        console.print(_coloured(earned(rollout["rationale"], words.to_dict("records"), largest)))
     if rollout["step_scores"] is not None:
         scores = " ".join(number(value) for value in rollout["step_scores"])
         console.print(_text(f"s_k: {scores}"))

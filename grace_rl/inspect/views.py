@@ -13,7 +13,9 @@ from grace_rl.errors import UserError
 from grace_rl.inspect import health
 from grace_rl.inspect.chart import LOOKS, Chart, Line
 from grace_rl.inspect.checkpoints import token_pieces
+from grace_rl.inspect.learned import Learned, learned, word_steps
 from grace_rl.inspect.markup import Pieces, differences, number, shaded
+from grace_rl.inspect.patterns import PATTERNS
 from grace_rl.inspect.records import flat, reward_weights
 from grace_rl.inspect.replays import replayed_advantages, replays
 from grace_rl.inspect.run import Run
@@ -69,6 +71,11 @@ def alarm_rows(run: Run) -> list[Row]:
     ]
 
 
+def gaming_rows(run: Run) -> list[Row]:
+    """Ways of gaming that show, with what was seen; reads all stored rollouts."""
+    return [dict(alarm) for alarm in learned(run).alarms]
+
+
 def recipe_rows(runs: Sequence[Run]) -> dict[str, Any]:
     """The keys of a run's recipe; of several runs those that differ, and how many do not."""
     keys = [flat(masked(run.recipe())) for run in runs]
@@ -116,6 +123,30 @@ def advantage_chart(runs: Sequence[Run]) -> Chart | None:
             label = name if len(runs) == 1 else f"{name} ({run.name})"
             lines.append(_line(label, spread["step"], spread[name], order, place, 4, len(runs)))
     return Chart("Spread of advantages over rollouts", lines) if lines else None
+
+
+def learned_charts(run: Run, found: Learned) -> list[Chart]:
+    """Patterns among the best of their group, lengths, and the words that changed most, by step."""
+    steps = found.steps
+    if steps.empty:
+        return []
+    names = list(PATTERNS)
+    lines = [
+        _line(name, steps["step"], steps[f"best_{name}"], 0, place, len(names), 1)
+        for place, name in enumerate(names)
+    ]
+    words = list(found.words["word"].head(LOOKS))
+    shares = word_steps(run, words)
+    said = []
+    for place, word in enumerate(words):
+        by_step = shares[word].set_index("step")["share"].reindex(steps["step"], fill_value=0.0)
+        said.append(_line(word, steps["step"], by_step, 0, place, len(words), 1))
+    tokens = _line("tokens", steps["step"], steps["tokens"], 0, 0, 1, 1)
+    return [
+        Chart("Share of the best of their group", lines),
+        Chart("Share of rollouts with a word", said),
+        Chart("Tokens of a rationale", [tokens]),
+    ]
 
 
 def _line(
@@ -213,8 +244,63 @@ def group_cards(run: Run, step: int, group: int) -> list[Row]:
 
 
 def history(run: Run, text: str) -> list[Row]:
-    """The best rationale of a text at each stored step, `shown` with what changed."""
-    return changes(run.through_training(text).to_dict("records"))
+    """What was written of a text: the best rollout of each stored step, and what the panel wrote
+    greedily; `by` says which, `shown` what changed."""
+    rows = [row | {"by": "best rollout"} for row in run.through_training(text).to_dict("records")]
+    for row in run.panel(text=text).to_dict("records"):
+        rows.append(row | {"by": "greedy", "row": None, "advantage": None})
+    return changes(sorted(rows, key=lambda row: int(row["step"])))
+
+
+def panel_rows(run: Run) -> list[Row]:
+    """The panel's texts: what was written before training, and now with the changes marked."""
+    if not (steps := run.panel_steps()):
+        return []
+    first, last = run.panel([steps[0]]), run.panel([steps[-1]])
+    now = dict(zip(last["text"], last["rationale"], strict=True))
+    return [
+        {
+            "text": row["text"],
+            "role": row["role"],
+            "first": row["rationale"],
+            "now": differences(row["rationale"], str(now.get(row["text"], ""))),
+        }
+        for row in first.to_dict("records")
+    ]
+
+
+def side_by_side(run: Run, other: Run) -> list[Row]:
+    """The texts that both runs have: the best of each one's last step with it (else what its panel
+    wrote last), differences marked, and what replays beside either run say; the texts whose
+    rationales differ most come first."""
+    ours, theirs = _last_written(run), _last_written(other)
+    rows = []
+    for text in (text for text in ours if text in theirs):
+        first, second = ours[text]["rationale"], theirs[text]["rationale"]
+        shown = differences(first, second)
+        kept = sum(len(part) for kind, _, part in shown if kind == "")
+        rows.append(
+            {
+                "text": text,
+                "first": first,
+                "second": shown,
+                "first_total": ours[text]["total"],
+                "second_total": theirs[text]["total"],
+                "kept": kept / max(1, len(first), len(second)),
+            }
+        )
+    return sorted(rows, key=lambda row: row["kept"])
+
+
+def _last_written(run: Run) -> dict[str, Row]:
+    """Text -> `rationale` and `total` of its best rollout at the last step that has it."""
+    found = {
+        row["text"]: {**row, "total": None}
+        for row in run.panel(run.panel_steps()[-1:]).to_dict("records")
+    }
+    for row in run.last_best().to_dict("records"):
+        found[row["text"]] = row
+    return found
 
 
 def changes(rows: list[Row]) -> list[Row]:

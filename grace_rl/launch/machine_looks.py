@@ -123,7 +123,7 @@ def _disk(subject: Subject, shape: ModelShape, plan: MemoryPlan) -> Finding:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        return _problem("disk", f"{place} is a file", advice=["another output_dir"])
+        return _problem("output_dir", f"{place} is a file", advice=["another output_dir"])
     free = shutil.disk_usage(place).free
     limit = args.save_total_limit
     saves = max(1, int(args.max_steps // args.save_steps)) if args.save_steps >= 1 else 1

@@ -5,13 +5,19 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
 
 from grace_rl.embed.hidden_states import decoder_blocks, decoder_stack, layer_numbers
 from grace_rl.errors import Finding, UserError
 from grace_rl.launch.subject import Subject
+from grace_rl.recipe.schema import nearest
 from grace_rl.rollout.generator import end_token
 
+EXTENSIONS = ("jinja2.ext.loopcontrols",)  # as transformers renders templates
 WAYS = {"date": "today's date", "chance": "chance"}
 
 
@@ -34,6 +40,33 @@ def template(subject: Subject) -> Iterator[Finding]:
             "warning",
             ["chat_template_kwargs that fix it, such as {date_string: 1 Jan 2026}"],
         )
+
+
+def template_arguments(subject: Subject) -> Iterator[Finding]:
+    """The template must read what it is given."""
+    given = getattr(subject.args, "chat_template_kwargs", None)
+    if not given or subject.policy is None:
+        return
+    source = subject.policy.tokenizer.chat_template
+    if not isinstance(source, str):
+        yield _wrong("chat_template_kwargs", "the tokenizer has no chat template", "leave it out")
+        return
+    source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source)  # transformers' own tag
+    try:
+        read = find_undeclared_variables(Environment(extensions=EXTENSIONS).parse(source))
+    except TemplateSyntaxError:  # told where it is rendered
+        return
+    for name in given:
+        if name not in read:
+            found = f"the chat template does not read {name}{nearest(name, read)}"
+            yield _wrong("chat_template_kwargs", found, "leave it out")
+
+
+def revision(subject: Subject) -> Iterator[Finding]:
+    """A folder has no revisions."""
+    if subject.recipe.model.get("model_revision") is not None and Path(subject.place).is_dir():
+        found = f"{subject.place} is a folder, which has no revisions"
+        yield _wrong("model_revision", found, "leave it out")
 
 
 def reader_layers(subject: Subject) -> Iterator[Finding]:
@@ -146,4 +179,14 @@ def _wrong(key: str, found: str, advice: str) -> Finding:
     return Finding(key, f"{found}; {advice}", "problem", [f"{key}: {advice}"])
 
 
-LOOKS = (folder, ending, template, reader_layers, lengths, adapter, hardware)
+LOOKS = (
+    folder,
+    revision,
+    ending,
+    template,
+    template_arguments,
+    reader_layers,
+    lengths,
+    adapter,
+    hardware,
+)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,18 @@ from grace_rl.launch.alone import arguments_alone
 from grace_rl.launch.lines import Launch
 from grace_rl.launch.rehearsal import rehearse
 from grace_rl.launch.subject import Subject, this_machine
+from grace_rl.recipe.fields import View, Wrong
 from grace_rl.recipe.methods import METHODS, named
+from grace_rl.recipe.recipe import RecipeError, Refusal
+from grace_rl.recipe.schema import split_key
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
     from grace_rl.recipe.stages import Chain
+    from grace_rl.rollout.prompts import PromptTemplate
     from grace_rl.train.start import Build
 
+Look = Callable[[Subject], Iterator[Finding]]
 KEY = re.compile(r"[a-z_0-9]+(\.[a-z_0-9]+)*")
 
 
@@ -37,6 +43,7 @@ class Preflight:
     Attributes:
         recipe, args, rows: Of the run.
         build: Makes its trainer; None where the method refuses rows or rewards.
+        prompt: Of a text; None for methods without prompts.
         findings: In the order of a screen.
     """
 
@@ -44,16 +51,14 @@ class Preflight:
     args: Any
     rows: list[dict[str, Any]]
     build: Build | None
+    prompt: PromptTemplate | None
     findings: list[Finding]
 
     @property
     def problems(self) -> list[str]:
-        """What is certainly wrong, each as `recipe.yaml: key: what to do`."""
+        """What is certainly wrong, each as `recipe.yaml:12: key: what to do`."""
         certain = [f for f in self.findings if f.level == "problem" and not f.estimate]
-        return [
-            f.message if f.name == "recipe" else f"{self.recipe.path}: {f.name}: {f.message}"
-            for f in certain
-        ]
+        return list(_placed(self.recipe, certain))
 
 
 def preflight(
@@ -93,7 +98,65 @@ def preflight(
     findings += looked(subject)
     if rewards and recipe.rewards and build is not None:
         findings.append(rehearse(recipe, args, rows))
-    return Preflight(recipe, args, rows, build, findings)
+    wrong = any(finding.level == "problem" and not finding.estimate for finding in findings)
+    prompt = None if wrong else subject.prompt
+    return Preflight(recipe, args, rows, build, prompt, findings)
+
+
+def _placed(recipe: Recipe, findings: Sequence[Finding]) -> Iterator[str]:
+    for finding in findings:
+        whole = finding.name == "recipe"
+        text = finding.message if whole else f"{finding.name}: {finding.message}"
+        yield recipe.source.problem(*split_key(text))
+
+
+@contextmanager
+def all_together(processes: int = 1) -> Iterator[None]:
+    """Inside, a recipe is loaded: its mistakes are told with those of its rows and its model.
+
+    Whatever would have to read a wrong value has no say.
+
+    Args:
+        processes: At least 1.
+
+    Raises:
+        UserError: In place of the loader's, with more problems.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        found = [] if error.recipe is None else _found_also(error.recipe, error.wrong, processes)
+        raise UserError(list(dict.fromkeys([*error.problems, *found]))) from error
+
+
+def _found_also(recipe: Recipe, wrong: set[str], processes: int) -> list[str]:
+    args: Any = View(recipe.config, wrong)
+    found: list[str] = []
+    try:
+        if not wrong & {"bf16", "fp16", "use_cpu"}:
+            found += _placed(recipe, _arguments(recipe, processes)[1])
+    except Refusal as error:
+        found += error.problems
+    except UserError:  # rules of ours, that have been told
+        pass
+    if any(key.startswith("dataset_") for key in wrong):
+        return found
+    try:
+        rows = read_rows(recipe.data)
+    except UserError as error:
+        return [*found, *error.problems]
+    try:
+        if "rewards" not in wrong:
+            named(METHODS[recipe.method].plan)(recipe, args, rows)
+    except UserError as error:
+        found += recipe.problems(error.problems)
+    except Wrong:
+        pass
+    if "model_name_or_path" in wrong:
+        return found
+    subject = Subject(recipe, args, rows, None, processes, this_machine(processes, use_cpu=True))
+    looks = _looked(subject, model_looks.LOOKS)
+    return [*found, *_placed(recipe, [one for one in looks if one.level == "problem"])]
 
 
 def check_stages(
@@ -146,12 +209,18 @@ def refuse(flights: Sequence[Preflight]) -> None:
 def looked(subject: Subject) -> list[Finding]:
     """The findings of every look, those that fail alike once."""
     first, *others = machine_looks.LOOKS
+    return _looked(subject, (first, *model_looks.LOOKS, *others))
+
+
+def _looked(subject: Subject, looks: Sequence[Look]) -> list[Finding]:
     findings: list[Finding] = []
-    for look in (first, *model_looks.LOOKS, *others):
+    for look in looks:
         try:
             findings += look(subject)
         except UserError as error:
             findings += _as_findings(error)
+        except Wrong:
+            continue
     kept = {(finding.name, finding.message): finding for finding in findings}
     return list(kept.values())
 

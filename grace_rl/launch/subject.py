@@ -15,6 +15,7 @@ import torch
 from grace_rl.data import scenes
 from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.reading_config import ReadingConfig
+from grace_rl.errors import UserError
 from grace_rl.launch.lines import Launch
 from grace_rl.rollout.policy import (
     SCENES_UNTRAINED,
@@ -28,6 +29,12 @@ from grace_rl.rollout.prompts import PromptTemplate
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
+
+LOADING = (
+    "attn_implementation", "device_map", "dtype", "max_memory", "offload_buffers",
+    "offload_folder", "quantization_config", "revision", "trust_remote_code",
+)  # fmt: skip
+"""Keywords of loading that say nothing of the model itself, or are looked at elsewhere."""
 
 TOKENIZED = 2000  # texts, the longest first, among which the one with most tokens is looked for
 
@@ -109,16 +116,31 @@ class Subject:
         """transformers' config of the model. Raises UserError."""
         return read_config(self.place, **self._revision)
 
-    @cached_property
+    @property
     def policy(self) -> Outline | None:
         """The policy without its weights; None where InfoNCE trains a sentence encoder.
 
         Raises:
             UserError: The folder is damaged, or the method needs a language model.
         """
-        if self.args.takes_encoders and not is_language_model(self.config):
-            return None
-        return outline_policy(self.place, **self._revision)
+        if isinstance(self._policy, UserError):
+            raise self._policy
+        return self._policy
+
+    @cached_property
+    def _policy(self) -> Outline | UserError | None:
+        given = getattr(self.args, "model_init_kwargs", None) or {}
+        more = {key: value for key, value in given.items() if key not in LOADING}
+        try:
+            if self.args.takes_encoders and not is_language_model(self.config):
+                return None
+            plain = outline_policy(self.place, **self._revision)
+        except UserError as error:
+            return error
+        try:
+            return outline_policy(self.place, more, **self._revision) if more else plain
+        except UserError as error:
+            return UserError([f"model_init_kwargs: {problem}" for problem in error.problems])
 
     @property
     def _revision(self) -> dict[str, Any]:
@@ -130,7 +152,8 @@ class Subject:
         """The policy's prompt; None for methods without prompts. Raises UserError."""
         if self.policy is None or not isinstance(self.args, ReadingConfig):
             return None
-        return self.args.prompt_template(self.policy.tokenizer)
+        prompt: PromptTemplate = ReadingConfig.prompt_template(self.args, self.policy.tokenizer)
+        return prompt
 
     @property
     def reader(self) -> ReaderConfig | None:

@@ -215,28 +215,44 @@ def broken_rules(
         wrong: Fields that have been reported; a rule that reads one of them has no say.
         rules: Others than the config's own.
     """
-    view = _View(config, frozenset(wrong))
+    view = View(config, wrong)
     found: list[str] = []
     for rule in config.rules if rules is None else rules:
         try:
             found += rule(view)
-        except _Wrong:
+        except Wrong:
             continue
     return found
 
 
-class _Wrong(Exception):
-    pass
+class Wrong(Exception):
+    """A field was asked for whose value has been reported."""
 
 
-class _View:
-    def __init__(self, config: Any, wrong: frozenset[str]) -> None:
-        self._config, self._wrong = config, wrong
+class View:
+    """A config whose wrong fields cannot be read: whatever needs one of them has no say.
+
+    Args:
+        config: Made, or a draft.
+        wrong: Fields that have been reported; reading one raises `Wrong`.
+    """
+
+    def __init__(self, config: Any, wrong: Iterable[str]) -> None:
+        self._config, self._wrong = config, frozenset(wrong)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # so that isinstance sees the config's
+        return type(self._config)
 
     def __getattr__(self, name: str) -> Any:
         if name in self._wrong:
-            raise _Wrong
-        return getattr(self._config, name)
+            raise Wrong(name)
+        try:
+            return getattr(self._config, name)
+        except AttributeError:
+            if hasattr(type(self._config), name):  # a property of what has been made
+                raise Wrong(name) from None
+            raise
 
 
 def plain(value: Any) -> Any:
@@ -256,6 +272,8 @@ def _adapter(config: type, name: str) -> TypeAdapter[Any]:
     kind: Any = keys_of(config)[name]
     if name not in own_defaults(config):
         kind = _checked(kind, name)
+        if name == "fsdp":  # annotated as a text, and documented as true
+            kind = kind | bool
     elif section_in(kind) is None:
         kind = Annotated[kind, BeforeValidator(exact)]
     section = isinstance(kind, type) and issubclass(kind, Section)

@@ -20,7 +20,14 @@ from typing import Any
 import grace_rl.recipe.fields as fields
 from grace_rl.errors import UserError, missing
 from grace_rl.recipe.methods import METHODS, named
-from grace_rl.recipe.requirements import file_problems, kwargs_problems, package_problems
+from grace_rl.recipe.requirements import (
+    evaluation_problems,
+    file_problems,
+    idle_problems,
+    kwargs_problems,
+    loading_problems,
+    package_problems,
+)
 from grace_rl.recipe.rewards import RewardSpec, reward_specs
 from grace_rl.recipe.roles import batch_size, row_problems, rows_per_batch, trained_roles
 from grace_rl.recipe.rows import (
@@ -31,7 +38,7 @@ from grace_rl.recipe.rows import (
     looks_like_path,
     read_data,
 )
-from grace_rl.recipe.schema import nearest, read_section, shown, split_key
+from grace_rl.recipe.schema import read_section, shown, split_key, unknown_recipe_key
 from grace_rl.recipe.source import RecipeSource, read_source
 
 OWN_KEYS = ("method", *DATA_KEYS, "rewards", "evaluation")
@@ -39,22 +46,6 @@ OWN_KEYS = ("method", *DATA_KEYS, "rewards", "evaluation")
 
 LOAD_REWARDS = "grace_rl.reward.loading:load_rewards"
 REWARD_RULE = "grace_rl.train.grpo_config:reward_problems"
-RENAMED = {
-    "batch_size": "per_device_train_batch_size",
-    "dataset": "dataset_name",
-    "epochs": "num_train_epochs",
-    "evaluation_strategy": "eval_strategy",
-    "lr": "learning_rate",
-    "max_new_tokens": "max_completion_length",
-    "max_prompt_length": "max_text_tokens",
-    "max_seq_length": "max_text_tokens",
-    "model": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "num_epochs": "num_train_epochs",
-    "torch_dtype": "dtype",
-    "warmup_ratio": "warmup_steps (a share of the steps below 1)",
-}
-"""What others, or earlier versions, call a key."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +97,8 @@ class Recipe:
             **settled: Fields that are settled by how the run was started, whatever the recipe says.
 
         Raises:
-            UserError: The config refuses the values on this machine, or a package that they need
-                is missing.
+            UserError: The config refuses the values on this machine.
         """
-        if problems := package_problems(self.config, self.model):
-            raise UserError(self.problems(problems))
         return self._build(METHODS[self.method].config_class(), self.training | settled)
 
     def model_config(self) -> Any:
@@ -128,7 +116,7 @@ class Recipe:
                 (word for word in re.findall(r"\w+", reason) if word in self.source.tree), ""
             )
             says = f"{getattr(config, '__name__', config)} says: {reason}"
-            raise UserError(self.source.problem((key,) if key else (), says)) from error
+            raise Refusal(self.source.problem((key,) if key else (), says)) from error
 
     def resolved(self) -> dict[str, Any]:
         """What `--dry-run` prints and the run directory keeps. It loads to an equal recipe.
@@ -148,6 +136,25 @@ class Recipe:
         if self.evaluation is not None:
             tree["evaluation"] = self.evaluation.model_dump(mode="json")
         return tree
+
+
+class RecipeError(UserError):
+    """Mistakes in a recipe, with what is right of it.
+
+    Args:
+        problems: The mistakes.
+        recipe: The recipe without the values that are wrong; None where too little is left.
+        wrong: The keys of the mistakes.
+    """
+
+    def __init__(self, problems: Sequence[str], recipe: Recipe | None, wrong: set[str]) -> None:
+        super().__init__(problems)
+        self.recipe = recipe
+        self.wrong = wrong
+
+
+class Refusal(UserError):
+    """TRL or transformers refuse a config."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -197,18 +204,24 @@ def recipe_of(source: RecipeSource, look: bool = True) -> Recipe:
     wrong = set(fields.keys_of(config)) & set(source.tree) - set(given)
     draft = fields.draft(config, training)
     source.take(fields.broken_rules(draft, wrong))
-    source.take([*kwargs_problems(draft), *_evaluation_problems(draft)])
+    source.take([*kwargs_problems(draft), *evaluation_problems(draft)])
     if data is not None and data.dataset_name != SCENES and source.tree.get("evaluation"):
         source.add(("evaluation",), "only scenes can be scored during training; remove it")
     if METHODS[method].rollouts and data is not None and data.rows is not None:
         rule = functools.partial(row_problems, rows=data.rows, key="dataset_rows")
-        source.take(fields.broken_rules(draft, wrong, [rule]))
+        source.take(fields.broken_rules(draft, wrong | source.reported, [rule]))
     rewards = _rewards(source, method)
     if look:
-        source.take(file_problems(training))
-        _look_for_rewards(source, rewards, draft, wrong)
-    data = source.settled(data)
-    return Recipe(method, model, training, data, rewards, evaluation, name, source)
+        source.take([*idle_problems(draft, given), *loading_problems(draft, model)])
+        source.take([*file_problems(training), *package_problems(draft, model)])
+        _look_for_rewards(source, rewards, draft, wrong | source.reported)
+    if data is None:
+        raise RecipeError(list(dict.fromkeys(source.problems)), None, set())
+    recipe = Recipe(method, model, training, data, rewards, evaluation, name, source)
+    if source.problems:
+        whole = recipe if "method" not in source.reported else None
+        raise RecipeError(list(dict.fromkeys(source.problems)), whole, source.reported)
+    return recipe
 
 
 def model_class() -> Any:
@@ -275,18 +288,6 @@ def _check_keys(source: RecipeSource, method: str) -> None:
             source.add((key,), unknown_recipe_key(key, known) + hint)
 
 
-def unknown_recipe_key(key: str, known: Sequence[str]) -> str:
-    """What to say of a key that no recipe has.
-
-    >>> unknown_recipe_key("torch_dtype", ["dtype"]), unknown_recipe_key("sead", ["seed"])
-    ('unknown key; it is called dtype', 'unknown key; did you mean seed?')
-    """
-    renamed = RENAMED.get(key, "")
-    if renamed.partition(" ")[0] in known:
-        return f"unknown key; it is called {renamed}"
-    return f"unknown key{nearest(key, known)}"
-
-
 def _typed(source: RecipeSource, config: type, tree: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config class that were given, typed; wrong ones are left out."""
     keys = fields.keys_of(config)
@@ -306,26 +307,6 @@ def _check_model(source: RecipeSource, model: dict[str, Any], look: bool) -> Non
         for key in model:
             if key.startswith("lora_") or key in ("use_rslora", "use_dora"):
                 source.add((key,), "has no effect without use_peft: true")
-
-
-def _evaluation_problems(config: Any) -> list[str]:
-    """transformers' own evaluation needs rows that a recipe has only for InfoNCE."""
-    if getattr(config, "validation", None) is not None:
-        return []
-    asked = {
-        "do_eval": config.do_eval,
-        "eval_on_start": config.eval_on_start,
-        "eval_strategy": config.eval_strategy != "no",
-        "load_best_model_at_end": config.load_best_model_at_end,
-        "lr_scheduler_type": config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
-        "save_strategy": config.save_strategy == "best",
-    }
-    rows = "give validation: {...}" if hasattr(config, "validation") else "use evaluation: {...}"
-    return [
-        f"{key}: there are no rows to evaluate on during training; {rows}, or remove it"
-        for key, wanted in asked.items()
-        if wanted
-    ]
 
 
 # --- rewards ----------------------------------------------------------------------------------

@@ -7,23 +7,25 @@ asked for them here.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from grace_rl.errors import UserError, missing
-from grace_rl.recipe.schema import unknown_key
+from grace_rl.recipe.fields import CHOICES
+from grace_rl.recipe.schema import shown, unknown_key
 from grace_rl.recipe.zero_config import deepspeed_config
 
 FILE_KEYS = (
     "deepspeed",
     "fsdp_config",
     "accelerator_config",
-    "resume_from_checkpoint",
     "chat_template_path",
 )
 OPTIMIZERS = {
@@ -34,6 +36,24 @@ OPTIMIZERS = {
     "torch_8bit": "torchao", "stable_adamw": "optimi", "xla": "torch_xla", "npu": "torch_npu",
 }  # fmt: skip
 """A part of an optimizer's name -> the package that it comes from."""
+
+OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
+    "adafactor": (),
+    "adagrad": ("lr_decay", "weight_decay", "eps"),
+    "adamw_torch": (),
+    "adamw_torch_fused": (),
+    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
+}
+"""Of torch's optimizers, what `optim_args` may have."""
+
+FSDP_KEYS = (
+    "activation_checkpointing", "auto_wrap_policy", "backward_prefetch", "cpu_offload",
+    "cpu_ram_efficient_loading", "forward_prefetch", "limit_all_gathers", "min_num_params",
+    "reshard_after_forward", "state_dict_type", "sync_module_states",
+    "transformer_layer_cls_to_wrap", "use_orig_params", "version", "xla", "xla_fsdp_grad_ckpt",
+    "xla_fsdp_settings", "xla_fsdp_v2",
+)  # fmt: skip
 
 LOGGER_PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
 """Where a logger's package has another name."""
@@ -115,8 +135,11 @@ def kwargs_problems(config: Any) -> Iterator[str]:
         ("gradient_checkpointing_kwargs", _checkpointing_keys),
         ("generation_kwargs", _generation_keys),
         ("dataset_kwargs", lambda _: ["skip_prepare_dataset"]),
+        ("fsdp_config", lambda _: FSDP_KEYS),
     ):
         given = getattr(config, key, None)
+        if key == "fsdp_config" and not config.fsdp:
+            continue
         if isinstance(given, str) and given.lstrip().startswith("{"):
             try:
                 given = json.loads(given)
@@ -125,12 +148,121 @@ def kwargs_problems(config: Any) -> Iterator[str]:
         known = names(config) if isinstance(given, dict) else None
         if known is not None and isinstance(given, dict):
             yield from (
-                f"{key}.{name}: {unknown_key(name, known)}" for name in given if name not in known
+                f"{key}.{name}: {unknown_key(name, known)}"
+                for name in given
+                if name not in known and not (known is FSDP_KEYS and name[5:] in known)
             )
-    if config.optim_args is not None and not all(
-        part.count("=") == 1 for part in str(config.optim_args).split(",")
-    ):
+    if config.optim_args:
+        yield from _optimizer_problems(config)
+
+
+def evaluation_problems(config: Any) -> list[str]:
+    """transformers' own evaluation needs rows that a recipe has only for InfoNCE."""
+    if getattr(config, "validation", None) is not None:
+        return []
+    asked = {
+        "do_eval": config.do_eval,
+        "eval_on_start": config.eval_on_start,
+        "eval_strategy": config.eval_strategy != "no",
+        "load_best_model_at_end": config.load_best_model_at_end,
+        "lr_scheduler_type": config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+        "save_strategy": config.save_strategy == "best",
+    }
+    rows = "give validation: {...}" if hasattr(config, "validation") else "use evaluation: {...}"
+    return [
+        f"{key}: there are no rows to evaluate on during training; {rows}, or remove it"
+        for key, wanted in asked.items()
+        if wanted
+    ]
+
+
+def idle_problems(config: Any, given: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that nothing would read, or that would be read when it is too late.
+
+    Args:
+        config: The trainer's config, made or a draft.
+        given: The keys that were written, with their values.
+    """
+    optimizer = _optimizer(config)
+    compares = config.load_best_model_at_end or config.save_strategy == "best"
+    compares |= config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    upload = "a run uploads nothing; afterwards: hf upload NAME RUN/model"
+    asked = {
+        "batch_eval_metrics": (True, "no metrics of transformers' are computed"),
+        "fsdp_config": (not config.fsdp, "needs fsdp: true"),
+        "greater_is_better": (not compares, "needs load_best_model_at_end: true"),
+        "include_for_metrics": (True, "no metrics of transformers' are computed"),
+        "metric_for_best_model": (not compares, "needs load_best_model_at_end: true"),
+        "optim_target_modules": (
+            not optimizer.startswith(("galore", "apollo")),
+            f"{optimizer} takes none; only those called galore_... and apollo_... do",
+        ),
+        "push_to_hub": (True, upload),
+        "resume_from_checkpoint": (True, "a run resumes by itself; start it again"),
+        "trust_remote_code": (True, "a policy is read by transformers' own code only"),
+    }
+    for key in ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision"):
+        asked[key] = (True, upload)
+    yield from (
+        f"{key}: has no effect: {reason}" if key != "push_to_hub" else f"{key}: {reason}"
+        for key, (idle, reason) in asked.items()
+        if idle and given.get(key) not in (None, False, [], {}, "")
+    )
+
+
+def _optimizer(config: Any) -> str:
+    return str(getattr(config.optim, "value", config.optim))
+
+
+def _optimizer_problems(config: Any) -> Iterator[str]:
+    name = _optimizer(config)
+    pairs = [part.split("=") for part in str(config.optim_args).replace(" ", "").split(",")]
+    if any(len(pair) != 2 for pair in pairs):
         yield "optim_args: must be name=value, name=value"
+        return
+    known = OPTIMIZER_KEYS.get(name)
+    if known is None:
+        return
+    for key, value in pairs:
+        if key not in known:
+            yield f"optim_args: {key}: {unknown_key(key, known) if known else f'{name} takes none'}"
+        elif key not in ("centered", "nesterov") and not _is_number(value):
+            yield f"optim_args: {key}: must be a number, not {value}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def loading_problems(config: Any, model: Mapping[str, Any]) -> Iterator[str]:
+    """What a model cannot be loaded with, whichever it is.
+
+    Args:
+        config: The trainer's config, made or a draft.
+        model: Keywords of TRL's ModelConfig.
+    """
+    more = getattr(config, "model_init_kwargs", None) or {}
+    for place, values in (("", model), ("model_init_kwargs.", more)):
+        given = values.get("attn_implementation")
+        if given is None or "/" in str(given):  # a kernel's hub id
+            continue
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        known = ["eager", *ALL_ATTENTION_FUNCTIONS.keys()]
+        if given not in known:
+            names = ", ".join(known)
+            yield (
+                f"{place}attn_implementation: must be one of {names}, or a kernel's hub id, not "
+                f"{shown(given)}"
+            )
+    if more.get("dtype", "auto") not in CHOICES["dtype"]:
+        names = ", ".join(CHOICES["dtype"])
+        yield f"model_init_kwargs.dtype: must be one of {names}, not {shown(more['dtype'])}"
+    if more.get("trust_remote_code"):
+        yield "model_init_kwargs.trust_remote_code: a policy is read by transformers' own code only"
 
 
 def _scheduler_keys(config: Any) -> Collection[str] | None:
@@ -163,7 +295,21 @@ def _checkpointing_keys(config: Any) -> Collection[str]:
 
 def _generation_keys(config: Any) -> Collection[str] | None:
     if config.use_vllm:
-        return None  # vLLM's own names; importing it takes long
+        return _sampling_keys()
     from transformers import GenerationConfig
 
     return [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+
+
+def _sampling_keys() -> Collection[str] | None:
+    """Of vLLM's SamplingParams, from its source: importing vLLM takes long."""
+    origin = getattr(find_spec("vllm"), "origin", None)
+    file = Path(origin).parent / "sampling_params.py" if origin else None
+    if file is None or not file.is_file():
+        return None
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == "SamplingParams":
+            fields = [one.target for one in node.body if isinstance(one, ast.AnnAssign)]
+            names = [one.id for one in fields if isinstance(one, ast.Name)]
+            return [name for name in names if not name.startswith("_")]
+    return None

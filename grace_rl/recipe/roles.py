@@ -49,9 +49,9 @@ class RoleConfig(Section):
             if self.train and "train" in self.model_fields_set:
                 raise UserError("train: there is nothing to learn from with write: false")
             object.__setattr__(self, "train", False)
-            for key in ("samples", "instruction"):
-                if getattr(self, key) is not None:
-                    raise UserError(f"{key}: has no effect with write: false")
+            wrong = {"samples": self.samples not in (None, 1), "instruction": self.instruction}
+            if found := [f"{key}: has no effect with write: false" for key in wrong if wrong[key]]:
+                raise UserError(found)
         return self
 
 

@@ -35,7 +35,7 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
@@ -61,6 +61,24 @@ MOST_EXACT = 2**53
 
 CHECKS = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 """How every value is checked, in sections and in the fields of TRL's configs."""
+
+
+RENAMED = {
+    "batch_size": "per_device_train_batch_size",
+    "dataset": "dataset_name",
+    "epochs": "num_train_epochs",
+    "evaluation_strategy": "eval_strategy",
+    "lr": "learning_rate",
+    "max_new_tokens": "max_completion_length",
+    "max_prompt_length": "max_text_tokens",
+    "max_seq_length": "max_text_tokens",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "num_epochs": "num_train_epochs",
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps (a share of the steps below 1)",
+}
+"""What others, or earlier versions, call a key."""
 
 
 class Section(BaseModel):
@@ -266,6 +284,18 @@ def unknown_key(key: Any, known: Iterable[str]) -> str:
     return f"unknown key{nearest(key, names)}" + (
         f"; there are {', '.join(names)}" if names else ""
     )
+
+
+def unknown_recipe_key(key: str, known: Sequence[str]) -> str:
+    """What to say of a key that no recipe has.
+
+    >>> unknown_recipe_key("torch_dtype", ["dtype"]), unknown_recipe_key("sead", ["seed"])
+    ('unknown key; it is called dtype', 'unknown key; did you mean seed?')
+    """
+    renamed = RENAMED.get(key, "")
+    if renamed.partition(" ")[0] in known:
+        return f"unknown key; it is called {renamed}"
+    return f"unknown key{nearest(key, known)}"
 
 
 def nearest(key: Any, names: Iterable[Any]) -> str:

@@ -79,6 +79,7 @@ class RecipeSource:
         places: Where a key was written, by its path: `recipe.yaml:12`, or `--key` for an override.
         problems: What could not be read, and what is wrong.
         unreadable: Paths of values that could not be read; nothing more is said about them.
+        reported: The outermost keys of what is wrong.
     """
 
     path: Path
@@ -86,6 +87,7 @@ class RecipeSource:
     places: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     unreadable: set[KeyPath] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
 
     def problem(self, path: KeyPath, message: str) -> str:
         """`place: key: message`, with the place of the nearest enclosing key that was written."""
@@ -102,6 +104,8 @@ class RecipeSource:
         """One more problem, unless the value could not be read: one mistake, one message."""
         if not any(path[:length] in self.unreadable for length in range(1, len(path) + 1)):
             self.problems.append(self.problem(path, message))
+        if path:
+            self.reported.add(str(path[0]))
 
     def take(self, problems: Iterable[str]) -> None:
         """More problems, each beginning with a dotted key."""

@@ -31,9 +31,8 @@ from grace_rl.recipe.recipe import (
     load_recipe,
     recipe_keys,
     recipe_of,
-    unknown_recipe_key,
 )
-from grace_rl.recipe.schema import KeyPath, shown
+from grace_rl.recipe.schema import KeyPath, shown, unknown_recipe_key
 from grace_rl.recipe.source import RecipeSource, read_source
 
 REFERENCE = "stage:"

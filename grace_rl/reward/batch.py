@@ -185,11 +185,11 @@ class RewardBatch(Rollouts):
             )
         return self.read_as(self.prefix_embeddings[:, number])
 
-    def read_as(self, embeddings: Tensor) -> RewardBatch:
-        """The batch as if its rollouts had other embeddings, (B, D); else as `prefix`."""
-        other = dataclasses.replace(
-            self, embeddings=embeddings, prefix_embeddings=None, prefix_ends=None
-        )
+    def read_as(self, embeddings: Tensor, **columns: Any) -> RewardBatch:
+        """The batch as if its rollouts had other embeddings, (B, D), and maybe other words (their
+        columns by name); else as `prefix`."""
+        prefixes = {"prefix_embeddings": None, "prefix_ends": None}
+        other = dataclasses.replace(self, embeddings=embeddings, **prefixes | columns)
         other.__dict__.update(_relations=self._relations, _siblings=self._siblings)
         return other
 
@@ -245,6 +245,9 @@ class RewardBatch(Rollouts):
 
     @cached_property
     def _siblings(self) -> tuple[Tensor, Tensor]:
+        if source := self.__dict__.get("_source"):
+            mean, count = source._siblings
+            return mean.clone(), count.clone()
         same = (self.group[:, None] == self.pool.group[None, :]).to(self.embeddings.dtype)
         count = same.sum(1).long() - 1
         total = same @ self.pool.embeddings - self.embeddings

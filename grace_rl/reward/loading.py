@@ -34,6 +34,8 @@ class LoadedReward:
         weight, on_error, timeout: See `RewardSpec`.
         gates: True where it may return a gate (the attribute `gates = True`).
         steps: True where it returns steps (the attribute `steps = True`).
+        trained_roles: The sets of trained roles that it can score (the attribute of that name, such
+            as `(("positive",), ("text",))`); empty for any.
         trl_parameters: None for a reward called with a RewardBatch. Else the names that the plain
             TRL function takes, where "**" stands for any.
     """
@@ -45,6 +47,7 @@ class LoadedReward:
     timeout: float | None = None
     gates: bool = False
     steps: bool = False
+    trained_roles: tuple[tuple[str, ...], ...] = ()
     trl_parameters: frozenset[str] | None = None
 
     @property
@@ -57,6 +60,14 @@ class LoadedReward:
         """The built object, or the function with its keywords bound."""
         function: Callable[..., Any] = self.plugin.object
         return function
+
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether it starts from the policy or waits for an answer from elsewhere: one call of it
+        may cost more than a whole batch of the others."""
+        call = getattr(self.plugin.target, "__call__", None)  # noqa: B004  # of a class or an object
+        waits = map(inspect.iscoroutinefunction, (self.plugin.target, call))
+        return hasattr(self.plugin.target, "start_from") or any(waits)
 
     def __call__(self, batch: RewardBatch, trainer_arguments: Mapping[str, Any]) -> Any:
         """Call it as its signature asks for: with the batch, or as TRL would.
@@ -167,6 +178,7 @@ def _load(spec: Any, label: str, base_dir: Path, place: str) -> LoadedReward:
         timeout=spec.timeout,
         gates=bool(getattr(target, "gates", False)),
         steps=bool(getattr(target, "steps", False)),
+        trained_roles=tuple(map(tuple, getattr(target, "trained_roles", ()))),
         trl_parameters=names if _is_plain_trl(parameters) else None,
     )
 

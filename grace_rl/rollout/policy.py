@@ -7,7 +7,7 @@ the weights is found before they load, everything together (`outline_policy`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +119,14 @@ def _declared_end(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> str |
     return {number: token for token, number in tokenizer.get_vocab().items()}.get(first)
 
 
-def outline_policy(path: str | Path, **keywords: Any) -> Outline:
+def outline_policy(
+    path: str | Path, model_init_kwargs: Mapping[str, Any] | None = None, **keywords: Any
+) -> Outline:
     """Look at a policy without loading its weights; of a folder, their names and shapes are read.
 
     Args:
         path: A folder or hub id.
+        model_init_kwargs: More for the model alone.
         **keywords: For transformers, such as `revision`.
 
     Raises:
@@ -140,7 +143,7 @@ def outline_policy(path: str | Path, **keywords: Any) -> Outline:
     except UserError as error:
         problems += error.problems
     try:
-        model = _without_weights(path, config, keywords)
+        model = _without_weights(path, config, {**keywords, **(model_init_kwargs or {})})
     except UserError as error:
         problems += error.problems
     if problems or tokenizer is None or model is None:
@@ -159,7 +162,8 @@ def _without_weights(path: str | Path, config: Any, keywords: dict[str, Any]) ->
     if not Path(path).is_dir() or getattr(config, "quantization_config", None) is not None:
         with reading(path, "config.json"), outside_zero3(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    with reading(path, "the weights"), outside_zero3(), _quiet():
+    told = "the weights" + (f" with {', '.join(sorted(keywords))}" if keywords else "")
+    with reading(path, told), outside_zero3(), _quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             device_map="meta",

@@ -3,6 +3,7 @@
     status.json         starting, running or finished; the summary of the training
     recipe.yaml         the resolved recipe
     inputs.json         digests of what the run began with: rows, start weights, guides
+    prompt.json         what stands before and after a text in every prompt of the run
     environment.json    versions, machine, code, command; under `resumed`, one entry per resumption
     metrics.jsonl       one object per logged step
     rollouts/           step-000010.parquet, ... (grace_rl.rollout.store)
@@ -107,6 +108,10 @@ class RunDirectory:
     @property
     def inputs(self) -> Path:
         return self.path / "inputs.json"
+
+    @property
+    def prompt(self) -> Path:
+        return self.path / "prompt.json"
 
     @property
     def environment(self) -> Path:
@@ -268,7 +273,8 @@ class RunDirectory:
             shutil.rmtree(replaced)
 
     def _remove_run(self) -> None:
-        for path in (self.recipe, self.inputs, self.environment, self.metrics, self.evaluation):
+        records = (self.recipe, self.inputs, self.prompt, self.environment, self.metrics)
+        for path in (*records, self.evaluation):
             path.unlink(missing_ok=True)
         for path in rollout_files(self.path).values():
             path.unlink()
@@ -351,6 +357,29 @@ class RunDirectory:
         self.on_main(swap)
 
     # -- within ---------------------------------
+
+    def keep_prompt(self, surroundings: tuple[str, str]) -> tuple[str, str]:
+        """What stands before and after a text: as the run began with it.
+
+        A chat template may print the date, and a run that resumes tomorrow goes on as today.
+
+        Args:
+            surroundings: As the template renders them now; kept by a run that begins.
+
+        Raises:
+            UserError: What was kept is damaged.
+        """
+
+        def kept() -> tuple[str, str]:
+            try:
+                found = read_record(self.prompt, "give --overwrite to begin anew")
+            except FileNotFoundError:
+                write_json(self.prompt, {"prefix": surroundings[0], "suffix": surroundings[1]})
+                return surroundings
+            return str(found.get("prefix", "")), str(found.get("suffix", ""))
+
+        before, after = self.on_main(kept)
+        return before, after
 
     @property
     def _world_size(self) -> int:

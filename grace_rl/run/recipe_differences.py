@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "wandb_*",
     "disable_tqdm",
     "print_rollouts_steps",
+    "panel_texts",
     "num_completions_to_print",
     "stale_engine_threshold",
     "push_to_hub*",

@@ -88,8 +88,8 @@ def cut_metrics(path: Path, step: int) -> None:
     write_text(path, "".join(line for line, logged in lines if logged["step"] <= step))
 
 
-def rollout_files(run: str | Path) -> dict[int, Path]:
-    """The complete files of a run's rollouts, by step in rising order.
+def rollout_files(run: str | Path, kind: str = "rollouts") -> dict[int, Path]:
+    """The complete files of a run's rollouts (or of its `panel`), by step in rising order.
 
     Raises:
         UserError: The run directory does not exist.
@@ -97,17 +97,17 @@ def rollout_files(run: str | Path) -> dict[int, Path]:
     if not Path(run).is_dir():
         raise UserError(f"{run}: no such run directory")
     files = (
-        (_ROLLOUTS.fullmatch(path.name), path)
-        for path in (Path(run) / "rollouts").glob("step-*.parquet")
+        (_ROLLOUTS.fullmatch(path.name), path) for path in (Path(run) / kind).glob("step-*.parquet")
     )
     return dict(sorted((int(match[1]), path) for match, path in files if match))
 
 
 def cut_rollouts(run: str | Path, step: int) -> None:
     """Remove the files of all steps after `step`: a run that resumes there writes them again."""
-    for number, path in rollout_files(run).items():
-        if number > step:
-            path.unlink()
+    for kind in ("rollouts", "panel"):
+        for number, path in rollout_files(run, kind).items():
+            if number > step:
+                path.unlink()
 
 
 def _logged(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

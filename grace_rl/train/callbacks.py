@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 from transformers.utils.logging import (
@@ -25,6 +25,7 @@ from grace_rl.run.directory import RunDirectory
 from grace_rl.run.files import plain_numbers
 from grace_rl.run.records import read_metrics
 from grace_rl.run.screen import Screen
+from grace_rl.train.panel import panel_of
 from grace_rl.train.progress import LogReader, ProgressLine
 from grace_rl.train.rollout_tables import RolloutTables
 from grace_rl.train.stop import StopOnSignal
@@ -65,8 +66,10 @@ def follow(
     trainer.remove_callback(PrinterCallback)
     # First of all, so that trackers (report_to) see the alarm's metric too.
     trainer.callback_handler.callbacks.insert(0, alarm)
+    if (panel := panel_of(trainer, run)) is not None:  # its cost is a metric too
+        trainer.callback_handler.callbacks.insert(0, panel)
     tables = RolloutTables(run, trainer.callback_handler)
-    for callback in (MetricsWriter(run), tables, progress, stop):
+    for callback in (LastStepLogged(), MetricsWriter(run), tables, progress, stop):
         trainer.add_callback(callback)
     bars = is_progress_bar_enabled()
     disable_progress_bar()  # one for every file saved
@@ -77,6 +80,16 @@ def follow(
             enable_progress_bar()
         stop.close()
         progress.close()
+
+
+class LastStepLogged(TrainerCallback):
+    """The last step is logged, whatever `logging_steps` says: a short run leaves metrics, too."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
 
 
 class MetricsWriter(LogReader):

@@ -75,7 +75,8 @@ class CheckpointMixin:
         """As in transformers; `True` resumes from the last complete checkpoint.
 
         Raises:
-            UserError: The checkpoint to resume from is incomplete, or there is none.
+            UserError: The checkpoint to resume from is incomplete, there is none, or it is of
+                another number of processes and cannot be shared anew.
         """
         folder = resume_from_checkpoint or None
         if folder is True:
@@ -88,6 +89,8 @@ class CheckpointMixin:
                 f"(its {COMPLETE} marker does not match its files)"
             )
         if folder is not None:
+            zero = bool(getattr(self, "is_deepspeed_enabled", False))
+            check_shares(Path(folder), zero, self.accelerator.num_processes)
             with _readable(folder):
                 state = (Path(folder) / TRAINER_STATE).read_text(encoding="utf-8")
                 int(json.loads(state)["global_step"])
@@ -176,6 +179,30 @@ class CheckpointMixin:
             self.model.tie_weights()
         result = SimpleNamespace(missing_keys=missing, unexpected_keys=result.unexpected_keys)
         super()._issue_warnings_after_load(result)  # type: ignore[misc]
+
+
+def check_shares(folder: Path, zero: bool, processes: int) -> None:
+    """Whether so many processes can go on from a checkpoint.
+
+    Without DeepSpeed there is one copy of weights and optimizer, for any number of processes;
+    DeepSpeed writes a share for each process and reads as many.
+
+    Args:
+        folder: The checkpoint.
+        zero: Whether DeepSpeed reads it.
+        processes: How many there are now.
+
+    Raises:
+        UserError: It was shared among another number, or is not DeepSpeed's.
+    """
+    shares = len([*folder.glob("global_step*/*_optim_states.pt")])
+    if shares and (shares != processes or not zero):
+        now = f"{processes} with DeepSpeed" if zero else f"{processes} without"
+        raise UserError(
+            f"{folder}: DeepSpeed shared the optimizer among {shares} processes, now there are "
+            f"{now}; start {shares} in the same way, or begin a run from its weights "
+            "(model_name_or_path)"
+        )
 
 
 def take_token_out(args: Any) -> None:

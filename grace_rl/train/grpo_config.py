@@ -16,7 +16,7 @@ from grace_rl.embed.reading_config import ReadingConfig
 from grace_rl.errors import UserError
 from grace_rl.recipe.fields import Rule
 from grace_rl.recipe.methods import named
-from grace_rl.recipe.roles import Roles, batch_problems, default_roles, row_problems
+from grace_rl.recipe.roles import Roles, batch_problems, default_roles, row_problems, trained_roles
 from grace_rl.reward.loading import LoadedReward, build_rewards, load_rewards
 from grace_rl.train.held import PROMPT, Held
 from grace_rl.train.reader_loss import ReaderLossConfig, reader_loss_problems
@@ -30,6 +30,8 @@ def rollout_problems(config: GraceGRPOConfig) -> Iterator[str]:
     """What TRL would take, and rollouts cannot use."""
     if config.remove_unused_columns:
         yield "remove_unused_columns: would take the texts away from the rewards; leave it out"
+    if config.max_completion_length is None:
+        yield "max_completion_length: must be at least 1, not None"
     if config.sync_ref_model and config.beta == 0:
         yield "sync_ref_model: without a KL penalty there is no reference model; set beta above 0"
 
@@ -58,6 +60,9 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
         reader_loss: A loss beside the rewards, by which the policy learns to read what it writes,
             see `ReaderLossConfig`. `None` has none.
         print_rollouts_steps: Print one group of rationales every so many steps; 0 never prints.
+        panel_texts: About how many texts of the first rows are written for greedily before training
+            and at every logged step, for `grace-rl inspect` to follow; never more than a step has
+            rollouts. 0 writes none. `time/panel` says what it costs.
         stale_engine_threshold: Alarm level of `sampling/sampling_logp_difference/mean`, in nats.
         vllm_server_retry_timeout: Seconds to try again when the server of `vllm_mode: server` is
             lost; after that a checkpoint is saved and the run ends with exit code 75. Also how long
@@ -74,6 +79,7 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
     false_negatives: FalseNegativeConfig | None = None
     reader_loss: ReaderLossConfig | None = None
     print_rollouts_steps: Annotated[int, Field(ge=0)] = 10
+    panel_texts: Annotated[int, Field(ge=0)] = 48
     stale_engine_threshold: Annotated[float, Field(gt=0)] = 0.1
     vllm_server_retry_timeout: Annotated[float, Field(gt=0)] = 600.0
 
@@ -127,6 +133,14 @@ def check_rollouts(
 def reward_problems(args: Any, rewards: Sequence[LoadedReward]) -> list[str]:
     """What keeps rewards from having an effect, each as `key: what to do`."""
     problems = shaping_problems(args, rewards)
+    trained = trained_roles(args.roles)
+    for i, reward in enumerate(rewards):
+        if reward.trained_roles and set(trained) not in map(set, reward.trained_roles):
+            ways = " or ".join(" and ".join(roles) for roles in reward.trained_roles)
+            problems.append(
+                f"rewards[{i}]: {reward.label} scores rollouts of {ways} alone, but the trained "
+                f"roles are {', '.join(trained)}; give the others train: false"
+            )
     gates = [reward.label for reward in rewards if reward.gates and reward.weight]
     if gates and args.multi_objective_aggregation == "normalize_then_sum":
         problems.append(

@@ -11,12 +11,11 @@ from torch import Tensor
 from grace_rl.reward.runtime import RewardError
 from grace_rl.rollout.rollouts import Rollouts
 from grace_rl.rollout.store import write_rollouts
-from grace_rl.train.policy_trainer import is_logged
 from grace_rl.train.progress import print_group
 
 
 def keep_rollouts(rollouts: Rollouts, trainer: Any, run_folder: Path | None) -> None:
-    """Store the rollouts and anchors of a logged step; now and then print a group.
+    """Store the rollouts and anchors of a logged step and of the last; now and then print a group.
 
     Args:
         rollouts: Those of all processes, with scores and advantages.
@@ -26,13 +25,21 @@ def keep_rollouts(rollouts: Rollouts, trainer: Any, run_folder: Path | None) -> 
     if not trainer.accelerator.is_main_process:
         return
     step, args = rollouts.step, trainer.args
-    if run_folder is not None and is_logged(trainer, step):
+    if run_folder is not None and is_logged(step, trainer):
         write_rollouts(run_folder, step, rollouts.to_arrow())
     every = args.print_rollouts_steps
     if every > 0 and (step % every == 0 or step == 1):
         group = rollouts.take(rollouts.trained & (rollouts.group == rollouts.group[0]))
         labels = [reward.label for reward in trainer.rewards]
         print_group(trainer.console, group.to_arrow().to_pylist(), labels)
+
+
+def is_logged(step: int, trainer: Any) -> bool:
+    """Whether a step is logged; or one of those that its generation batch serves, from it on."""
+    last = step + int(getattr(trainer.args, "steps_between_generations", 1)) - 1
+    every, end = max(1, int(trainer.state.logging_steps)), int(trainer.state.max_steps)
+    first = step == 1 and bool(trainer.args.logging_first_step)
+    return first or last // every > (step - 1) // every or step <= end <= last
 
 
 def check_totals(rollouts: Rollouts) -> None:

@@ -37,12 +37,6 @@ class PolicyTrainer(CheckpointMixin):
         self.encoder().save_beside(Path(output_dir or str(self.args.output_dir)))
 
 
-def is_logged(trainer: Any, step: int) -> bool:
-    """Whether a trainer logs a step, as transformers decides it."""
-    first = step == 1 and trainer.args.logging_first_step
-    return bool(first or step % max(1, int(trainer.state.logging_steps)) == 0)
-
-
 class RowTrainer(PolicyTrainer):
     """The same for a trainer whose steps read batches with masks and write no rationales.
 

@@ -36,7 +36,8 @@ from grace_rl.errors import UserError
 from grace_rl.recipe.rows import DataConfig
 from grace_rl.rollout.generator import end_token_ids
 from grace_rl.run.screen import Screen
-from grace_rl.train.policy_trainer import RowTrainer, is_logged
+from grace_rl.train.keep import is_logged
+from grace_rl.train.policy_trainer import RowTrainer
 from grace_rl.train.reconstruction_config import ReconstructionConfig
 from grace_rl.train.reconstruction_loss import PairCollator, add_reconstruction
 from grace_rl.train.sft import sft_examples
@@ -166,7 +167,7 @@ class ReconstructionTrainer(RowTrainer, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        outputs = model(pairs=inputs, probe=is_logged(self, self.state.global_step + 1))
+        outputs = model(pairs=inputs, probe=is_logged(self.state.global_step + 1, self))
         centre = self.accelerator.reduce(outputs.pop("centre"), reduction="mean")
         self.reader.update_centre(centre.repeat(self.reader.config.parts)[None])
         for name, value in outputs.items():

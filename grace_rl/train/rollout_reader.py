@@ -82,8 +82,8 @@ class RolloutReader:
             written = self.written(rollouts)
             if ends is not None and self.unwritten:  # whatever is read of them is read whole
                 lengths = torch.tensor([len(item.token_ids) for item in written])
-                anchors = ~rollouts.trained[:, None]
-                ends = torch.where(anchors, lengths.to(ends.device)[:, None], ends)
+                not_trained = ~rollouts.trained[:, None]
+                ends = torch.where(not_trained, lengths.to(ends.device)[:, None], ends)
             raw = self.reader.read(written, ends)
         else:
             anchors = self.written(rollouts.take(~rollouts.trained))

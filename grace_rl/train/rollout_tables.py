@@ -6,21 +6,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from transformers.trainer_callback import CallbackHandler, TrainerState
 from transformers.training_args import TrainingArguments
 
 from grace_rl.rollout.store import REWARD, read_rollouts, rollout_files
 from grace_rl.run.directory import RunDirectory
 from grace_rl.run.files import plain_numbers
+from grace_rl.train.panel import PANEL
 from grace_rl.train.progress import LogReader
 
 ROWS = 64  # of a table: whole groups, as many as fit
 LONGEST = 500  # characters of a text in a Markdown table
 NAME = "rollouts"
+Rows = list[dict[str, Any]]
 
 
 class RolloutTables(LogReader):
-    """Sends the rollouts of each stored step to TensorBoard, trackio and Weights & Biases.
+    """Sends the rollouts of each stored step, and its panel, to TensorBoard, trackio and Weights &
+    Biases.
 
     TRL's `log_completions` sends prompts and completions to the latter two under a name of its own
     and prints them; these tables have the texts, roles and every reward, best rollouts first.
@@ -43,9 +47,13 @@ class RolloutTables(LogReader):
         if step not in rollout_files(self.run.path):
             return
         self._sent = step
-        rows = chosen_rows(read_rollouts(self.run.path, [step]))
+        tables = {NAME: chosen_rows(read_rollouts(self.run.path, [step]))}
+        if (panel := rollout_files(self.run.path, PANEL).get(step)) is not None:
+            columns = ["step", "role", "text", "rationale", "truncated"]
+            tables[PANEL] = pq.read_table(panel, columns=columns).to_pylist()
         for send in senders:
-            send(self.handler, rows, step)
+            for name, rows in tables.items():
+                send(self.handler, name, rows, step)
 
 
 def chosen_rows(table: pa.Table, limit: int = ROWS) -> list[dict[str, Any]]:
@@ -90,32 +98,34 @@ def _cell(value: Any) -> str:
     return "".join(plain).replace("&#60;", "&lt;").replace("&#62;", "&gt;")
 
 
-def _tensorboard(handler: CallbackHandler, rows: list[dict[str, Any]], step: int) -> None:
+def _tensorboard(
+    handler: CallbackHandler, name: str, rows: list[dict[str, Any]], step: int
+) -> None:
     for callback in handler.callbacks:
         if (writer := getattr(callback, "tb_writer", None)) is not None:
-            writer.add_text(NAME, markdown(rows), step)
+            writer.add_text(name, markdown(rows), step)
             writer.flush()
 
 
-def _frame(rows: list[dict[str, Any]]) -> Any:
+def _frame(rows: Rows) -> Any:
     import pandas as pd
 
     return pd.DataFrame(rows)
 
 
-def _trackio(handler: CallbackHandler, rows: list[dict[str, Any]], step: int) -> None:
+def _trackio(handler: CallbackHandler, name: str, rows: Rows, step: int) -> None:
     import trackio
 
     table = trackio.Table(dataframe=_frame(rows))
-    trackio.log({NAME: table, "train/global_step": step})
+    trackio.log({name: table, "train/global_step": step})
 
 
-def _wandb(handler: CallbackHandler, rows: list[dict[str, Any]], step: int) -> None:
+def _wandb(handler: CallbackHandler, name: str, rows: Rows, step: int) -> None:
     import wandb
 
     if wandb.run is not None:
-        wandb.log({NAME: wandb.Table(dataframe=_frame(rows)), "train/global_step": step})
+        wandb.log({name: wandb.Table(dataframe=_frame(rows)), "train/global_step": step})
 
 
-Sender = Callable[[CallbackHandler, list[dict[str, Any]], int], None]
+Sender = Callable[[CallbackHandler, str, Rows, int], None]
 SENDERS: dict[str, Sender] = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}

@@ -65,6 +65,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
     run = RunDirectory(args.output_dir, PartialState())
     checkpoint = _opened(run, recipe, flight, overwrite)
     args.output_dir = str(run.checkpoints)
+    if flight.prompt is not None:
+        args.pin_prompt(run.keep_prompt((flight.prompt.prefix, flight.prompt.suffix)))
     trainer = None
     try:
         trainer = flight.build(Start(model_config, args, run.path, console))

@@ -10,7 +10,13 @@ import pytest
 from grace_rl.inspect.page.guard import Guard
 
 
-def ask(listens: str = "127.0.0.1", kind: str = "http", method: str = "GET", **headers: str) -> Any:
+def ask(
+    listens: str = "127.0.0.1",
+    kind: str = "http",
+    method: str = "GET",
+    path: str = "/",
+    **headers: str,
+) -> Any:
     """Status of a request; None for a websocket, which is never let through."""
     reached: list[str] = []
     sent: list[Any] = []
@@ -25,7 +31,7 @@ def ask(listens: str = "127.0.0.1", kind: str = "http", method: str = "GET", **h
 
     headers = {"host": "127.0.0.1:80"} | headers
     listed = [(name.replace("_", "-").encode(), v.encode()) for name, v in headers.items()]
-    scope = {"type": kind, "method": method, "headers": listed, "path": "/"}
+    scope = {"type": kind, "method": method, "headers": listed, "path": path}
     asyncio.run(Guard(app, listens)(scope, None, send))  # type: ignore[arg-type]
     if kind == "websocket":
         assert not reached and sent[0]["type"] == "websocket.close"
@@ -69,6 +75,17 @@ def test_other_sites_may_link_here_but_not_load_parts() -> None:
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT"])
 def test_writes_are_refused(method: str) -> None:
     assert ask(method=method) == 405
+
+
+def test_notes_come_from_the_page_itself_to_this_machine_only() -> None:
+    note = {"method": "POST", "path": "/note", "content_type": "application/json"}
+    own = {"origin": "http://127.0.0.1:80"}
+    assert ask(**note, **own) == 200
+    assert ask(**note) == ask(**note, origin="http://evil.example") == 403
+    assert ask(**note | {"content_type": "text/plain"}, **own) == 403
+    assert ask(**note | {"path": "/"}, **own) == 405
+    there = {"host": "192.168.1.7:80", "origin": "http://192.168.1.7:80"}
+    assert ask("0.0.0.0", **note, **there) == 405
 
 
 def test_an_open_address_answers_numbers_and_its_own_name_only() -> None:

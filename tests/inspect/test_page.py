@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -82,7 +83,11 @@ def views(replayed: Path) -> dict[str, tuple[str, str]]:
         "training": (f"/training?text={quote(text)}", "del, ins"),
         "replays": ("/replays?run=second", "table a >> nth=3"),
         "no replays": ("/replays?run=first", "text=No replay is kept"),
-        "try": (f"/try?text={quote(text)}&with=a+dog", "[data-side=b] table"),
+        "try": (f"/try?text={quote(text)}&with=a+dog", "[data-side=b] [data-part=answer] table"),
+        "learned": ("/learned?run=second", "text=Words that changed most"),
+        "map": ("/map?run=second", ".map .frame.shown a"),
+        "notes": ("/notes?run=second", "role=status"),
+        "compare": ("/compare?run=first&with=second", "text=The same texts"),
         "mistake": ("/group?step=1&group=x", "role=alert"),
     }
 
@@ -91,7 +96,9 @@ def views(replayed: Path) -> dict[str, tuple[str, str]]:
 def test_every_view(
     browser: Any, site: str, views: dict, width: int, scheme: str, tmp_path: Path
 ) -> None:
-    """Fits its width, follows the system's colours, has words in every link and its own title."""
+    """Fits its width, follows the system's colours, has words in every link and its own title, and
+    axe finds nothing."""
+    axe = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
     folder, titles = Path(os.environ.get("GRACE_RL_SCREENSHOTS", tmp_path)), set()
     with opened(browser, width, scheme) as page:
         for name, (address, complete) in views.items():
@@ -103,6 +110,9 @@ def test_every_view(
             mute = "[...document.links].filter(a => !a.innerText.trim()).length"
             assert page.evaluate(mute) == page.locator("a.skip").count() - 1
             titles.add(page.title())
+            page.evaluate(axe)
+            found = page.evaluate("axe.run().then(result => result.violations)")
+            assert [(v["id"], v["nodes"][0]["html"]) for v in found] == [], name
             page.screenshot(path=folder / f"{name}-{width}-{scheme}.png", full_page=True)
     assert len(titles) == len(views)
 
@@ -227,7 +237,7 @@ def test_the_keyboard_reaches_everything(browser: Any, site: str) -> None:
         page.goto(f"{site}/rollouts")
         page.locator("table a").first.wait_for()
         reached = []
-        for _ in range(40):
+        for _ in range(60):
             page.keyboard.press("Tab")
             reached.append(
                 page.evaluate(
@@ -299,22 +309,76 @@ def test_an_edited_rationale_moves_the_neighbours(
         page.goto(f"{site}/try?a=first:start&b=first:model")
         page.get_by_label("Text", exact=True).fill("nothing of all this")
         page.get_by_role("button", name="Write").click()
-        page.locator("[data-side=a] table").wait_for()
+        page.locator("[data-side=a] [data-part=answer] table").wait_for()
         assert page.locator("[data-side] h3").all_inner_texts() == ["first, start", "first, model"]
         side = page.locator("[data-side=b]")
-        side.locator("table").wait_for()
-        before = side.locator("tbody tr").first.inner_text()
-        cosine = float(side.locator("tbody tr td").nth(2).inner_text())
+        near = side.locator("[data-part=answer]")
+        near.locator("table").wait_for()
+        side.get_by_role("heading", name="Which words do it").wait_for()
+        before = near.locator("tbody td[data-label=text]").first.inner_text()
+        cosine = float(near.locator("tbody tr td").nth(2).inner_text())
         side.get_by_label("Rationale (edit it)").fill(str(rollout["rationale"]))
         page.wait_for_function(
-            "before => document.querySelector('[data-side=b] tbody tr').innerText !== before",
-            arg=before,
+            "([place, before]) => document.querySelector(place).innerText !== before",
+            arg=["[data-side=b] [data-part=answer] td[data-label=text]", before],
         )
-        assert "▲" in side.locator("tbody").inner_text()
-        assert float(side.locator("tbody tr td").nth(2).inner_text()) > cosine
+        assert "▲" in near.locator("tbody").inner_text()
+        assert float(near.locator("tbody tr td").nth(2).inner_text()) > cosine
         assert "text=nothing+of+all+this" in page.url
         side.get_by_label("Rationale (edit it)").fill(" ")
         side.get_by_text("Empty: every text without a rationale").wait_for()
+
+
+def test_words_are_coloured_by_what_they_earned(browser: Any, site: str, views: dict) -> None:
+    with opened(browser) as page:
+        page.goto(site + views["rollout"][0])
+        words = page.locator("[data-part^=credit] .tokens span[title*=positive]")
+        words.first.wait_for()
+        assert "contrastive" in str(words.first.get_attribute("title")) or page.get_by_text(
+            "asks a model"
+        )
+        page.get_by_text("Credit of each word, as a table").click()
+        rows = page.locator("[data-part^=credit] tbody tr")
+        assert rows.count() == words.count()
+        page.goto(site + views["group"][0])
+        page.locator("article [data-part^=credit] .tokens").nth(3).wait_for()
+
+
+def test_the_map_moves_through_the_steps(browser: Any, site: str, trained: list[Path]) -> None:
+    steps = Run(trained[0]).panel_steps()
+    assert steps[0] == 0 and steps[-1] == 6
+    with opened(browser) as page:
+        page.goto(f"{site}/map?run=first")
+        shown = page.locator(".map .frame.shown")
+        assert shown.get_attribute("data-step") == "6"
+        page.get_by_label("Step").focus()
+        page.keyboard.press("Home")
+        page.locator(".map .frame.shown[data-step='0']").wait_for()
+        assert shown.count() == 1 and shown.locator("line.to").count() > 0
+        shown.locator("a").first.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/training?**")
+        page.locator("td[data-label=by]", has_text="greedy").first.wait_for()
+
+
+def test_a_rollout_is_flagged_by_keyboard(browser: Any, site: str, live: Path) -> None:
+    """The flag, a label and a note come back on the page, in the list, and as rows to train on."""
+    with opened(browser) as page:
+        page.goto(f"{site}/rollout?run=live&step=1&row=0")
+        page.get_by_role("heading", name="Notes").wait_for()
+        page.keyboard.press("g")
+        page.locator("#said", has_text="good").wait_for()
+        page.get_by_label("Label").fill("<b>kind</b>")
+        page.keyboard.press("Enter")
+        page.locator("#said", has_text="<b>kind</b>").wait_for()
+        page.goto(f"{site}/notes?run=live")
+        assert page.locator("td[data-label=label]").inner_text() == "<b>kind</b>"
+        with page.expect_download() as download:
+            page.get_by_role("link", name="good ones as SFT rows").click()
+        row = json.loads(Path(download.value.path()).read_text("utf-8"))
+        assert row == {"text": "a red fox runs", "rationale": "step 1, rollout 0"}
+    for origin in ({}, {"Origin": "http://evil.example"}):
+        assert ask(site, "POST", "/note", **origin)[0] == 403
 
 
 def test_hostile_rationales_are_text(browser: Any, site: str, written: Path) -> None:

@@ -31,7 +31,7 @@ SHOWN = {
     "bdi", "span", "p", "table", "caption", "thead", "tbody", "tr", "th", "td", "ins", "del", "a",
     "div", "section", "article", "figure", "h1", "h2", "h3", "ul", "li", "dl", "dt", "dd", "svg",
     "g", "path", "line", "rect", "circle", "text", "title", "details", "summary", "main", "html",
-    "head", "body", "meta", "style",
+    "head", "body", "meta", "style", "nav", "b",
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def only_shows(html: str) -> Tags:
     for tag, attributes in tags.seen:
         assert not [name for name in attributes if name.startswith("on") or name == "src"]
         if tag == "a":
-            assert attributes["href"].startswith("/")
+            assert attributes["href"].startswith(("/", "#"))  # within the page, within the file
     assert not CONTROLS.search(html.replace("\n", " "))
     return tags
 

@@ -117,7 +117,7 @@ def run(tmp_path, capsys, models):
 def test_a_family_trains_or_is_refused(run, tmp_path, family):
     code, said = run(["train"], family)
     if family in REFUSED:
-        assert code == 2 and "recipe.yaml: model_name_or_path: " in said
+        assert code == 2 and "--model_name_or_path: " in said
         assert run(["check"], family) == (2, said)
         assert run(["train", "--dry-run"], family) == (2, said)
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import yaml
 
 from grace_rl.cli import main
 from grace_rl.commands.check import SUGGESTIONS, suggestions
+from grace_rl.data import scenes
 from grace_rl.errors import Finding
 from grace_rl.launch import machine_looks, preflight, subject
 from grace_rl.launch.memory import GIB, MemoryPlan, ModelShape, remedies
@@ -184,6 +187,70 @@ def test_a_recipe_for_gpus_can_be_looked_at_without_one(check):
         pytest.skip("this machine has a GPU")
     code, said = check("--bf16", "true", "--use_cpu", "false")
     assert code == 2 and "precision" in said and "--bf16 false" in said and "memory" in said
+
+
+WRONG = (  # key, value: of the loader, of rules across fields, of rows, of the model, of a package
+    ("temperature", "0"), ("generation_batch_size", "6"), ("report_to", "comet_ml"),
+    ("use_peft", "true"), ("lora_modules_to_save", "[lm_headd]"), ("reader.layers", "[77]"),
+    ("chat_template_kwargs", "{foo: 1}"), ("model_revision", "main"),
+    ("max_completion_length", "100000"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", [["check"], ["train", "--dry-run"]])
+def test_all_mistakes_are_told_together_each_with_its_line(verb, tmp_path, capsys):
+    lines = [f"{key}: {value}" for key, value in WRONG if "." not in key]
+    path = tmp_path / "recipe.yaml"
+    kept = [x for x in RECIPE.splitlines() if x.split(":")[0] not in dict(WRONG)]
+    path.write_text("\n".join([*kept, *lines, "reader:", "  layers: [77]"]))
+    assert main([verb[0], str(path), *verb[1:]]) == 2
+    told = capsys.readouterr().err
+    for key in [key for key, _ in WRONG if key != "use_peft"]:
+        number = 1 + path.read_text().splitlines().index(
+            "  layers: [77]" if "." in key else f"{key}: {dict(WRONG)[key]}"
+        )
+        assert told.count(f"{path}:{number}: {key}: ") == 1, (key, told)
+
+
+def test_what_a_tokenizer_lacks_is_told_before_a_run(check, tmp_path):
+    folder = shutil.copytree(scenes.COLD_START, tmp_path / "model")
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    code, said = check("--model_name_or_path", str(folder))
+    assert code == 0 and "the chat template prints today's date" in said
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    kept = {key: value for key, value in settings.items() if key not in ("eos_token", "pad_token")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept))
+    (folder / "generation_config.json").write_text("{}")
+    code, said = check("--model_name_or_path", str(folder))
+    assert code == 2 and "the tokenizer has no end token" in said
+
+
+def test_what_reads_a_wrong_value_says_nothing(check):
+    code, said = check("--max_completion_length", "x", "--use_vllm", "true")
+    assert code == 2 and "vllm_max_model_length" not in said
+
+
+def test_rows_without_the_texts_of_the_method(check):
+    code, said = check("--dataset_options", "{form: pair}", "--temperature", "0")
+    assert code == 2 and "has no 'query'" in said and "--temperature" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (["--use_vllm", "true", "--vllm_max_model_length", "9"], "vllm_max_model_length"),
+        (["--model_init_kwargs", "{foo: 1}"], "model_init_kwargs"),
+        (["--model_init_kwargs", "{hidden_size: 3}"], "model_init_kwargs"),
+        (["--rewards", "[{name: grace_published}]"], "rewards"),
+    ],
+)
+def test_what_the_model_or_a_reward_cannot_do_is_named(tmp_path, capsys, options, key):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    assert main(["train", str(path), "--dry-run", *options]) == 2
+    (problem,) = capsys.readouterr().err.splitlines()
+    assert problem.startswith(f"--{key}: ")
 
 
 HELD = {"max_text_tokens": 24, "per_device_train_batch_size": 4}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -76,9 +77,16 @@ def test_a_recipe_is_typed(small):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_shipped_recipes_are_valid(path, monkeypatch):
+def test_shipped_recipes_are_valid(path, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    there = "grace_rl.recipe.requirements.find_spec"  # of the machine that a recipe is meant for
+    monkeypatch.setattr(there, lambda name: True)
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    yours = []  # rows of the user's own, and a model that a command makes
+    if tree.get("dataset_name") == "rows.jsonl":
+        row = {"query": "a dog", "positive": "dogs", "negative": "a tax", "rationale": "dog"}
+        (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 64)
+        yours = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--model_name_or_path", "scenes"]
     needs = [
         tree[key]
         for key in ("model_name_or_path", "dataset_name")
@@ -88,10 +96,10 @@ def test_shipped_recipes_are_valid(path, monkeypatch):
     if missing:
         pytest.skip(f"needs {', '.join(missing)}, which is not here")
     if "stages" in tree:
-        assert load(path) == load(path)
+        assert load(path, yours) == load(path, yours)
         return
-    recipe = load_recipe(path)
-    assert recipe == load_recipe(path)
+    recipe = load_recipe(path, yours)
+    assert recipe == load_recipe(path, yours)
     assert recipe.name == (
         path.stem if path.parent.name == "recipes" else f"{path.parent.name}-{path.stem}"
     )
@@ -377,16 +385,14 @@ def test_a_wrong_deepspeed_is_found_with_the_recipe(write, given, words):
 
 def test_the_package_of_an_optimizer_is_named(small, monkeypatch):
     monkeypatch.setattr("grace_rl.recipe.requirements.find_spec", lambda name: None)
-    recipe = load_recipe(small, ["--optim", "paged_adamw_32bit"])
-    with pytest.raises(UserError, match="optim: paged_adamw_32bit needs the package bitsandbytes"):
-        recipe.training_arguments()
+    (problem,) = problems_of(small, "--optim", "paged_adamw_32bit")
+    assert problem.startswith("--optim: paged_adamw_32bit needs the package bitsandbytes")
 
 
 def test_missing_engine_packages_are_named(small, monkeypatch):
     monkeypatch.setattr("grace_rl.recipe.requirements.find_spec", lambda name: None)
-    recipe = load_recipe(small, ["--use_vllm", "true"])
-    with pytest.raises(UserError, match=r"grace-rl\[vllm\]"):
-        recipe.training_arguments()
+    (problem,) = problems_of(small, "--use_vllm", "true")
+    assert problem.startswith("--use_vllm: ") and "grace-rl[vllm]" in problem
 
 
 def test_sft_takes_the_prompt_and_no_rewards(write):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ BOMBS = {
 @pytest.fixture(scope="module", autouse=True)
 def _imported() -> None:
     recipe_keys("grpo")  # imports TRL, which takes longer than any bomb may
+    with contextlib.suppress(ImportError):
+        import_module("mteb")
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -126,12 +126,14 @@ def test_all_mistakes_of_all_stages_are_reported_together(tmp_path: Path) -> Non
 
 
 def test_stages_themselves_are_checked(tmp_path: Path) -> None:
-    wrong = ["cook", {"method": ["sft"]}, 3, {"curate": "x", "seed": 1}]
+    wrong: list[Any] = ["cook", {"method": ["sft"]}, 3, {"curate": "x", "seed": 1}]
+    wrong.append({"method": "sft", "output_dir": "elsewhere"})
     problems = problems_of(tmp_path, wrong, method="grpo")
-    assert len(problems) == 5
+    assert len(problems) == 6
+    assert "stages.4.output_dir: is set by the recipe's own output_dir" in problems[4]
     assert all("method must be one of" in problem for problem in problems[:2])
     assert "'cook'" in problems[0]
-    assert "each stage has its own" in problems[4]
+    assert "each stage has its own" in problems[5]
     assert "must be a list" in problems_of(tmp_path, [])[0]
 
 

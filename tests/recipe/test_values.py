@@ -57,6 +57,7 @@ def refused(tmp_path: Path) -> Any:
     def _refused(method: str, key: str, value: str) -> bool:
         name = "grpo" if method == "model" else method
         text = f"method: {name}\n{BASE}{REWARDS if METHODS[name].rollouts else ''}"
+        text += "dataset_rows: 64\n" if key == "roles" else ""
         text += "use_peft: true\n" if method == "model" and key != "use_peft" else ""
         file = tmp_path / "mine.yaml"
         file.write_text(text, encoding="utf-8")
@@ -116,6 +117,12 @@ def test_every_number_of_the_libraries_has_a_range(method: str) -> None:
         ("sync_ref_model", "true"), ("lr_scheduler_kwargs", "{num_cycle: 2}"),
         ("generation_kwargs", "{top_kk: 2}"), ("accelerator_config", "{split_batch: true}"),
         ("gradient_checkpointing_kwargs", "{use_reentrent: false}"), ("lora_alpha", "8"),
+        ("attn_implementation", "nonsense"), ("model_init_kwargs", "{dtype: float33}"),
+        ("model_init_kwargs", "{attn_implementation: nonsense}"), ("push_to_hub", "true"),
+        ("hub_model_id", "x"), ("fsdp_config", "{version: 2}"), ("optim_args", "momentum=1"),
+        ("optim_target_modules", "[x]"), ("metric_for_best_model", "loss"),
+        ("include_for_metrics", "[loss]"), ("resume_from_checkpoint", "x"),
+        ("trust_remote_code", "true"), ("max_completion_length", "null"),
         ("load_in_4bit", "true"), ("use_liger_kernel", "true"),
         ("attn_implementation", "flash_attention_2"), ("report_to", "comet_ml"),
         ("model", "x"), ("torch_dtype", "bfloat16"), ("max_prompt_length", "3"),
@@ -127,6 +134,33 @@ def test_what_would_end_a_run_late(
 ) -> None:
     monkeypatch.setattr("grace_rl.recipe.requirements.find_spec", lambda name: None)
     assert refused("grpo", key, value)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (["--fsdp=true", "--fsdp_config={versoin: 2}"], "fsdp_config"),
+        (["--optim=sgd", "--optim_args=momentun=0.9"], "optim_args"),
+        (["--optim=sgd", "--optim_args=momentum=x"], "optim_args"),
+        (["--use_vllm=true", "--generation_kwargs={top_kk: 2}"], "generation_kwargs"),
+    ],
+)
+def test_keys_of_mappings_that_depend_on_another_key(
+    options: list[str], key: str, tmp_path: Path
+) -> None:
+    if key == "generation_kwargs":
+        pytest.importorskip("vllm.version")
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{BASE}{REWARDS}", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_recipe(file, options)
+    assert [problem.partition(":")[0] for problem in error.value.problems] == [f"--{key}"]
+    load_recipe(file, ["--optim=sgd", "--optim_args=momentum=0.9,nesterov=true"])
+
+
+@pytest.mark.parametrize("roles", ["{}", "{query: {train: false}}", "{qeury: {}}"])
+def test_a_rule_does_not_read_what_another_has_refused(roles: str, refused: Any) -> None:
+    assert refused("grpo", "roles", roles)
 
 
 def test_all_linear_as_trl_takes_it(tmp_path: Path) -> None:

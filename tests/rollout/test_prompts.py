@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grace_rl.errors import UserError
+from grace_rl.recipe.fields import draft
 from grace_rl.recipe.prompt import PromptConfig
 from grace_rl.rollout.prompts import PromptTemplate
+from grace_rl.train.grpo_config import GraceGRPOConfig
+from grace_rl.train.sft_config import GraceSFTConfig
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -119,6 +124,17 @@ def test_what_a_template_depends_on_is_told() -> None:
     fixed = {"strftime_now": lambda form: "1 Jan 2026"}
     assert PromptTemplate(dated, "Think.", 9, fixed).changes_with() == []
     assert PromptTemplate(byte_tokenizer(None), "Think.").changes_with() == []
+
+
+@pytest.mark.parametrize("config", [GraceGRPOConfig, GraceSFTConfig])
+def test_training_that_resumes_goes_on_with_the_prompt_it_began_with(config: Any) -> None:
+    args = draft(config, {"instruction": "Think.", "max_text_tokens": 9})
+    dated = byte_tokenizer(DATED)
+    today = args.prompt_template(dated)
+    assert "Think." in today.prefix
+    args.pin_prompt(("26 Nov 2026\nThink.\n", today.suffix))
+    again = args.prompt_template(dated)
+    assert again.prefix == "26 Nov 2026\nThink.\n" and again.max_text_tokens == 9
 
 
 def test_a_pinned_prompt_keeps_its_day_under_another_instruction() -> None:

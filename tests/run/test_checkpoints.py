@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 from grace_rl.errors import UserError
 from grace_rl.rollout.store import read_rollouts
 from grace_rl.run.checkpoints import (
+    check_shares,
     is_complete,
     last_complete_checkpoint,
     list_checkpoints,
@@ -392,3 +393,15 @@ def test_one_process_is_told_and_all_stop_at_the_same_step(tmp_path: Path) -> No
     assert process.returncode == 0, output
     assert (run.model / "model.safetensors").is_file()
     assert [line["step"] for line in read_metrics(run.path)] == list(range(1, 9))
+
+
+def test_shares_of_another_number_of_processes_are_refused(tmp_path: Path) -> None:
+    check_shares(tmp_path, False, 3)  # one copy serves any number
+    shares = tmp_path / "global_step4"
+    shares.mkdir()
+    for rank in range(2):
+        (shares / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    check_shares(tmp_path, True, 2)
+    for zero, processes in ((True, 1), (True, 3), (False, 2)):
+        with pytest.raises(UserError, match="among 2 processes"):
+            check_shares(tmp_path, zero, processes)

@@ -149,6 +149,20 @@ def test_a_finished_run_needs_overwrite_and_only_the_run_is_removed(run: RunDire
     assert run.metrics.read_text() == ""
 
 
+def test_a_prompt_stays_as_the_run_began_with_it(run: RunDirectory) -> None:
+    run.open(RECIPE)
+    assert run.keep_prompt(("26 Nov: ", "!")) == ("26 Nov: ", "!")
+    run.close()
+    run.open(RECIPE)
+    assert run.keep_prompt(("27 Nov: ", "!")) == ("26 Nov: ", "!")
+    run.prompt.write_text("[]")
+    with pytest.raises(UserError, match="prompt.json"):
+        run.keep_prompt(("27 Nov: ", "!"))
+    run.close()
+    run.open(RECIPE, overwrite=True)
+    assert run.keep_prompt(("27 Nov: ", "!")) == ("27 Nov: ", "!")
+
+
 DAMAGED = [
     *(("recipe.yaml", content) for content in (b"", b"a: [1", b"[" * 5000, b"7\n", b"\xff\xfe\n")),
     *(("inputs.json", content) for content in (b"", b"{", b"[" * 5000, b"7\n", b"\xff\xfe\n")),

@@ -17,7 +17,13 @@ from transformers import TrainerControl, TrainerState
 from grace_rl.run.directory import RunDirectory
 from grace_rl.run.records import read_metrics, read_status
 from grace_rl.run.screen import Screen
-from grace_rl.train.callbacks import ENGINE_DIFFERENCE, MetricsWriter, StaleEngineAlarm
+from grace_rl.train.callbacks import (
+    ENGINE_DIFFERENCE,
+    LastStepLogged,
+    MetricsWriter,
+    StaleEngineAlarm,
+)
+from grace_rl.train.keep import is_logged
 from grace_rl.train.progress import ProgressLine, print_group
 from grace_rl.train.stop import StopOnSignal
 
@@ -41,6 +47,32 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 # -- metrics ---------------------------------
+
+
+@pytest.mark.parametrize(("step", "logged"), [(9, False), (10, True)])
+def test_the_last_step_is_logged(step: int, logged: bool) -> None:
+    control = TrainerControl()
+    args: Any = SimpleNamespace(logging_strategy="steps")
+    LastStepLogged().on_step_end(args, at_step(step), control)
+    assert control.should_log == logged
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "between", "kept"),
+    [
+        (4, 10, 1, [4]),  # a short run
+        (10, 5, 1, [5, 10]),
+        (10, 4, 2, [3, 7, 9]),  # a batch of rollouts serves two steps: 3 and 4, 7 and 8, 9 and 10
+    ],
+)
+def test_rollouts_are_kept_of_logged_steps(
+    steps: int, every: int, between: int, kept: list[int]
+) -> None:
+    args = SimpleNamespace(steps_between_generations=between, logging_first_step=False)
+    state = SimpleNamespace(logging_steps=every, max_steps=steps)
+    trainer = SimpleNamespace(args=args, state=state)
+    written = range(1, steps + 1, between)
+    assert [step for step in written if is_logged(step, trainer)] == kept
 
 
 def test_metrics_are_lines_that_can_be_followed(run: RunDirectory) -> None:

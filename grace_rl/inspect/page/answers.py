@@ -13,16 +13,33 @@ import numpy as np
 import pandas as pd
 
 from grace_rl.errors import UserError
-from grace_rl.inspect.checkpoints import MODEL, START, Checkpoint, Seen, checkpoints, loaded
-from grace_rl.inspect.markup import address, render
+from grace_rl.inspect.beside import against_siblings
+from grace_rl.inspect.checkpoints import (
+    MODEL,
+    Checkpoint,
+    Seen,
+    checkpoint_after,
+    checkpoints,
+    loaded,
+)
+from grace_rl.inspect.markup import address, earned, render
 from grace_rl.inspect.neighbours import pool_of_step, ranked
 from grace_rl.inspect.page.listing import whole
 from grace_rl.inspect.page.site import NEAREST, Page, Query, Site, nearest, own_ranks
-from grace_rl.inspect.run import Run
-from grace_rl.inspect.views import changes
+from grace_rl.inspect.views import changes, gaming_rows
+from grace_rl.rollout.store import REWARD
 
 LONGEST = 20_000  # characters of a text that is typed in
 Event = dict[str, Any]
+
+
+# -- a run ---------------------------------
+
+
+def gaming(site: Site, query: Query) -> Iterator[Event]:
+    """Ways of gaming that show in a run; all its rollouts are read for it."""
+    run = site.run(query)
+    yield {"html": render("gaming", name=run.name, rows=gaming_rows(run))}
 
 
 # -- one rollout ---------------------------------
@@ -47,24 +64,60 @@ def before_table(site: Site, query: Query) -> pd.DataFrame:
 def _before(site: Site, query: Query) -> tuple[str, pd.DataFrame]:
     run, step = site.run(query), whole(query, "step")
     rollout = run.rollout(step, whole(query, "row"))
-    name = _next_checkpoint(run, step)
+    name = checkpoint_after(run, step)
     pool, _ = pool_of_step(run, step)
     vectors = loaded(run, name).see_plain([*pool["text"], rollout["text"]])
     pool = pool.drop(columns="rationale")  # none takes part in it
     return name, ranked(pool, vectors[:-1] @ vectors[-1], rollout["text"], rollout["example"])
 
 
-def _next_checkpoint(run: Run, step: int) -> str:
-    """The run's first checkpoint at or after a step, else its last.
+def credit(site: Site, query: Query) -> Iterator[Event]:
+    """What each word of a rollout earned, or of a group's, as it comes."""
+    from grace_rl.inspect.credit import measurable_rewards  # and with it torch
 
-    Raises:
-        UserError: It has none yet.
-    """
-    names = [name for name in checkpoints(run) if name != START]
-    if not names:
-        raise UserError("The run has no checkpoint yet to read the text with.")
-    later = [n for n in names if n.startswith("checkpoint-") and int(n.split("-")[1]) >= step]
-    return later[0] if later else names[-1]
+    yield {"label": "measuring words", "share": None}
+    for share, found in _credit(site, query):
+        yield {"label": "measuring words", "share": share}
+        if found is None:
+            continue
+        table, how = found
+        for row, part in table.groupby("row"):
+            yield {"html": render("credit", **credit_values(part, table)), "into": f"credit-{row}"}
+        missing = measurable_rewards(site.run(query))[1]
+        file = f"{site.run(query).name}-{whole(query, 'step')}-credit"
+        about = {"how": how, "missing": missing, "csv": address("/csv/credit", **query)}
+        yield {"html": render("measured", **about, file=file), "into": "answer"}
+
+
+def credit_table(site: Site, query: Query) -> pd.DataFrame:
+    """The whole table of `credit`."""
+    found = [found for _, found in _credit(site, query) if found is not None]
+    return found[-1][0]
+
+
+def _credit(site: Site, query: Query) -> Iterator[tuple[float, Any]]:
+    from grace_rl.inspect.credit import measured
+
+    run, step = site.run(query), whole(query, "step")
+    rows = run.group(step, whole(query, "group"))["row"] if "row" not in query else []
+    chosen = [int(row) for row in rows] or [whole(query, "row")]
+    siblings = run.rollout(step, chosen[0])["group"]
+    for share, found in measured(run, step, [int(r) for r in run.group(step, siblings)["row"]]):
+        if found is None:
+            yield share, None
+        else:
+            table = against_siblings(found[0])
+            yield share, (table[table["row"].isin(chosen)], found[1])
+
+
+def credit_values(part: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
+    """A rationale's words for a template: coloured on the scale of a table, and as rows."""
+    names = [name for name in part.columns if part[name].dtype.kind == "f"]
+    shown = part.rename(columns={name: name.removeprefix(REWARD) for name in names})
+    rows = shown.to_dict("records")
+    heads = ["word", *(name.removeprefix(REWARD) for name in names)]
+    pieces = earned(" ".join(part["word"]), rows, float(table["credit"].abs().max()))
+    return {"pieces": pieces, "rows": rows, "columns": {name: name for name in heads}}
 
 
 # -- one text under every checkpoint ---------------------------------
@@ -167,6 +220,7 @@ def read(site: Site, query: Query) -> Iterator[Event]:
         other = {"cosine": float(own @ seen.vector), "rationale": seen.rationale}
     written = checkpoint.see([_typed(query, "text")])[0].rationale
     blank = checkpoint.writes and not query.get("rationale", written).strip()
+    yield from _trial_credit(checkpoint, query, found)
     values = {
         "rows": found.head(NEAREST).assign(moved=found["moved"].map(_moved)).to_dict("records"),
         "count": len(found),
@@ -177,6 +231,24 @@ def read(site: Site, query: Query) -> Iterator[Event]:
         "file": f"{checkpoint.run.name}-{checkpoint.name}",
     }
     yield {"html": render("answer", **values), "into": "answer"}
+
+
+def _trial_credit(checkpoint: Checkpoint, query: Query, found: pd.DataFrame) -> Iterator[Event]:
+    """What each word does for the cosine to the other text (else the nearest), and against the
+    nearest that is neither."""
+    from grace_rl.inspect.credit import two_cosines
+
+    text, other = _typed(query, "text"), _typed(query, "with").strip()
+    rationale = query.get("rationale", checkpoint.see([text])[0].rationale)
+    near = [one for one in found["text"] if one != other]
+    if not checkpoint.writes or not rationale.strip() or len(near) < 2:
+        return
+    named = [other, near[0]] if other else near[:2]
+    seen = dict(zip(("positive", "negative"), checkpoint.see(named), strict=True))
+    vectors = {name: one.vector for name, one in seen.items()}
+    table = two_cosines(checkpoint, text, rationale, vectors)
+    values = credit_values(table, table) | dict(zip(seen, named, strict=True))
+    yield {"html": render("trial_credit", **values), "into": "credit"}
 
 
 def read_table(site: Site, query: Query) -> pd.DataFrame:
@@ -199,7 +271,7 @@ def _own(checkpoint: Checkpoint, query: Query) -> Any:
     """(H,) the vector of the text, by the rationale of the address where there is one."""
     text = _typed(query, "text")
     if "rationale" in query and checkpoint.writes:
-        return checkpoint.read(_typed(query, "rationale"), text)
+        return checkpoint.read([_typed(query, "rationale")], [text])[0]
     return checkpoint.see([text])[0].vector
 
 
@@ -221,5 +293,17 @@ def _moved(places: int) -> str:
     return f"▲ {places}" if places > 0 else f"▼ {-places}"
 
 
-STREAMS: Mapping[str, Any] = {"before": before, "ask": ask, "try": side, "read": read}
-TABLES: Mapping[str, Any] = {"before": before_table, "ask": ask_table, "try": read_table}
+STREAMS: Mapping[str, Any] = {
+    "before": before,
+    "ask": ask,
+    "try": side,
+    "read": read,
+    "credit": credit,
+    "gaming": gaming,
+}
+TABLES: Mapping[str, Any] = {
+    "before": before_table,
+    "ask": ask_table,
+    "try": read_table,
+    "credit": credit_table,
+}

@@ -2,8 +2,9 @@
 
 A page on the web can make a browser send requests to a server on this machine. Its requests carry
 its own `Origin`, or, once it has rebound its name to 127.0.0.1, that name as `Host`. Both are
-refused, and so is every method but GET and HEAD. The answers tell the browser to load nothing from
-anywhere else and to show the page in no frame.
+refused, and so is every method but GET and HEAD, with one exception: the page's own script may POST
+what a reader says of a rollout (`NOTE`), as JSON, to a server on a loopback address. The answers
+tell the browser to load nothing from anywhere else and to show the page in no frame.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+NOTE = "/note"  # the one address that takes a POST
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -58,7 +60,7 @@ class Guard:
         """Status and reason, or None for what is let through."""
         headers: dict[bytes, bytes] = {}
         for name, value in scope["headers"]:
-            if name in (b"host", b"origin") and name in headers:
+            if name in (b"host", b"origin", b"content-type") and name in headers:
                 return 400, f"two {name.decode()} headers"
             headers[name] = value
         host = headers.get(b"host", b"").decode("latin-1")
@@ -70,7 +72,10 @@ class Guard:
         site, mode = headers.get(b"sec-fetch-site"), headers.get(b"sec-fetch-mode")
         if site in (b"cross-site", b"same-site") and mode not in (b"navigate", None):
             return 403, "requests from other pages are refused"
-        if scope["method"] not in ("GET", "HEAD"):
+        if scope["method"] == "POST" and scope["path"] == NOTE and is_loopback(self.host):
+            if origin is None or headers.get(b"content-type") != b"application/json":
+                return 403, "notes come from the page itself"
+        elif scope["method"] not in ("GET", "HEAD"):
             return 405, "this server only shows; it takes no writes"
         return None
 

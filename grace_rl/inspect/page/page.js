@@ -124,12 +124,39 @@ function edited(event) {
   }, 150);
 }
 
+// -- the map ---------------------------------
+
+function frame(event) {
+  const slider = event.target.closest("input[data-frames]");
+  if (!slider) return;
+  const parts = [...document.querySelectorAll(".map .frame")];
+  parts.forEach((part, place) => part.classList.toggle("shown", place === Number(slider.value)));
+  document.getElementById("frame-step").textContent = parts[slider.value].dataset.step;
+}
+
+// -- notes ---------------------------------
+
+async function note(form) {
+  const answer = await fetch("/note", {
+    method: "POST",
+    headers: {"content-type": "application/json"},
+    body: JSON.stringify({...form.dataset, ...Object.fromEntries(new FormData(form))}),
+  });
+  const said = document.getElementById("said"), text = await answer.text();
+  if (answer.ok) said.innerHTML = text; else said.textContent = text;
+}
+
 // -- keys ---------------------------------
 
 function key(event) {
   const typing = event.target.closest("input, textarea, select");
   if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
   const rel = {j: "next", k: "prev"}[event.key];
+  const flag = {g: "good", b: "bad"}[event.key], form = document.querySelector("form[data-note]");
+  if (flag && form) {
+    form.elements.flag.value = form.elements.flag.value === flag ? "" : flag;
+    note(form);
+  }
   if (rel) document.querySelector(`a[rel="${rel}"]`)?.click();
 }
 
@@ -137,7 +164,13 @@ addEventListener("DOMContentLoaded", () => {
   document.getElementById("theme").addEventListener("click", switchTheme);
   for (const kind of ["input", "change"]) document.addEventListener(kind, fieldChanged);
   document.addEventListener("input", edited);
+  document.addEventListener("input", frame);
   document.addEventListener("keydown", key);
+  document.addEventListener("submit", event => {
+    if (!event.target.hasAttribute("data-note")) return;
+    event.preventDefault();
+    note(event.target);
+  });
   document.addEventListener("click", async event => {
     const button = event.target.closest("button[data-ask]");
     if (!button) return;

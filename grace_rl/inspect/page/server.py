@@ -20,18 +20,25 @@ from starlette.routing import Route
 from grace_rl.errors import UserError
 from grace_rl.inspect.csv_file import csv_text
 from grace_rl.inspect.markup import LOOK, render
+from grace_rl.inspect.notes import jsonl, notes, preference_pairs, sft_rows, write_note
 from grace_rl.inspect.page.answers import STREAMS, TABLES, trial
-from grace_rl.inspect.page.guard import Guard, is_loopback
+from grace_rl.inspect.page.guard import NOTE, Guard, is_loopback
+from grace_rl.inspect.page.listing import whole
 from grace_rl.inspect.page.site import CSV, VIEWS, Page, Site
 from grace_rl.inspect.run import Run
 
 HEADINGS = {
     "/": "Overview",
     "/rollouts": "Rollouts",
+    "/learned": "What it learned",
+    "/map": "Map",
     "/training": "Through training",
     "/replays": "Replays",
+    "/notes": "Notes",
+    "/compare": "Compare",
     "/try": "Try it",
 }
+EXPORTS: dict[str, Any] = {"sft": sft_rows, "pairs": preference_pairs}
 LONGEST_ADDRESS = 1 << 19  # bytes; a text and its rationale travel in it
 FAVICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">'
@@ -85,6 +92,9 @@ def app(runs: Sequence[Run]) -> Starlette:
         routes.append(Route(f"/csv/{name}", _csv(site, table)))
     for name, answer in STREAMS.items():
         routes.append(Route(f"/stream/{name}", _stream(site, answer)))
+    routes.append(Route(NOTE, _note(site), methods=["POST"]))
+    for kind, rows in EXPORTS.items():
+        routes.append(Route(f"/export/{kind}", _export(site, rows)))
     routes.append(Route("/stamp", lambda request: PlainTextResponse(_stamp(site))))
     return Starlette(routes=routes)
 
@@ -127,6 +137,36 @@ def _csv(site: Site, table: Any) -> Callable[[Request], Response]:
             return Response(csv_text(table(site, request.query_params)), media_type="text/csv")
         except UserError as error:
             return PlainTextResponse(f"{error}\n", status_code=404)
+
+    return answer
+
+
+def _export(site: Site, rows: Any) -> Callable[[Request], Response]:
+    """Flagged rollouts as lines of JSON, to download."""
+
+    def answer(request: Request) -> Response:
+        try:
+            made = rows(site.run(request.query_params))
+        except UserError as error:
+            return PlainTextResponse(f"{error}\n", status_code=404)
+        return Response(jsonl(made), media_type="application/jsonl")
+
+    return answer
+
+
+def _note(site: Site) -> Callable[[Request], Any]:
+    """Takes what a reader says of a rollout; answers with all that readers said of it."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            said = await request.json()
+            query = {name: str(said.get(name, "")) for name in ("run", "step", "row")}
+            run, step, row = site.run(query), whole(query, "step"), whole(query, "row")
+            write_note(run, step, row, said)
+            html = render("said", said=notes(run, step, row).to_dict("records"))
+        except (UserError, ValueError, AttributeError) as error:
+            return PlainTextResponse(f"{error}\n", status_code=400)
+        return HTMLResponse(html)
 
     return answer
 

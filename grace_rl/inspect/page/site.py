@@ -12,9 +12,13 @@ from grace_rl.errors import UserError
 from grace_rl.inspect import views
 from grace_rl.inspect.checkpoints import checkpoints
 from grace_rl.inspect.filters import Filter
+from grace_rl.inspect.learned import WORDS, learned
 from grace_rl.inspect.markup import address
 from grace_rl.inspect.neighbours import nearest_by_rationale
+from grace_rl.inspect.notes import notes, reader_name
 from grace_rl.inspect.page.listing import ROWS, Listing, way_through, whole
+from grace_rl.inspect.patterns import PATTERNS
+from grace_rl.inspect.projection import SIZE, frames
 from grace_rl.inspect.replays import replayed_groups, replays
 from grace_rl.inspect.run import Run
 from grace_rl.rollout.store import REWARD
@@ -155,6 +159,8 @@ def rollout(site: Site, query: Query) -> Page:
         "colour": colour,
         "scores": views.scores(run, found),
         "curve": views.step_curve(found),
+        "said": notes(run, step, row).to_dict("records"),
+        "mine": _mine(run, step, row),
         "newest": next(reversed(checkpoints(run)), None),
         "near": nearest(near),
         "ranks": own_ranks(near),
@@ -164,6 +170,59 @@ def rollout(site: Site, query: Query) -> Page:
         "way": way_through(run, query, Listing(run, Filter(step=step)), row),
     }
     return Page("rollout", f"Rollout {row}, step {step} of {run.name}", "/rollouts", values)
+
+
+def _mine(run: Run, step: int, row: int) -> dict[str, str]:
+    """What this reader said of a rollout already."""
+    found = notes(run, step, row)
+    own = found[found["by"] == reader_name()].to_dict("records")
+    return {name: own[0][name] if own else "" for name in ("flag", "label", "note")}
+
+
+def noted(site: Site, query: Query) -> Page:
+    """What readers said of rollouts, and what can be made of it."""
+    run = site.run(query)
+    rows = notes(run).to_dict("records")
+    columns = {"step": "step", "row": "row", "by": "reader", "flag": "flag", "label": "label"}
+    columns |= {"note": "note", "text": "text", "rationale": "rationale"}
+    values = {
+        "run": run,
+        "names": site.others(run, lambda name: address("/notes", run=name)),
+        "rows": rows,
+        "columns": columns,
+        "links": {"rationale": _to("/rollout", run, "step", "row")},
+        "limit": CUT,
+        "folder": str(run.beside / "notes"),
+    }
+    return Page("notes", f"Notes on {run.name}", "/notes", values)
+
+
+def compare(site: Site, query: Query) -> Page:
+    """Two runs: what differs between the recipes, and the same texts side by side."""
+    run = site.run(query)
+    others = [other for other in site.runs.values() if other is not run]
+    other = site.run({"run": query.get("with", "")}) if query.get("with") else (others or [run])[0]
+    values: dict[str, Any] = {"run": run, "other": other}
+    if other is run:
+        return Page("compare", "Compare runs", "/compare", values | {"rows": []})
+    rows = views.side_by_side(run, other)
+    values |= {
+        "names": site.others(run, lambda name: address("/compare", run=name)),
+        "withs": {
+            one.name: ""
+            if one is other
+            else address("/compare", run=run.name, **{"with": one.name})
+            for one in others
+        },
+        "recipe": views.recipe_rows([run, other]),
+        "scores": [views.summary(one) for one in (run, other)],
+        "replays": [(one, list(replays(one))) for one in (run, other)],
+        "rows": rows[:SHOWN],
+        "count": len(rows),
+        "links": {"text": lambda row: address("/training", text=row["text"])},
+        "limit": CUT,
+    }
+    return Page("compare", f"{run.name} and {other.name}", "/compare", values)
 
 
 def neighbours(site: Site, query: Query) -> pd.DataFrame:
@@ -217,10 +276,59 @@ def training(site: Site, query: Query) -> Page:
         "links": {"text": lambda row: address("/training", text=row["text"])},
         "count": f"{count:,} texts",
         "turns": turns,
+        "panel": views.panel_rows(run),
         "soft": [(one.name, views.soft_token_tables(one)) for one in site.runs.values()],
         "limit": CUT,
     }
     return Page("training", f"Texts of {run.name} through training", "/training", values)
+
+
+def learned_page(site: Site, query: Query) -> Page:
+    """Words and patterns of a run by step, whether they pay, and which of them game."""
+    run = site.run(query)
+    run.refresh()
+    found = learned(run)
+    late = int(found.steps["step"].iloc[-max(1, len(found.steps) // 5)]) if len(found.steps) else 0
+
+    def showing(row: Mapping[str, Any]) -> str:
+        return address(
+            "/rollouts", run=run.name, pattern=row["pattern"], step=f"{late}-", order="down"
+        )
+
+    values = {
+        "run": run,
+        "names": site.others(run, lambda name: address("/learned", run=name)),
+        "summary": views.summary(run),
+        "found": found,
+        "kinds": PATTERNS,
+        "patterns": found.patterns.to_dict("records"),
+        "words": found.words.head(WORDS).to_dict("records"),
+        "charts": views.learned_charts(run, found),
+        "links": {
+            "pattern": showing,
+            "word": lambda row: address("/rollouts", run=run.name, word=row["word"]),
+        },
+    }
+    return Page("learned", f"What {run.name} learned", "/learned", values)
+
+
+def map_page(site: Site, query: Query) -> Page:
+    """Vectors of the same texts in two dimensions, step by step."""
+    run = site.run(query)
+    made, panel = frames(run)
+    values = {
+        "run": run,
+        "names": site.others(run, lambda name: address("/map", run=name)),
+        "frames": made,
+        "panel": panel,
+        "size": SIZE,
+        "opened": lambda frame, dot: (
+            address("/training", text=dot.text)
+            if dot.row is None
+            else address("/rollout", run=run.name, step=frame.step, row=dot.row)
+        ),
+    }
+    return Page("map", f"Map of {run.name}", "/map", values)
 
 
 def replay(site: Site, query: Query) -> Page:
@@ -253,7 +361,11 @@ VIEWS: dict[str, Any] = {
     "/group": group,
     "/rollout": rollout,
     "/training": training,
+    "/learned": learned_page,
+    "/map": map_page,
     "/replays": replay,
+    "/notes": noted,
+    "/compare": compare,
 }
 CSV: dict[str, Any] = {
     "metrics": lambda site, query: site.run(query).metrics(),
@@ -262,5 +374,8 @@ CSV: dict[str, Any] = {
     "neighbours": neighbours,
     "through": lambda site, query: site.run(query).through_training(query.get("text", "")),
     "texts": lambda site, query: site.run(query).texts(query.get("find") or None),
+    "notes": lambda site, query: notes(site.run(query)),
+    "words": lambda site, query: learned(site.run(query)).words,
+    "patterns": lambda site, query: learned(site.run(query)).steps,
     "replay": lambda site, query: replayed_groups(site.run(query), query.get("name", "")),
 }

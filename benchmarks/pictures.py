@@ -1,0 +1,59 @@
+"""The pictures of docs/inspect.md, of a run on the machine of whoever makes them.
+
+    python benchmarks/pictures.py runs/quickstart
+
+Needs Chromium (`make browser`). Each view is opened in the page of `grace-rl inspect` and written
+to docs/images/inspect-<view>.png; the rollout is the best one of the last stored step.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+from grace_rl.inspect import Run
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+WIDTH, HEIGHT = 1120, 760
+PATIENCE = 600_000  # milliseconds
+
+
+def main(paths: list[str]) -> None:
+    run = Run(paths[0])
+    step = run.steps()[-1]
+    best = run.rollouts(step=step, sort="total", descending=True, limit=1).iloc[0]
+    views = {
+        "overview": ("/", "figure svg path"),
+        "rollout": (f"/rollout?step={step}&row={best['row']}", "[data-part^=credit] .tokens"),
+        "group": (f"/group?step={step}&group={best['group']}", "[data-part^=credit] .tokens"),
+        "learned": ("/learned", "text=Words that changed most"),
+        "map": ("/map", ".map .frame.shown a"),
+    }
+    command = [sys.executable, "-m", "grace_rl", "inspect", *paths, "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        line = next(line for line in server.stdout if "http://" in line)
+        address = line[line.index("http://") :].split()[0]
+        with sync_playwright() as playwright:
+            path = shutil.which("chromium")
+            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+            page.set_default_timeout(PATIENCE)
+            for name, (place, there) in views.items():
+                page.goto(address + place)
+                page.locator(there).first.wait_for()
+                page.screenshot(path=IMAGES / f"inspect-{name}.png")
+                print(f"docs/images/inspect-{name}.png")
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
