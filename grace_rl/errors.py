@@ -24,6 +24,20 @@ class UserError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+def missing(what: object) -> str:
+    """What to say where a path of the user's leads to nothing, such as `missing("file a.csv")`."""
+    return f"there is no {what}; paths start at the working directory {Path.cwd()}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; its kind, where it says nothing.
+
+    >>> first_line(OSError("no room\\nat all")), first_line(EOFError())
+    ('no room', 'EOFError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was looked at before a run, or of a reward.
@@ -55,8 +69,7 @@ def reading(path: str | Path, part: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the parsers of damaged files raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot read {part}: {reason}") from error
+        raise UserError(f"{path}: cannot read {part}: {first_line(error)}") from error
 
 
 class Crash(Exception):

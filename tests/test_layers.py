@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +41,13 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports() -> Iterator[Import]:
+@cache
+def imports() -> tuple[Import, ...]:
     """Every import of ours in the package; those for type checkers only are none."""
+    return tuple(_imports())
+
+
+def _imports() -> Iterator[Import]:
     known = modules()
     for importer, path in known.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -72,6 +79,16 @@ def imports() -> Iterator[Import]:
                 if name.startswith("grace_rl."):
                     module = name.removeprefix("grace_rl.")
                     yield Import(importer, module, node.lineno, id(node) in lazy)
+
+
+def test_the_path_from_a_recipe_to_an_advantage_is_as_told() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    stops = re.findall(r"^\d+\. (.*)$", text, re.MULTILINE)
+    assert 0 < len(stops) <= 12
+    for file, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", "\n".join(stops)):
+        body = ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body
+        for part in name.split("."):
+            (body,) = [n.body for n in body if part == getattr(n, "name", None)]
 
 
 def room(module: str) -> str:

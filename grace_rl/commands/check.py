@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grace_rl.commands.train import add_launch_arguments, print_stages
 from grace_rl.run.printing import say
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 HELP = "look before a run starts: recipe, rows, rewards, memory, disk, ports, versions"
 RECIPE_OVERRIDES = True
 SUGGESTIONS = 3
-MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]![/]", "problem": "[red]no[/]"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +99,9 @@ def screen(plan: list[str], findings: list[Finding]) -> RenderableType:
     """
     from rich import box
     from rich.table import Table
+    from rich.text import Text
+
+    from grace_rl.run.screen import add_findings
 
     table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False, expand=False)
     table.add_column(no_wrap=True)
@@ -107,10 +109,9 @@ def screen(plan: list[str], findings: list[Finding]) -> RenderableType:
     table.add_column(overflow="fold")
     for line in plan:
         name, _, found = line.partition(" ")
-        table.add_row("", name, _plain(found.strip()))
+        table.add_row("", name, Text(found.strip()))
     table.add_section()
-    for finding in findings:
-        table.add_row(MARKS[finding.level], finding.name, _plain(finding.message))
+    add_findings(table, findings)
     return table
 
 
@@ -119,9 +120,3 @@ def suggestions(findings: list[Finding]) -> list[str]:
     ranked = sorted(findings, key=lambda f: ("problem", "warning", "ok").index(f.level))
     given = [advice for finding in ranked for advice in finding.advice]
     return list(dict.fromkeys(given))[:SUGGESTIONS]
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)

@@ -46,6 +46,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     from rich.table import Table
+    from rich.text import Text
 
     from grace_rl.plugins import REWARDS, docstring, installed
     from grace_rl.run.printing import say
@@ -61,7 +62,7 @@ def _list(options: argparse.Namespace) -> int:
         except UserError as error:
             problems += [f"{name} ({place}): {problem}" for problem in error.problems]
             continue
-        table.add_row(name, *map(_plain, (summary, requirements, place)))
+        table.add_row(name, *map(Text, (summary, requirements, place)))
     Screen().print(table)
     for problem in problems:
         say(problem, error=True)
@@ -120,7 +121,7 @@ def _check(options: argparse.Namespace) -> int:
     from grace_rl.reward.stored import stored_batch, stored_steps
     from grace_rl.reward.trial import canned_batches, try_reward
     from grace_rl.rollout.store import rollout_files
-    from grace_rl.run.screen import Screen
+    from grace_rl.run.screen import Screen, add_findings
 
     arguments, columns = (_mapping(options, name) for name in ("arguments", "columns"))
     spec = RewardSpec(options.name, keywords=arguments, timeout=options.timeout)
@@ -148,9 +149,7 @@ def _check(options: argparse.Namespace) -> int:
     findings = try_reward(rewards[0], batches)
     note.cancel()
     table = Table(box=None, pad_edge=False, show_header=False)
-    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
-    for finding in findings:
-        table.add_row(marks[finding.level], finding.name, _plain(finding.message))
+    add_findings(table, findings)
     console = Screen()
     console.print(table)
     errors = sum(finding.level == "problem" for finding in findings)
@@ -159,12 +158,6 @@ def _check(options: argparse.Namespace) -> int:
         f"{rollouts} rollouts of {', '.join(batches)}: {errors or 'no'} error{'s' * (errors != 1)}"
     )
     return 2 if errors else 0
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)
 
 
 def _mapping(options: argparse.Namespace, name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LogitsProcessor
 
 from grace_rl.data import scenes
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.recipe.curation import GenerateStep
 from grace_rl.rollout.generator import (
     Continuation,
@@ -213,7 +213,7 @@ class VLLMModel(LanguageModel):
             config = AutoConfig.from_pretrained(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"model_name_or_path: cannot load {path!r}: {reason}") from error
         try:
             generation = GenerationConfig.from_pretrained(path)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch.utils.data import Sampler
 
 from grace_rl.errors import UserError
@@ -173,8 +172,10 @@ class Bundles:
             **order,
         )
 
-    def dataset(self) -> Dataset:
-        """One item per trained text, the texts of a row next to each other."""
+    def dataset(self) -> Any:
+        """A `datasets.Dataset`: an item per trained text, the texts of a row next to each other."""
+        from datasets import Dataset  # a look before a run, or at a reward, needs none
+
         return Dataset.from_dict(
             {
                 "prompt": [t.text for t in self.prompts],

@@ -16,7 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from grace_rl.errors import UserError
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grace_rl.errors import UserError, first_line, missing
 from grace_rl.recipe.rows import ROW_SUFFIXES
 
 SHOWN_PROBLEMS = 20
@@ -48,9 +51,7 @@ def file_records(path: Path) -> Iterator[Record]:
     try:
         yield from reader(path)
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: there is no such file; paths start at the working directory {Path.cwd()}"
-        ) from error
+        raise UserError(f"{path}: {missing('such file')}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -119,9 +120,6 @@ def _csv(path: Path) -> Iterator[Record]:
 
 
 def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -134,5 +132,4 @@ def _parquet(path: Path) -> Iterator[Record]:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: is not parquet that can be read: {reason}") from error
+        raise UserError(f"{path}: is not parquet that can be read: {first_line(error)}") from error

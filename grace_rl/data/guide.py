@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.plugins import find
 from grace_rl.run.files import whole_file, write_json
 from grace_rl.run.identity import ABSENT, path_digest
@@ -66,7 +66,7 @@ class Guide:
             if len(keys) != len(self._vectors):
                 raise ValueError(f"{len(keys)} keys for {len(self._vectors)} vectors")
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"{folder}: the guide is damaged ({reason}); remove the folder, and grace-rl "
                 "curate or the training writes it again"
@@ -233,7 +233,7 @@ def load_encoder(name: str, batch_size: int = 128) -> Encode:
         with outside_zero3():
             model = SentenceTransformer(name)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"the sentence encoder {name!r} cannot be loaded: {reason}") from error
     return lambda texts: model.encode(
         list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False

@@ -8,12 +8,12 @@ Every process reads the same rows in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grace_rl.data.files import SHOWN_PROBLEMS, file_records
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.recipe.rows import is_local_file
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _hub(data: DataConfig) -> Iterator[tuple[str, Any]]:
     try:
         found = datasets.load_dataset(data.dataset_name, data.config, split=split)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         offline = datasets.config.HF_HUB_OFFLINE
         hint = (
             "HF_HUB_OFFLINE is set, so only data sets in the cache are found"
@@ -161,6 +161,15 @@ def _checked(record: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Row
         if not negatives:
             problems.append("negative_positive has no negative to be a paraphrase of")
     return row, problems
+
+
+def pair_problems(
+    method: str, rows: Sequence[Mapping[str, Any]], name: str = "the rows"
+) -> list[str]:
+    """What a method that needs pairs says of rows that have text alone."""
+    if not rows or "query" in rows[0]:
+        return []
+    return [f"method {method} needs pairs: {name} have text alone; give query and positive"]
 
 
 def _text_problems(name: str, value: Any) -> list[str]:

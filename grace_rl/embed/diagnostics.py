@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from grace_rl.embed.similarity import rank_correlation
+
 
 def effective_rank(vectors: Tensor) -> float:
     """exp of the entropy of the normalised singular values, 1 (collapsed) to min(N, H).
@@ -176,8 +178,6 @@ def prefix_scores(
     None for a reader that cannot read prefixes (a sentence encoder). A bottleneck that has read
     nothing tells nothing apart, so its s_0 is 0.
     """
-    from grace_rl.embed.similarity import rank_correlation
-
     if not encoder.reader.config.reads_with_language_model:
         return None
     written = encoder.write([a for a, _, _ in pairs] + [b for _, b, _ in pairs], rationale)

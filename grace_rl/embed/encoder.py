@@ -417,10 +417,8 @@ class RationaleEncoder(EncoderModule):
 
     def _how(self, rationale: RationaleMode | None, changes: Changes) -> Writing:
         given = {name: value for name, value in changes.items() if value is not None}
-        own: dict[str, Any] = {
-            "rationale": self.rationale if rationale is None else rationale,
-            "max_rationale_tokens": self.max_rationale_tokens,
-            "temperature": self.temperature,
-            "seed": self.seed,
-        }
+        names = ("rationale", "max_rationale_tokens", "temperature", "seed")
+        own = {name: getattr(self, name) for name in names}
+        if rationale is not None:
+            own["rationale"] = rationale
         return Writing(**own | given)

@@ -15,7 +15,7 @@ from grace_rl.embed.encoder_module import Encoder
 from grace_rl.embed.sentence_encoder import SentenceEncoder
 from grace_rl.embed.settings import SETTINGS_FILE, EncoderSettings
 from grace_rl.embed.soft_token_encoder import SoftTokenEncoder
-from grace_rl.errors import UserError, reading
+from grace_rl.errors import UserError, first_line, reading
 from grace_rl.rollout.generator import Engine
 from grace_rl.rollout.policy import is_language_model, outline_policy, read_config
 from grace_rl.rollout.prompts import PromptTemplate
@@ -120,8 +120,7 @@ def usable_device(told: str | None) -> str:
     try:
         torch.empty(0, device=told)
     except (RuntimeError, AssertionError) as error:  # no such device, or torch without it
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device: {told!r} cannot be used: {reason}") from error
+        raise UserError(f"--device: {told!r} cannot be used: {first_line(error)}") from error
     return told
 
 

@@ -38,7 +38,7 @@ from grace_rl.embed.hidden_states import (
     tap_layers,
 )
 from grace_rl.embed.reader_config import ReaderConfig
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.rollout.prompts import Prompt
 from grace_rl.run.files import whole_file
 from grace_rl.run.zero import outside_zero3, plain_copy
@@ -361,5 +361,4 @@ def _load_encoder(name: str, device: torch.device) -> Any:
         with outside_zero3():
             return SentenceTransformer(name, device=str(device))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"reader.weights: cannot load {name!r}: {reason}") from error
+        raise UserError(f"reader.weights: cannot load {name!r}: {first_line(error)}") from error

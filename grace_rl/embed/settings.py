@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar
 from pydantic import Field, Strict
 
 from grace_rl.embed.reader_config import ReaderConfig
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.recipe.prompt import Instruction, PromptConfig
 from grace_rl.recipe.roles import RoleConfig
 from grace_rl.recipe.schema import Section
@@ -131,4 +131,4 @@ def load_settings(cls: type[S], path: Path) -> S:
     except UserError as error:
         raise UserError([f"{path}: {problem}" for problem in error.problems]) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error

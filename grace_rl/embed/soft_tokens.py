@@ -93,15 +93,12 @@ def soft_tokens(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     stack: Any = decoder_stack(base)
     embeddings = stack.get_input_embeddings()
-    # Padding goes to the left, so that every row goes on at the same place.
-    order = attention_mask.argsort(dim=1, stable=True)
-    mask, inputs = attention_mask.gather(1, order), embeddings(input_ids.gather(1, order))
+    ids, mask = _left_padded(input_ids, attention_mask)
+    inputs = embeddings(ids)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-
     kept = Cache(layers=[_KeptLayer() for _ in decoder_blocks(stack)]) if cache else None
     states: list[Tensor] = []  # each (B, H), of the last position
-    entropy: list[Tensor] = []
-    found: list[tuple[Tensor, Tensor]] = []
+    said: list[tuple[Tensor, ...]] = []  # entropy (B,), shares and ids of the likeliest (B, M)
     last_states = tap_layers(stack, [-1], lambda every: states.append(every[:, -1]))
     with _checkpointed_steps(base, stack, kept), last_states:
         for step in range(steps + 1):
@@ -120,15 +117,22 @@ def soft_tokens(
                 break
             shares = (logits.float() / temperature).softmax(-1)  # (B, V)
             with torch.no_grad():
-                entropy.append(torch.special.entr(shares).sum(-1))
-                found.append(tuple(shares.topk(words)))  # type: ignore[arg-type]
-            mixed = _mix(embeddings, shares)
-            if cache:
-                inputs, positions = mixed, positions[:, -1:] + 1
-            else:
-                inputs = torch.cat([inputs, mixed], 1)
-                positions = torch.cat([positions, positions[:, -1:] + 1], 1)
+                said.append((torch.special.entr(shares).sum(-1), *shares.topk(words)))
+            mixed, place = _mix(embeddings, shares), positions[:, -1:] + 1
+            if not cache:
+                mixed, place = torch.cat([inputs, mixed], 1), torch.cat([positions, place], 1)
+            inputs, positions = mixed, place
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return _gathered(states, said, words)
+
+
+def _left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """With padding on the left, so that every row goes on at the same place."""
+    order = mask.argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
+
+
+def _gathered(states: list[Tensor], said: list[tuple[Tensor, ...]], words: int) -> SoftTokens:
     prompt, *rest = states
 
     def stacked(parts: list[Tensor], *width: int) -> Tensor:
@@ -138,9 +142,9 @@ def soft_tokens(
     return SoftTokens(
         prompt=prompt,
         states=stacked(rest, prompt.size(-1)),
-        entropy=stacked(entropy),
-        word_ids=stacked([ids for _, ids in found], words),
-        word_shares=stacked([share for share, _ in found], words),
+        entropy=stacked([entropy for entropy, _, _ in said]),
+        word_ids=stacked([ids for _, _, ids in said], words),
+        word_shares=stacked([shares for _, shares, _ in said], words),
     )
 
 

@@ -53,12 +53,7 @@ def compare(comparison: Comparison, *, only_table: bool = False) -> int:
             signal.signal(signal.SIGTERM, handler)
         if code == INTERRUPTED:
             return code
-    results = [
-        (cell, result)
-        for row in comparison.rows
-        for cell in cells_of(comparison, row, runner.chosen(row))
-        if (result := runner.result(cell)) is not None
-    ]
+    results = [(cell, result) for cell, result in runner.cells() if result is not None]
     if not results:
         console.print(f"{comparison.output_dir}: no cell is finished yet")
     else:
@@ -108,15 +103,17 @@ class _Runner:
                 found[labels] = max(range(len(worth)), key=lambda i: worth[i])
         return found
 
-    def waiting(self) -> list[Cell]:
+    def cells(self) -> list[tuple[Cell, Result | None]]:
+        """The cells that are known by now, and what they found."""
         return [
-            cell
+            (cell, self.result(cell))
             for row in self.comparison.rows
             for cell in cells_of(self.comparison, row, self.chosen(row))
-            if cell.name not in self.running
-            and cell.name not in self.failed
-            and self.result(cell) is None
         ]
+
+    def waiting(self) -> list[Cell]:
+        begun = {*self.running, *self.failed}
+        return [cell for cell, result in self.cells() if result is None and cell.name not in begun]
 
     def expected(self) -> int:
         """Cells in all, those too whose setting is still to be chosen."""
@@ -155,7 +152,7 @@ class _Runner:
                 for cell, process in list(self.running.values()):
                     if process.poll() is not None:
                         self.finish(cell, progress.console)
-                done = self.finished()
+                done = sum(result is not None for _, result in self.cells())
                 if done > before:
                     seconds = (time.monotonic() - began) / (done - before) * (total - done)
                     progress.update(bar, left=f"about {seconds / 60:.0f} min left")
@@ -171,13 +168,6 @@ class _Runner:
             self.console.print(f"{name} failed, see {log}: {reason}", style="bold red")
         codes = frozenset(self.failed.values())
         return DONE if not codes else MISTAKE if codes == {MISTAKE} else FAILED
-
-    def finished(self) -> int:
-        return sum(
-            self.result(cell) is not None
-            for row in self.comparison.rows
-            for cell in cells_of(self.comparison, row, self.chosen(row))
-        )
 
     def start(self, cell: Cell) -> None:
         folder = self.folder(cell)

@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, missing
 from grace_rl.evaluate.tasks import load_tasks, tasks_digest
 from grace_rl.recipe import Recipe, load_recipe
 from grace_rl.recipe.schema import FilePath, Items, Section, validated
@@ -81,7 +81,7 @@ class ComparedRow(Section):
                 keys = ", ".join(sorted(told))
                 problems.append(f"model: a finished model is only scored; leave out {keys}")
             if not self.model.is_dir():
-                problems.append(f"model: there is no folder {self.model}")
+                problems.append(f"model: {missing(f'folder {self.model}')}")
         if problems:
             raise UserError(problems)
         return self
@@ -151,9 +151,7 @@ class ComparisonFile(Section):
                 "training may take"
             )
         if self.held_out is not None and not self.held_out.is_file():
-            problems.append(
-                f"held_out: there is no file {self.held_out}; paths start at {Path.cwd()}"
-            )
+            problems.append(f"held_out: {missing(f'file {self.held_out}')}")
         if problems:
             raise UserError(problems)
         return self
@@ -264,8 +262,7 @@ def load_comparison(path: str | Path) -> Comparison:
             contents[row.name] = [_content(some[0], bool(counts)) for some in recipes]
     if not baseline and len(rows) == len(entries):
         source.problems.append(source.problem(("rows",), NO_BASELINE))
-    if source.problems or file is None:
-        raise UserError(source.problems)
+    file = source.settled(file)
     output_dir = file.output_dir or Path("runs") / Path(path).stem
     if file.held_out is not None:
         score_content += path_digest(file.held_out)

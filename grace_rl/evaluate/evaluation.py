@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from grace_rl.evaluate.mteb_encoder import MtebEncoder, Usage
 from grace_rl.evaluate.tasks import LocalTask, Task, tasks_digest
 from grace_rl.run.files import plain_numbers, write_text
 from grace_rl.run.identity import digest
+from grace_rl.run.versions import installed_versions
 
-PACKAGES = ("grace-rl", "mteb", "sentence-transformers", "transformers", "torch", "numpy", "scipy")
 UNFINISHED = "unfinished"  # key of a file that is not: a digest of what it is of
 BATCH = 512  # texts that mteb hands over at once; encoders sort and cut them themselves
 
@@ -177,19 +177,8 @@ def evaluate_model(
     job = digest([model, encoder.revision, tasks_digest(tasks), seed])
     finished = _finished(output, job)
     content: dict[str, Any] = {"model": model, "seed": seed, "rows": [], "tasks": []}
-    content[UNFINISHED] = job
-    content["versions"] = {name: _version(name) for name in PACKAGES} | {
-        "python": platform.python_version()
-    }
-
-    def keep(results: Sequence[dict[str, Any]], rationale: str) -> None:
-        others = [task for task in content["tasks"] if task["rationale"] != rationale]
-        content["tasks"] = [*others, *results]
-        kept = [row for row in content["rows"] if row["rationale"] != rationale]
-        scores = {f"{task['name']}/{task['main_metric']}": task["score"] for task in results}
-        content["rows"] = [*kept, {"name": "model", "rationale": rationale, "scores": scores}]
-        _write(output, content)
-
+    versions = installed_versions() | {"python": platform.python_version()}
+    content |= {UNFINISHED: job, "versions": versions}
     ways = [encoder.rationale]
     if without_rationale and encoder.rationale != "none":
         ways.append("none")
@@ -202,7 +191,7 @@ def evaluate_model(
             seed,
             console,
             {name: result for (name, rationale), result in finished.items() if rationale == way},
-            lambda results, way=way: keep(results, way),
+            partial(_keep, output, content, way),
         )
     encoder.rationale = own
     if diagnostics:
@@ -212,6 +201,18 @@ def evaluate_model(
     del content[UNFINISHED]
     _write(output, content)
     return content
+
+
+def _keep(
+    output: Path, content: dict[str, Any], way: str, results: Sequence[dict[str, Any]]
+) -> None:
+    """Write the results of one way so far, in the place of earlier ones."""
+    others = [task for task in content["tasks"] if task["rationale"] != way]
+    content["tasks"] = [*others, *results]
+    kept = [row for row in content["rows"] if row["rationale"] != way]
+    scores = {f"{task['name']}/{task['main_metric']}": task["score"] for task in results}
+    content["rows"] = [*kept, {"name": "model", "rationale": way, "scores": scores}]
+    _write(output, content)
 
 
 def _write(output: Path, content: Mapping[str, Any]) -> None:
@@ -267,13 +268,6 @@ def batch_invariance(encoder: MtebEncoder, texts: Sequence[str], count: int = 24
         alone = encoder.encoder.encode([text], encoder.rationale).vectors[0]
         cosines.append(float(torch.dot(alone.double(), together[place[text]].double())))
     return {"texts": len(chosen), "lowest": min(cosines), "mean": sum(cosines) / len(cosines)}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def result_table(content: Mapping[str, Any]) -> Table:

@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from grace_rl.data.files import SHOWN_PROBLEMS, file_records
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, missing
 from grace_rl.recipe.rows import ROW_SUFFIXES
 from grace_rl.recipe.schema import MOST_EXACT, Section, shown, validated
 from grace_rl.recipe.source import RecipeSource, read_list
@@ -134,9 +134,7 @@ def load_tasks(path: str | Path) -> list[Task]:
             tasks.append(_local(checked, source, i) if local else checked.name)
     if not entries:
         source.problems.append(f"{path}: names no task")
-    if source.problems:
-        raise UserError(source.problems)
-    return tasks
+    return source.settled(tasks)
 
 
 def tasks_digest(tasks: Sequence[Task]) -> str:
@@ -169,10 +167,7 @@ def _local(entry: TaskEntry, source: RecipeSource, i: int) -> LocalTask:
         candidates = [Path(where + part + ending) for ending in ENDINGS]
         file = next((file for file in candidates if file.is_file()), None)
         if file is None:
-            message = (
-                f"there is no {where}{part} with one of the endings "
-                f"{', '.join(ROW_SUFFIXES)}; paths start at the working directory {Path.cwd()}"
-            )
+            message = missing(f"{where}{part} with one of the endings {', '.join(ROW_SUFFIXES)}")
             source.problems.append(source.problem((i, "path"), message))
             continue
         try:

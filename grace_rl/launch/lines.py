@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 import yaml
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.run.environment import COMMAND, OUTCOME
 from grace_rl.run.secrets import masked_words
 
@@ -109,7 +109,7 @@ def read_launch(name: str, processes: int | None = None) -> Launch:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--launch: {path} is no YAML that can be read: {reason}") from error
     if not isinstance(config, dict) or "distributed_type" not in config:
         raise UserError(f"--launch: {path} is no config of accelerate: it has no distributed_type")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from trl import get_peft_config
 
-from grace_rl.errors import Finding, UserError
+from grace_rl.errors import Finding, UserError, first_line
 from grace_rl.launch.memory import (
     GIB,
     MemoryPlan,
@@ -27,7 +27,6 @@ from grace_rl.launch.memory import (
 from grace_rl.launch.model_looks import adapter
 from grace_rl.launch.plan import memory_plan
 from grace_rl.launch.subject import Subject
-from grace_rl.rollout.server import server_problems, server_url
 from grace_rl.run.versions import installed_versions, untested
 
 PORT = 29500  # where the processes of one machine meet, by default
@@ -103,7 +102,7 @@ def shape_of(subject: Subject) -> ModelShape:
         with warnings.catch_warnings(action="ignore"):  # said when the run begins
             return model_shape(subject.policy.model, adapter)
     except ValueError as error:
-        raise UserError(f"lora_target_modules: {str(error).splitlines()[0]}") from error
+        raise UserError(f"lora_target_modules: {first_line(error)}") from error
 
 
 def _share(shape: ModelShape, plan: MemoryPlan, args: Any) -> Finding:
@@ -144,6 +143,8 @@ def engine(subject: Subject) -> Iterator[Finding]:
     if not getattr(args, "use_vllm", False):
         return
     if args.vllm_mode == "server":
+        from grace_rl.rollout.server import server_problems, server_url  # requests
+
         url, model = server_url(args), subject.place
         wrong = server_problems(url, model, args.max_text_tokens + args.max_completion_length)
         if not wrong:

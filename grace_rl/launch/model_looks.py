@@ -15,21 +15,17 @@ from grace_rl.embed.hidden_states import decoder_blocks, decoder_stack, layer_nu
 from grace_rl.errors import Finding, UserError
 from grace_rl.launch.subject import Subject
 from grace_rl.recipe.schema import nearest
+from grace_rl.rollout.generator import end_token
 
 EXTENSIONS = ("jinja2.ext.loopcontrols",)  # as transformers renders templates
 WAYS = {"date": "today's date", "chance": "chance"}
 
 
-def end_token(subject: Subject) -> Iterator[Finding]:
+def ending(subject: Subject) -> Iterator[Finding]:
     """What is written must be able to end."""
-    if subject.prompt is None or subject.policy is None:
-        return
-    if subject.policy.tokenizer.eos_token_id is None:
-        yield _wrong(
-            "model_name_or_path",
-            f"{subject.place}: the tokenizer has no end token, so no rationale could end",
-            "set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json",
-        )
+    if subject.prompt is not None:
+        end_token(subject.prompt.tokenizer)
+    yield from ()
 
 
 def template(subject: Subject) -> Iterator[Finding]:
@@ -186,7 +182,7 @@ def _wrong(key: str, found: str, advice: str) -> Finding:
 LOOKS = (
     folder,
     revision,
-    end_token,
+    ending,
     template,
     template_arguments,
     reader_layers,

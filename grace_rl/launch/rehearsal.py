@@ -12,7 +12,7 @@ from grace_rl.data.bundles import Bundles, parse_roles
 from grace_rl.errors import Finding, UserError
 from grace_rl.reward.example import example_batch, with_prefixes
 from grace_rl.reward.loading import load_rewards
-from grace_rl.reward.runtime import RewardRuntime
+from grace_rl.reward.trial import scorer, value_range
 
 ROLLOUTS = (
     "A short description of it.",
@@ -33,18 +33,12 @@ def rehearse(recipe: Any, args: Any, rows: list[dict[str, Any]]) -> Finding:
             continue
         began = time.perf_counter()
         try:
-            values = RewardRuntime([reward]).score(batch).values[:, 0]
+            found = value_range([scorer(reward)(batch).values[:, 0]])
         except UserError as error:
             return Finding("rewards", str(error), "problem")
-        seconds = time.perf_counter() - began
-        known = values[~values.isnan()]
-        if not len(known):
-            said.append(f"{reward.label} scored none of them")
+        said.append(f"{reward.label} {found.message}, {time.perf_counter() - began:.2g} s")
+        if found.level != "ok":
             worst, advice = "warning", [f"look at {reward.label}: grace-rl rewards check"]
-            continue
-        few = "" if len(known) == len(values) else f" ({len(values) - len(known)} unscored)"
-        low, high = float(known.min()) + 0.0, float(known.max()) + 0.0  # not -0
-        said.append(f"{reward.label} {low:.3g} to {high:.3g}{few}, {seconds:.2g} s")
     return Finding("rewards", f"on {len(batch)} rollouts: " + "; ".join(said), worst, advice)  # type: ignore[arg-type]
 
 

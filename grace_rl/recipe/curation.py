@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, missing
 from grace_rl.recipe.rows import DATA_KEYS, DataConfig, looks_like_path, read_data
 from grace_rl.recipe.schema import FilePath, Items, Section, unknown_key, validated
 from grace_rl.recipe.source import read_source
@@ -21,7 +21,7 @@ def _model(name: str) -> str:
     if looks_like_path(name):
         name = str(Path(name).expanduser())
         if not Path(name).is_dir():
-            raise ValueError(f"there is no folder {name}; paths start at {Path.cwd()}")
+            raise ValueError(missing(f"folder {name}"))
     return name
 
 
@@ -257,8 +257,7 @@ def load_curation(path: str | Path, overrides: Sequence[str] = ()) -> CurationRe
     ]
     steps = {key: value for key, value in source.tree.items() if key in keys}
     file = validated(CurationFile, steps, source)
-    if source.problems or data is None:
-        raise UserError(source.problems)
+    data = source.settled(data)
     values = {key: getattr(file, key) for key in file.model_fields_set}
     values["output_dir"] = file.output_dir or Path("curated") / source.path.stem
     return CurationRecipe(**values, data=data, path=source.path)

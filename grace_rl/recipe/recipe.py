@@ -9,17 +9,16 @@ Importing this module is cheap; TRL is imported when a recipe is loaded.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grace_rl.recipe.fields as fields
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, missing
 from grace_rl.recipe.methods import METHODS, named
 from grace_rl.recipe.requirements import (
     evaluation_problems,
@@ -29,6 +28,7 @@ from grace_rl.recipe.requirements import (
     loading_problems,
     package_problems,
 )
+from grace_rl.recipe.rewards import RewardSpec, reward_specs
 from grace_rl.recipe.roles import batch_size, row_problems, rows_per_batch, trained_roles
 from grace_rl.recipe.rows import (
     DATA_KEYS,
@@ -41,15 +41,11 @@ from grace_rl.recipe.rows import (
 from grace_rl.recipe.schema import read_section, shown, split_key, unknown_recipe_key
 from grace_rl.recipe.source import RecipeSource, read_source
 
-if TYPE_CHECKING:
-    from grace_rl.reward.loading import RewardSpec
-
 OWN_KEYS = ("method", *DATA_KEYS, "rewards", "evaluation")
 """Keys that are no fields of TRL's or our trainer configs."""
 
 LOAD_REWARDS = "grace_rl.reward.loading:load_rewards"
 REWARD_RULE = "grace_rl.train.grpo_config:reward_problems"
-REWARD_SPEC = "grace_rl.reward.loading:RewardSpec"
 
 
 @dataclass(frozen=True)
@@ -107,9 +103,7 @@ class Recipe:
 
     def model_config(self) -> Any:
         """TRL's `ModelConfig`. Raises UserError if it refuses the values."""
-        from trl import ModelConfig
-
-        return self._build(ModelConfig, self.model)
+        return self._build(model_class(), self.model)
 
     def _build(self, config: Callable[..., Any], keywords: dict[str, Any]) -> Any:
         try:
@@ -138,7 +132,7 @@ class Recipe:
             **fields.plain(self.training),
         }
         if self.rewards:
-            tree["rewards"] = [_reward_entry(reward) for reward in self.rewards]
+            tree["rewards"] = [reward.entry() for reward in self.rewards]
         if self.evaluation is not None:
             tree["evaluation"] = self.evaluation.model_dump(mode="json")
         return tree
@@ -161,12 +155,6 @@ class RecipeError(UserError):
 
 class Refusal(UserError):
     """TRL or transformers refuse a config."""
-
-
-def _reward_entry(reward: RewardSpec) -> dict[str, Any]:
-    values = {f.name: getattr(reward, f.name) for f in dataclasses.fields(reward)}
-    keywords = values.pop("keywords")
-    return {key: value for key, value in values.items() if value is not None} | keywords
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -237,6 +225,7 @@ def recipe_of(source: RecipeSource, look: bool = True) -> Recipe:
 
 
 def model_class() -> Any:
+    """TRL's `ModelConfig`."""
     from trl import ModelConfig
 
     return ModelConfig
@@ -246,21 +235,6 @@ def recipe_keys(method: str) -> list[str]:
     """Every key that a recipe of a method may have."""
     config = METHODS[method].config_class()
     return [*OWN_KEYS, *fields.keys_of(model_class()), *fields.keys_of(config)]
-
-
-def read_rewards(path: str | Path) -> list[RewardSpec]:
-    """Only the `rewards` of a YAML file, which may be a whole recipe or have nothing else.
-
-    Raises:
-        UserError: There are none, or an entry has no name.
-    """
-    source = read_source(path)
-    specs = reward_specs(source)
-    if not specs:
-        source.missing("rewards", "give at least one, for example [{name: contrastive}]")
-    if source.problems:
-        raise UserError(source.problems)
-    return specs
 
 
 def describe(recipe: Recipe, rows: int | None) -> list[str]:
@@ -328,11 +302,7 @@ def _check_model(source: RecipeSource, model: dict[str, Any], look: bool) -> Non
     if not name:
         source.missing("model_name_or_path", "give scenes, a folder or a hub id")
     elif look and looks_like_path(name) and not (Path(name) / "config.json").is_file():
-        source.add(
-            ("model_name_or_path",),
-            f"there is no model in {name} (no config.json); "
-            f"paths start at the working directory {Path.cwd()}",
-        )
+        source.add(("model_name_or_path",), missing(f"model in {name} (no config.json)"))
     if not model.get("use_peft"):
         for key in model:
             if key.startswith("lora_") or key in ("use_rslora", "use_dora"):
@@ -344,7 +314,6 @@ def _check_model(source: RecipeSource, model: dict[str, Any], look: bool) -> Non
 
 def _rewards(source: RecipeSource, method: str) -> list[RewardSpec]:
     if METHODS[method].rollouts:
-        source.missing("rewards", "give at least one, for example [{name: contrastive}]")
         return reward_specs(source)
     if source.tree.get("rewards"):
         message = f"method: {method} writes nothing that could be rewarded; remove it"
@@ -359,32 +328,3 @@ def _look_for_rewards(
     if loaded:
         rule = functools.partial(named(REWARD_RULE), rewards=loaded)
         source.take(fields.broken_rules(config, wrong, [rule]))
-
-
-def reward_specs(source: RecipeSource) -> list[RewardSpec]:
-    """The entries of `rewards`; what is wrong with them goes to the source."""
-    RewardSpec = named(REWARD_SPEC)
-    reserved = {f.name for f in dataclasses.fields(RewardSpec)} - {"keywords"}
-    entries = source.tree.get("rewards") or []
-    if not isinstance(entries, list):
-        source.add(
-            ("rewards",), f"must be a list, such as [{{name: contrastive}}], not {shown(entries)}"
-        )
-        entries = []
-    specs = []
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            source.add(("rewards", i), f"must be a mapping (name: ...), not {shown(entry)}")
-            continue
-        name = entry.get("name")
-        if not isinstance(name, str):
-            source.add(("rewards", i), "has no name; write {name: contrastive}")
-            name = ""
-        place, colon, attribute = name.rpartition(":")
-        # A file is relative to the recipe, and made absolute so that a run's copy still finds it.
-        if colon and place.endswith(".py"):
-            name = f"{(source.path.parent / place).resolve()}:{attribute}"
-        own = {key: value for key, value in entry.items() if key in reserved}
-        keywords = {key: value for key, value in entry.items() if key not in reserved}
-        specs.append(RewardSpec(**(own | {"name": name}), keywords=keywords))
-    return specs

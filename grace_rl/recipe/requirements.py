@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, missing
 from grace_rl.recipe.fields import CHOICES
 from grace_rl.recipe.schema import shown, unknown_key
 from grace_rl.recipe.zero_config import deepspeed_config
@@ -112,8 +112,7 @@ def file_problems(training: Mapping[str, Any]) -> Iterator[str]:
         value = training.get(key)
         if isinstance(value, str) and not value.lstrip().startswith("{"):
             if not Path(value).exists():
-                where = f"paths start at the working directory {Path.cwd()}"
-                yield f"{key}: there is no {value}; {where}"
+                yield f"{key}: {missing(value)}"
             elif key == "deepspeed":
                 yield from _deepspeed_problems(value)
         elif key == "deepspeed":

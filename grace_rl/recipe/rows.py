@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, missing
 from grace_rl.recipe.schema import Items, Section, validated
 from grace_rl.recipe.source import RecipeSource
 
@@ -145,8 +145,7 @@ def file_problems(dataset_name: str) -> Iterator[str]:
     """A local file must be there, and of a kind that can be read."""
     is_file = is_local_file(dataset_name)
     if is_file and not Path(dataset_name).is_file():
-        where = f"paths start at the working directory {Path.cwd()}"
-        yield f"dataset_name: there is no file {dataset_name}; {where}"
+        yield f"dataset_name: {missing(f'file {dataset_name}')}"
     if is_file or dataset_name == SCENES:
         return
     if looks_like_path(dataset_name) or Path(dataset_name).is_file():

@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.recipe.schema import KeyPath, dotted, exact, shown, split_key
 from grace_rl.run.secrets import masked_keys
+
+T = TypeVar("T")
 
 MOST_BYTES = 256 * 1024
 MOST_VALUES = 20_000
@@ -115,6 +117,12 @@ class RecipeSource:
         if not self.tree.get(key):
             self.add((key,), f"is missing; {advice}")
 
+    def settled(self, part: T | None) -> T:
+        """What was read; UserError with all problems, each once, where there are any."""
+        if self.problems or part is None:
+            raise UserError(list(dict.fromkeys(self.problems)))
+        return part
+
     def collect(self, check: Callable[[], Any]) -> Any:
         """Run a check whose problems begin with a dotted key, and say where that key was written.
 
@@ -203,7 +211,7 @@ def _compose(text: str, place: str) -> yaml.Node | None:
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         raise UserError(f"{place}{line}: is not valid YAML: {reason}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{place}: is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{place}: is not valid YAML: {first_line(error)}") from error
     except RecursionError as error:
         raise UserError(too_deep) from error
 

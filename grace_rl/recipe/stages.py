@@ -219,7 +219,7 @@ class _Stages:
         rewards = list(stand_in.rewards)
         for i, key, model in references:
             keywords = rewards[i].keywords | {key: model}
-            rewards[i] = dataclasses.replace(rewards[i], keywords=keywords)
+            rewards[i] = rewards[i].changed(keywords=keywords)
         model_keys = {k: v for k, v in made.items() if k == "model_name_or_path"}
         data = stand_in.data
         if "dataset_name" in made:

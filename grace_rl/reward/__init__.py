@@ -3,6 +3,7 @@
 A plugin needs only the names of this module.
 """
 
+from grace_rl.recipe.rewards import RewardSpec
 from grace_rl.reward.batch import (
     Pool,
     PoolTexts,
@@ -10,7 +11,7 @@ from grace_rl.reward.batch import (
     RewardOutput,
 )
 from grace_rl.reward.infonce import TextContrast, contrast_texts
-from grace_rl.reward.loading import LoadedReward, RewardSpec, build_rewards, load_rewards
+from grace_rl.reward.loading import LoadedReward, build_rewards, load_rewards
 from grace_rl.reward.outputs import score_prefixes
 from grace_rl.reward.runtime import RewardError, RewardRuntime, Scored
 from grace_rl.rollout.groups import group_means, group_stds

@@ -15,7 +15,7 @@ from typing import Any
 
 from grace_rl.errors import UserError
 from grace_rl.plugins import REWARDS, installed
-from grace_rl.reward.loading import RewardSpec
+from grace_rl.recipe import RewardSpec, read_rewards
 
 RECIPE = "recipe.yaml"
 _CODE_OR_ADDRESS = re.compile(r"\.py\b|[\w)]:[A-Za-z_]|://|^[\w.-]+:\d+")
@@ -27,8 +27,6 @@ def run_rewards(run: str | Path) -> list[RewardSpec]:
     Raises:
         UserError: There are none, or the user's word is needed.
     """
-    from grace_rl.recipe import read_rewards
-
     path = Path(run) / RECIPE
     specs = read_rewards(path)
     known = installed(REWARDS)

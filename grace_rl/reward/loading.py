@@ -10,42 +10,18 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from grace_rl.errors import UserError
 from grace_rl.plugins import REWARDS, Plugin, argument_problems, find
-from grace_rl.recipe.schema import shown
+from grace_rl.recipe.rewards import RewardSpec
 from grace_rl.reward.batch import RewardBatch
 from grace_rl.run.zero import outside_zero3
 
 TRL_PARAMETERS = frozenset({"prompts", "completions", "completion_ids"})
-OnError = Literal["raise", "abstain"]
-
-
-@dataclass(frozen=True)
-class RewardSpec:
-    """One entry of a recipe's `rewards`.
-
-    Args:
-        name: An entry point's name, `package.module:Name` or `path/to/file.py:Name`.
-        weight: Factor in the total; 0 only logs the reward (and switches its gate off).
-        on_error: `raise` ends the run; `abstain` leaves the rows unscored by this reward.
-        timeout: Seconds for one call, above 0; None is no limit. A call that takes longer is an
-            error.
-        label: The name in metrics; the default is the name's last part.
-        keywords: Arguments of the class or function.
-    """
-
-    name: str
-    weight: float = 1.0
-    on_error: OnError = "raise"
-    timeout: float | None = None
-    label: str | None = None
-    keywords: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,7 +43,7 @@ class LoadedReward:
     label: str
     plugin: Plugin
     weight: float = 1.0
-    on_error: OnError = "raise"
+    on_error: str = "raise"
     timeout: float | None = None
     gates: bool = False
     steps: bool = False
@@ -174,7 +150,7 @@ def _load(spec: Any, label: str, base_dir: Path, place: str) -> LoadedReward:
     named = isinstance(spec, RewardSpec)
     if not named:  # a function or a built object, given from Python
         spec, target = RewardSpec(label), spec
-    found = _spec_problems(spec)
+    found: list[tuple[str, str]] = []
     parameters: list[inspect.Parameter] = []
     try:
         if named:
@@ -197,7 +173,7 @@ def _load(spec: Any, label: str, base_dir: Path, place: str) -> LoadedReward:
     return LoadedReward(
         label=label,
         plugin=Plugin(spec.name, target, spec.keywords),
-        weight=float(spec.weight),
+        weight=spec.weight,
         on_error=spec.on_error,
         timeout=spec.timeout,
         gates=bool(getattr(target, "gates", False)),
@@ -205,26 +181,6 @@ def _load(spec: Any, label: str, base_dir: Path, place: str) -> LoadedReward:
         trained_roles=tuple(map(tuple, getattr(target, "trained_roles", ()))),
         trl_parameters=names if _is_plain_trl(parameters) else None,
     )
-
-
-def _spec_problems(spec: RewardSpec) -> list[tuple[str, str]]:
-    problems = []
-    if not _is_number(spec.weight):
-        problems.append(("weight", f"must be a finite number, not {shown(spec.weight)}"))
-    if spec.on_error not in get_args(OnError):
-        problems.append(("on_error", f"must be raise or abstain, not {spec.on_error!r}"))
-    if spec.timeout is not None and not (_is_number(spec.timeout) and spec.timeout > 0):
-        problems.append(("timeout", f"must be above 0 seconds, not {shown(spec.timeout)}"))
-    if spec.label is not None and (not spec.label or set(spec.label) & set("/ ")):
-        problems.append(
-            ("label", f"must not be empty or contain '/' or a space, as {spec.label!r}")
-        )
-    return problems
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max
 
 
 def _call_parameters(target: Any) -> list[inspect.Parameter]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from grace_rl.embed.similarity import rank_correlation
 from grace_rl.errors import Finding
+from grace_rl.recipe import RewardSpec
 from grace_rl.reward.batch import RewardBatch
 from grace_rl.reward.example import (
     batch_of_pool,
@@ -23,7 +24,7 @@ from grace_rl.reward.example import (
     take_rows,
     with_prefixes,
 )
-from grace_rl.reward.loading import LoadedReward, RewardSpec, load_rewards
+from grace_rl.reward.loading import LoadedReward, load_rewards
 from grace_rl.reward.runtime import RewardError, RewardRuntime, Scored
 from grace_rl.rollout.groups import group_means, group_stds
 
@@ -80,7 +81,7 @@ def try_reward(reward: LoadedReward, batches: Mapping[str, RewardBatch]) -> list
     """
     findings: list[Finding] = []
     scored: dict[str, Scored] = {}
-    score = _scorer(reward)
+    score = scorer(reward)
     for name, batch in batches.items():
         start = time.perf_counter()
         try:
@@ -92,7 +93,11 @@ def try_reward(reward: LoadedReward, batches: Mapping[str, RewardBatch]) -> list
     if not scored:
         return findings
     values = {name: result.values[:, 0] for name, result in scored.items()}
-    findings += [_range(values), _nonfinite(scored, reward), _variance(scored, batches, reward)]
+    findings += [
+        value_range(values.values()),
+        _nonfinite(scored, reward),
+        _variance(scored, batches, reward),
+    ]
     first = next(iter(scored))
     repeated = _repeat(score, batches[first], values[first], first)
     findings += repeated
@@ -104,7 +109,8 @@ def try_reward(reward: LoadedReward, batches: Mapping[str, RewardBatch]) -> list
     return sorted(findings, key=lambda finding: order.index(finding.level))
 
 
-def _scorer(reward: LoadedReward) -> Score:
+def scorer(reward: LoadedReward) -> Score:
+    """What calls a reward as training does, on one process."""
     runtime = RewardRuntime([reward])
 
     def score(batch: RewardBatch) -> Scored:
@@ -115,8 +121,9 @@ def _scorer(reward: LoadedReward) -> Score:
     return score
 
 
-def _range(values: Mapping[str, Tensor]) -> Finding:
-    whole = torch.cat(list(values.values()))
+def value_range(values: Iterable[Tensor]) -> Finding:
+    """Lowest, highest and mean of what a reward gave, and how much it left unscored."""
+    whole = torch.cat(list(values)) + 0.0  # not -0
     known = whole[~whole.isnan()]
     if not len(known):
         return Finding("range", "it scored no rollout at all", "problem")
@@ -225,7 +232,7 @@ def _peers(reward: LoadedReward, batch: RewardBatch, values: Tensor) -> Finding:
     own = values - group_means(values, batch.group)
     found = []
     for peer in load_rewards([RewardSpec(name) for name in PEERS], "."):
-        theirs = _scorer(peer)(batch).values[:, 0]
+        theirs = scorer(peer)(batch).values[:, 0]
         theirs = theirs - group_means(theirs, batch.group)
         known = ~(own.isnan() | theirs.isnan())
         if known.any() and min(float(own[known].std()), float(theirs[known].std())) > 0:

@@ -4,7 +4,7 @@ Both take token ids and give token ids. A sample is a function of its prompt, it
 seed alone: each row draws from a generator of its own, so that neither the batch nor the order of
 the prompts changes what is written. The two engines draw differently, so that their samples differ;
 their greedy continuations are the same up to ties within rounding. (Training writes with TRL's own
-engines: `grace_rl.rollout.engines`, `grace_rl.rollout.server`.)
+engines: `grace_rl.rollout.engines`, `grace_rl.rollout.kept_server`.)
 
 Every generator holds a lock while it writes: calls from several threads wait for each other.
 """
@@ -328,6 +328,20 @@ def end_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) ->
     several = declared if isinstance(declared, (list, tuple)) else [declared]
     every = dict.fromkeys([tokenizer.eos_token_id, *several])
     return [token for token in every if token is not None]
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends what is taught.
+
+    Raises:
+        UserError: The tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has no end token, so nothing that is written "
+            "could end; set eos_token in tokenizer_config.json"
+        )
+    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
 
 
 def prompt_seed(seed: int, prompt: Tokens, number: int = 0) -> int:

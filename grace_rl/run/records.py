@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.run.files import write_text
 
 _ROLLOUTS = re.compile(r"step-(\d+)\.parquet")
@@ -40,7 +40,7 @@ def read_record(path: Path, advice: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: is damaged and cannot be read ({reason}); {advice}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: is damaged: it holds no mapping; {advice}")
@@ -60,8 +60,7 @@ def read_recipe(run: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: is missing, {advice}") from error
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read ({reason}), {advice}") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)}), {advice}") from error
     if not isinstance(kept, dict):
         raise UserError(f"{path}: cannot be read (it holds no mapping), {advice}")
     return kept
@@ -123,7 +122,7 @@ def _logged(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers):
                 raise TypeError("step and seconds must be numbers")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             message = f"{path}:{number}: the line is damaged ({reason}); repair or remove it"
             raise UserError(message) from error
         yield line, logged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import (
@@ -13,8 +14,13 @@ from rich.console import (
     RenderResult,
 )
 from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
+from grace_rl.errors import Finding
 from grace_rl.run.printing import nobody_reads, shown
+
+MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]![/]", "problem": "[red]no[/]"}
 
 
 class Screen(Console):
@@ -35,6 +41,12 @@ class Screen(Console):
     def on_broken_pipe(self) -> None:
         """rich would end the program."""
         nobody_reads(sys.stderr if self.stderr else sys.stdout)
+
+
+def add_findings(table: Table, findings: Iterable[Finding]) -> None:
+    """A row for each: how bad it is, what was looked at, what was found."""
+    for finding in findings:
+        table.add_row(MARKS[finding.level], finding.name, Text(finding.message))
 
 
 class _Door(RenderHook):

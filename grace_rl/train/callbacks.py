@@ -26,7 +26,7 @@ from grace_rl.run.files import plain_numbers
 from grace_rl.run.records import read_metrics
 from grace_rl.run.screen import Screen
 from grace_rl.train.panel import panel_of
-from grace_rl.train.progress import ProgressLine
+from grace_rl.train.progress import LogReader, ProgressLine
 from grace_rl.train.rollout_tables import RolloutTables
 from grace_rl.train.stop import StopOnSignal
 
@@ -92,7 +92,7 @@ class LastStepLogged(TrainerCallback):
             control.should_log = True
 
 
-class MetricsWriter(TrainerCallback):
+class MetricsWriter(LogReader):
     """Appends every log to metrics.jsonl: TRL's names, `step`, `seconds` since the run began.
 
     A resumed run goes on counting `seconds` where the kept metrics end. transformers' closing
@@ -110,16 +110,7 @@ class MetricsWriter(TrainerCallback):
             earlier = [line["seconds"] for line in read_metrics(self.run.path)]
             self._began = time.monotonic() - max(earlier, default=0.0)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
+    def read_logs(self, logs: dict[str, Any], state: TrainerState, args: TrainingArguments) -> None:
         if "train_runtime" in logs:
             self.run.record_summary(logs)
             return
@@ -133,7 +124,7 @@ class MetricsWriter(TrainerCallback):
             file.write(json.dumps(line, default=str) + "\n")
 
 
-class StaleEngineAlarm(TrainerCallback):
+class StaleEngineAlarm(LogReader):
     """Warns when the generation engine samples from other weights than those that are trained.
 
     TRL compares the log-probabilities of each sampled token in the engine and in the trainer. They
@@ -153,21 +144,14 @@ class StaleEngineAlarm(TrainerCallback):
         self.console = console or Screen()
         self._warned_at: int | None = None
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        difference = (logs or {}).get(ENGINE_DIFFERENCE)
-        if logs is None or difference is None:
+    def read_logs(self, logs: dict[str, Any], state: TrainerState, args: TrainingArguments) -> None:
+        difference = logs.get(ENGINE_DIFFERENCE)
+        if difference is None:
             return
         stale = not difference <= self.threshold  # NaN is no good sign either
         logs["alarms/stale_engine"] = float(stale)
         recently = self._warned_at is not None and state.global_step - self._warned_at < self.every
-        if not stale or recently or not state.is_world_process_zero:
+        if not stale or recently:
             return
         self._warned_at = state.global_step
         text = (

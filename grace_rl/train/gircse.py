@@ -13,7 +13,6 @@ It reads top to bottom: rows -> texts -> states of every step -> losses.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,16 +28,15 @@ from trl.models.utils import _ForwardRedirection
 
 from grace_rl.data.false_negatives import load_false_negatives
 from grace_rl.data.guide import text_key
-from grace_rl.data.rows import Row
+from grace_rl.data.rows import Row, pair_problems
 from grace_rl.embed.soft_token_encoder import SoftTokenEncoder, SoftTokenSettings, tokenize_texts
 from grace_rl.embed.soft_tokens import soft_tokens
 from grace_rl.errors import UserError
-from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.gircse_config import GIRCSEConfig, prompt_columns
 from grace_rl.train.gircse_terms import icr_loss, step_losses
 from grace_rl.train.gircse_words import StepWordsWriter
-from grace_rl.train.start import Build, Start
-from grace_rl.train.token_count import TokenCount
+from grace_rl.train.policy_trainer import RowTrainer
+from grace_rl.train.start import Build
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -51,9 +49,8 @@ LENGTH_GROUPS, GROUP_TEXTS = 4, 16  # texts of like length share a forward: less
 
 def row_problems(args: GIRCSEConfig, rows: Sequence[Row]) -> list[str]:
     """What is wrong with rows."""
-    if "query" not in rows[0]:
-        return ["method gircse needs pairs: the rows have text alone; give query and positive"]
-    problems = []
+    if problems := pair_problems("gircse", rows):
+        return problems
     for key in ("query_prompt", "passage_prompt"):
         for column in sorted(prompt_columns(getattr(args, key))):
             without = sum(row.get(column) is None for row in rows)
@@ -74,20 +71,9 @@ def plan(recipe: Recipe, args: GIRCSEConfig, rows: Sequence[Row]) -> Build:
     problems = row_problems(args, rows)
     if problems:
         raise UserError(problems)
-
-    def build(start: Start) -> GIRCSETrainer:
-        model, tokenizer = start.load_policy()
-        return GIRCSETrainer(
-            model,
-            args,
-            rows,
-            tokenizer,
-            peft_config=start.peft_config,
-            console=start.console,
-            run_folder=start.run_folder,
-        )
-
-    return build
+    return lambda start: start.trainer(
+        GIRCSETrainer, rows, console=start.console, run_folder=start.run_folder
+    )
 
 
 class TextCollator:
@@ -132,7 +118,7 @@ class TextCollator:
 # --- trainer ---------------------------------------------------------------------------------
 
 
-class GIRCSETrainer(TokenCount, CheckpointMixin, Trainer):
+class GIRCSETrainer(RowTrainer, Trainer):
     """transformers' `Trainer` with the objective of GIRCSE, on rows of pairs.
 
     Args:
@@ -170,7 +156,6 @@ class GIRCSETrainer(TokenCount, CheckpointMixin, Trainer):
             model = get_peft_model(model, peft_config)  # type: ignore[assignment]
         most = max(len(row.get("negative") or []) for row in rows)
         self.negatives = min(args.hard_negatives, most)
-        self._found: dict[str, list[Tensor]] = defaultdict(list)
         super().__init__(
             model=model,
             args=args,
@@ -277,32 +262,18 @@ class GIRCSETrainer(TokenCount, CheckpointMixin, Trainer):
         same_row = place // (width - batch) * batch + place % batch == row
         weights = guide.trust_labels(weights, positives.cpu()[:, None] == place, same_row)
         share = float((weights == 0).float().mean())
-        self._found["false_negatives/masked_share"].append(torch.tensor(share))
-        advice = guide.watch(share)
-        if advice and self.console is not None and self.accelerator.is_main_process:
-            self.console.print(advice, style="yellow", highlight=False)
+        self.noted["false_negatives/masked_share"].append(torch.tensor(share))
+        self.say(guide.watch(share))
         return weights
-
-    # -- what is logged ---------------------------------
 
     def _note(self, losses: Tensor, penalty: Tensor, entropy: Tensor) -> None:
         for k, value in enumerate(losses.mean(0), start=1):
-            self._found[f"icr/loss_{k}"].append(value)
+            self.noted[f"icr/loss_{k}"].append(value)
         if losses.size(1) > 1:
-            self._found["icr/penalty"].append(penalty)
+            self.noted["icr/penalty"].append(penalty)
             better = losses[:, 1:] <= losses[:, :-1]
-            self._found["icr/share_not_worse"].append(better.float().mean())
-            self._found["soft_tokens/entropy"].append(entropy)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in transformers, with the means of what was found since the last log."""
-        if "loss" in logs and self._found:
-            names = list(self._found)
-            means = torch.tensor([float(torch.stack(self._found[name]).mean()) for name in names])
-            means = self.accelerator.reduce(means.to(self.args.device), reduction="mean")
-            logs |= dict(zip(names, means.tolist(), strict=True))
-            self._found.clear()
-        super().log(logs, start_time)
+            self.noted["icr/share_not_worse"].append(better.float().mean())
+            self.noted["soft_tokens/entropy"].append(entropy)
 
     # -- using and saving it ---------------------------------
 
@@ -326,8 +297,3 @@ class GIRCSETrainer(TokenCount, CheckpointMixin, Trainer):
         """What comes before a text by itself; nothing where it depends on a row."""
         prompt = getattr(self.args, key)
         return "" if prompt_columns(prompt) else prompt
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
-        self.encoder().save_beside(folder)

@@ -50,10 +50,11 @@ from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader
 from grace_rl.embed.settings import encoder_roles
 from grace_rl.errors import UserError
+from grace_rl.recipe import RewardSpec
 from grace_rl.recipe.roles import unwritten_roles
 from grace_rl.reward import RewardRuntime
 from grace_rl.reward.batch import reward_batch
-from grace_rl.reward.loading import LoadedReward, RewardSpec, build_rewards, load_rewards
+from grace_rl.reward.loading import LoadedReward, build_rewards, load_rewards
 from grace_rl.reward.scores import with_scores
 from grace_rl.reward.stored import FALSE_NEGATIVES, mask_settings
 from grace_rl.rollout.columns import row_columns
@@ -64,7 +65,7 @@ from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.run.screen import Screen
 from grace_rl.train.grpo_config import GraceGRPOConfig, check_rollouts
 from grace_rl.train.hooks import RolloutTrainer, Write, like_completions
-from grace_rl.train.keep import RolloutKeeper, check_first_batch, check_totals
+from grace_rl.train.keep import check_first_batch, check_totals, keep_rollouts
 from grace_rl.train.phases import PhaseClock
 from grace_rl.train.reader_loss import ReaderLoss, learn_weight
 from grace_rl.train.rollout_reader import RolloutReader
@@ -137,12 +138,12 @@ class GraceGRPOTrainer(RolloutTrainer):
                 peft_config=peft_config,
             )
         self.set_up_engine(self.console)
-        self._set_up_rooms(run_folder)
+        self.run_folder = run_folder
+        self._set_up_rooms()
 
-    def _set_up_rooms(self, run_folder: Path | None) -> None:
+    def _set_up_rooms(self) -> None:
         """What a batch goes through, in its order."""
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
-        main = self.accelerator.is_main_process
         self.prompt_template = args.prompt_template(self._tokenizer)
         self._templates = {
             name: self.prompt_template.with_instruction(role.instruction)
@@ -163,11 +164,10 @@ class GraceGRPOTrainer(RolloutTrainer):
             self.rewards,
             gather=gather,
             gather_object=lambda item: gather_object([item]),
-            main_process=main,
+            main_process=self.accelerator.is_main_process,
         )
         self.runtime.start_from(policy.name_or_path)
         self.credit = self._make_credit()
-        self._keeper = RolloutKeeper(run_folder, self.console, args.print_rollouts_steps, main)
 
     def _make_credit(self) -> Credit:
         if step_labels(self.rewards):
@@ -275,7 +275,7 @@ class GraceGRPOTrainer(RolloutTrainer):
             own_share = torch.tensor([batch.masked_share()], device=rollouts.example.device)
             share = gather(own_share).mean().item()
             self.log_all({"false_negatives/masked_share": share})
-            self._say(self.false_negatives.watch(share))
+            self.say(self.false_negatives.watch(share))
         return rollouts, scored.rewards
 
     def give_credit(self, rollouts: Rollouts, output: dict[str, Any]) -> Rollouts:
@@ -289,9 +289,9 @@ class GraceGRPOTrainer(RolloutTrainer):
         if trained.step_scores is not None:
             self.log_all(shaping_metrics(*prefix_columns(trained)))
         if self.mode == "train":
-            self._say(self.credit.learn(trained))
+            self.say(self.credit.learn(trained))
             if self.state.global_step == 0:
-                self._say(check_first_batch(advantages))
+                self.say(check_first_batch(advantages))
             if self._reader_loss is not None:
                 count, device = len(output["advantages"]), output["completion_ids"].device
                 output["rollout"] = torch.arange(count, device=device)
@@ -299,11 +299,7 @@ class GraceGRPOTrainer(RolloutTrainer):
 
     def keep(self, rollouts: Rollouts) -> None:
         """Store and print, where it is time to."""
-        self._keeper.keep(rollouts, self, self.rewards)
-
-    def _say(self, advice: str | None) -> None:
-        if advice and self.accelerator.is_main_process:
-            self.console.print(advice, style="yellow", highlight=False)
+        keep_rollouts(rollouts, self, self.run_folder)
 
     # -- loss ---------------------------------
 
@@ -339,10 +335,6 @@ class GraceGRPOTrainer(RolloutTrainer):
             self.max_completion_length,
             roles=encoder_roles(self.args.roles),
         )
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        self.encoder().save_beside(Path(output_dir or str(self.args.output_dir)))
 
     def save_extra_state(self, folder: Path) -> None:
         for name, state in self._extra_state().items():

@@ -23,7 +23,7 @@ from grace_rl.train.reader_loss import ReaderLossConfig, reader_loss_problems
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
-    from grace_rl.train.start import Build, Start
+    from grace_rl.train.start import Build
 
 
 def rollout_problems(config: GraceGRPOConfig) -> Iterator[str]:
@@ -105,21 +105,13 @@ def plan(recipe: Recipe, args: GraceGRPOConfig, rows: list[dict[str, Any]]) -> B
     rewards = load_rewards(recipe.rewards, recipe.path.parent)
     check_rollouts(args, rows, rewards)
     build_rewards(rewards)
-
-    def build(start: Start) -> Any:
-        model, tokenizer = start.load_policy()
-        return named(args.trainer)(
-            model,
-            args,
-            rows,
-            rewards,
-            processing_class=tokenizer,
-            peft_config=start.peft_config,
-            run_folder=start.run_folder,
-            console=start.console,
-        )
-
-    return build
+    return lambda start: start.trainer(
+        named(args.trainer),
+        rows,
+        rewards=rewards,
+        run_folder=start.run_folder,
+        console=start.console,
+    )
 
 
 def check_rollouts(

@@ -13,23 +13,24 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from rich.console import Console
 from torch import Tensor, nn
 
 from grace_rl.data.bundles import Bundles, BundleSampler
 from grace_rl.rollout.engines import GRPOTrainer, repair_weight_push
+from grace_rl.rollout.kept_server import keep_server
 from grace_rl.rollout.prompts import Prompt
 from grace_rl.rollout.rollouts import Rollouts
-from grace_rl.rollout.server import keep_server
-from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.grpo_config import GraceGRPOConfig
 from grace_rl.train.phases import PHASES, PhaseClock
+from grace_rl.train.policy_trainer import PolicyTrainer
 from grace_rl.train.rollout_reader import RolloutReader
 
 Write = Callable[[list[list[int]], int], tuple[list[list[int]], Any]]
 """Token ids of prompts and samples of each -> token ids and log-probabilities."""
 
 
-class RolloutTrainer(CheckpointMixin, GRPOTrainer):
+class RolloutTrainer(PolicyTrainer, GRPOTrainer):
     """TRL's trainer around batches of whole bundles; see the module."""
 
     # TRL calls these optional, but they are set once its own `__init__` is through.
@@ -41,6 +42,7 @@ class RolloutTrainer(CheckpointMixin, GRPOTrainer):
     num_generations_eval: int
     shuffle_dataset: bool
 
+    console: Console
     bundles: dict[str, Bundles]
     clock: PhaseClock
     rollout_reader: RolloutReader

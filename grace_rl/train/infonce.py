@@ -37,18 +37,17 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from grace_rl.data.false_negatives import load_false_negatives
-from grace_rl.data.rows import Row, read_rows
+from grace_rl.data.rows import Row, pair_problems, read_rows
 from grace_rl.embed.hidden_states import decoder_stack
 from grace_rl.embed.sentence_encoder import SentenceEncoder
 from grace_rl.embed.similarity import TIE
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.recipe.rows import DataConfig
 from grace_rl.rollout.policy import is_language_model, read_config
-from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.train.guided_infonce import CachedGuidedInfoNCE, GuidedInfoNCE, Marks, row_numbers
 from grace_rl.train.infonce_config import InfoNCEConfig, ValidationConfig
+from grace_rl.train.policy_trainer import RowTrainer
 from grace_rl.train.start import Build, Start
-from grace_rl.train.token_count import TokenCount
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -97,11 +96,8 @@ def plan(recipe: Recipe, args: InfoNCEConfig, rows: Sequence[Row]) -> Build:
     validation = []
     if args.validation is not None:
         validation = read_rows(_validation_data(recipe.data, args.validation))
-    problems = [
-        f"method infonce needs pairs: {name} have text alone; give query and positive"
-        for name, some in (("the rows", rows), ("the validation rows", validation))
-        if some and "query" not in some[0]
-    ]
+    problems = pair_problems("infonce", rows)
+    problems += pair_problems("infonce", validation, "the validation rows")
     if problems:
         raise UserError(problems)
 
@@ -165,8 +161,7 @@ def encoder_model(path: str, pooling: str | None) -> SentenceTransformer:
     try:
         model = SentenceTransformer(path)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model_name_or_path: cannot load {path!r}: {reason}") from error
+        raise UserError(f"model_name_or_path: cannot load {path!r}: {first_line(error)}") from error
     if pooling is not None:
         places = [i for i, module in enumerate(model) if isinstance(module, Pooling)]
         if not places:
@@ -231,7 +226,7 @@ class RowScores(BaseEvaluator):
 # --- trainer ---------------------------------------------------------------------------------
 
 
-class InfoNCETrainer(TokenCount, CheckpointMixin, SentenceTransformerTrainer):
+class InfoNCETrainer(RowTrainer, SentenceTransformerTrainer):
     """sentence-transformers' trainer on rows, for language models and encoders.
 
     Args:

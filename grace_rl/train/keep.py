@@ -2,55 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from grace_rl.reward.loading import LoadedReward
 from grace_rl.reward.runtime import RewardError
 from grace_rl.rollout.rollouts import Rollouts
 from grace_rl.rollout.store import write_rollouts
 from grace_rl.train.progress import print_group
 
 
-class RolloutKeeper:
-    """Stores the rollouts and anchors of logged steps and of the last; now and then prints a group.
+def keep_rollouts(rollouts: Rollouts, trainer: Any, run_folder: Path | None) -> None:
+    """Store the rollouts and anchors of a logged step and of the last; now and then print a group.
 
     Args:
+        rollouts: Those of all processes, with scores and advantages.
+        trainer: A `GraceGRPOTrainer`; its main process stores and prints.
         run_folder: The run directory; None stores nothing.
-        console: Where to print.
-        print_steps: Print every so many steps, and the first; 0 never prints.
-        main_process: Only this one stores and prints.
     """
-
-    def __init__(
-        self, run_folder: Path | None, console: Console, print_steps: int, main_process: bool
-    ) -> None:
-        self.run_folder = run_folder
-        self.console = console
-        self.print_steps = print_steps
-        self.main_process = main_process
-
-    def keep(self, rollouts: Rollouts, trainer: Any, rewards: Sequence[LoadedReward]) -> None:
-        """Keep those of all processes.
-
-        Args:
-            rollouts: With scores and advantages.
-            trainer: For the steps that it logs.
-            rewards: In the order to print them.
-        """
-        if not self.main_process:
-            return
-        step = rollouts.step
-        if self.run_folder is not None and is_logged(step, trainer):
-            write_rollouts(self.run_folder, step, rollouts.to_arrow())
-        if self.print_steps > 0 and (step % self.print_steps == 0 or step == 1):
-            group = rollouts.take(rollouts.trained & (rollouts.group == rollouts.group[0]))
-            print_group(self.console, group.to_arrow().to_pylist(), [r.label for r in rewards])
+    if not trainer.accelerator.is_main_process:
+        return
+    step, args = rollouts.step, trainer.args
+    if run_folder is not None and is_logged(step, trainer):
+        write_rollouts(run_folder, step, rollouts.to_arrow())
+    every = args.print_rollouts_steps
+    if every > 0 and (step % every == 0 or step == 1):
+        group = rollouts.take(rollouts.trained & (rollouts.group == rollouts.group[0]))
+        labels = [reward.label for reward in trainer.rewards]
+        print_group(trainer.console, group.to_arrow().to_pylist(), labels)
 
 
 def is_logged(step: int, trainer: Any) -> bool:

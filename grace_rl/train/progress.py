@@ -41,7 +41,26 @@ SHOWN = {
 """Metrics in the progress line, and their short names; what a run does not log is left out."""
 
 
-class ProgressLine(TrainerCallback):
+class LogReader(TrainerCallback):
+    """A callback that reads what is logged, on the main process."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            self.read_logs(logs, state, args)
+
+    def read_logs(self, logs: dict[str, Any], state: TrainerState, args: TrainingArguments) -> None:
+        """See what was logged, or add to it."""
+        raise NotImplementedError
+
+
+class ProgressLine(LogReader):
     """A bar with step, speed, time left and the last metrics.
 
     Without a terminal, one plain line per log. Quiet on all processes but the main one.
@@ -82,15 +101,8 @@ class ProgressLine(TrainerCallback):
                 self._bar.task_ids[0], completed=state.global_step, speed=self._speed(state)
             )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+    def read_logs(self, logs: dict[str, Any], state: TrainerState, args: TrainingArguments) -> None:
+        if "train_runtime" in logs:
             return
         shown = [(name, plain_numbers(logs.get(key))) for key, name in SHOWN.items()]
         metrics = "  ".join(

@@ -14,12 +14,10 @@ Source: bidirectional reconstruction ("Anchor Embedding", EMNLP 2025 main 216); 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import get_peft_model
 from rich.console import Console
 from torch import Tensor
@@ -30,21 +28,20 @@ from transformers import (
     TrainerCallback,
 )
 
-from grace_rl.data.rows import read_rows
+from grace_rl.data.rows import pair_problems, read_rows
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader, Written
 from grace_rl.embed.settings import RationaleMode
 from grace_rl.errors import UserError
 from grace_rl.recipe.rows import DataConfig
 from grace_rl.rollout.generator import end_token_ids
-from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.run.screen import Screen
 from grace_rl.train.keep import is_logged
+from grace_rl.train.policy_trainer import RowTrainer
 from grace_rl.train.reconstruction_config import ReconstructionConfig
-from grace_rl.train.reconstruction_loss import Objective, PairCollator, add_reconstruction
+from grace_rl.train.reconstruction_loss import PairCollator, add_reconstruction
 from grace_rl.train.sft import sft_examples
-from grace_rl.train.start import Build, Start
-from grace_rl.train.token_count import TokenCount
+from grace_rl.train.start import Build
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -60,19 +57,7 @@ LONGEST_RATIONALE = 128  # tokens the saved model may write until another stage 
 def plan(recipe: Recipe, args: ReconstructionConfig, rows: Sequence[Mapping[str, Any]]) -> Build:
     """See `grace_rl.recipe.methods.Method`."""
     examples = paired_with_writing(rows, args)
-
-    def build(start: Start) -> ReconstructionTrainer:
-        model, tokenizer = start.load_policy()
-        return ReconstructionTrainer(
-            model,
-            args,
-            examples,
-            tokenizer,
-            peft_config=start.peft_config,
-            console=start.console,
-        )
-
-    return build
+    return lambda start: start.trainer(ReconstructionTrainer, examples, console=start.console)
 
 
 def writing_examples(
@@ -101,10 +86,8 @@ def paired_with_writing(
     Raises:
         UserError: The rows are no pairs, or what is to be written cannot be read.
     """
-    if rows and "query" not in rows[0]:
-        raise UserError(
-            "method reconstruction needs pairs, rows with query and positive; these have text only"
-        )
+    if problems := pair_problems("reconstruction", rows):
+        raise UserError(problems)
     if len(rows) < 2:
         raise UserError(f"method reconstruction needs at least 2 rows, not {len(rows)}")
     writing = writing_examples(rows, args) if args.writing_share else [(None, "")]
@@ -127,7 +110,7 @@ class TextEncoder(RationaleEncoder):
         return [self.collator.written(text) for text in texts]
 
 
-class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
+class ReconstructionTrainer(RowTrainer, Trainer):
     """transformers' trainer with the reconstruction loss.
 
     Args:
@@ -155,29 +138,15 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
         callbacks: list[TrainerCallback] | None = None,
         console: Console | None = None,
     ) -> None:
-        if processing_class.eos_token_id is None:
-            raise UserError(
-                f"{processing_class.name_or_path}: the tokenizer has no end token, "
-                "so no rebuilt text could end"
-            )
         args.remove_unused_columns = False
         self.console = console or Screen()
-        self.reader_config = args.reader
         self.template = args.prompt_template(processing_class)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)  # type: ignore[assignment]
         end_ids = end_token_ids(model.generation_config, processing_class)
-        self.reader = Reader(self.reader_config, processing_class, end_ids, model, args.device)
-        add_reconstruction(
-            model,
-            Objective(
-                self.reader_config.layers, self.reader_config.pool, args.alpha, args.writing_share
-            ),
-        )
-        self.collator = PairCollator(
-            self.template, self.reader, processing_class, args.writing_share
-        )
-        self._found: dict[str, list[Tensor]] = defaultdict(list)
+        self.reader = Reader(args.reader, processing_class, end_ids, model, args.device)
+        self.collator = PairCollator(self.template, self.reader, args.writing_share)
+        add_reconstruction(model, args)
         self._gains: list[float] = []
         super().__init__(
             model=model,
@@ -198,41 +167,29 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        outputs = model(pairs=inputs, probe=self._probes())
+        outputs = model(pairs=inputs, probe=is_logged(self.state.global_step + 1, self))
         centre = self.accelerator.reduce(outputs.pop("centre"), reduction="mean")
         self.reader.update_centre(centre.repeat(self.reader.config.parts)[None])
         for name, value in outputs.items():
             if name != "loss":
-                self._found[name].append(value)
+                self.noted[name].append(value)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def _probes(self) -> bool:
-        return is_logged(self.state.global_step + 1, self)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._found:
-            names = sorted(self._found)
-            means = torch.stack([torch.stack(self._found[name]).mean() for name in names])
-            means = self.accelerator.reduce(means, reduction="mean")
-            logs |= dict(zip(names, means.tolist(), strict=True))
-            self._found.clear()
-            if "gain_q2d" in logs:
-                logs["information_gain"] = (logs["gain_q2d"] + logs["gain_d2q"]) / 2
-                self._watch(logs["information_gain"])
         super().log(logs, start_time)
+        if "information_gain" in logs:
+            self._watch(logs["information_gain"])
 
     def _watch(self, gain: float) -> None:
         """Say so, every few logs, while vectors say nothing of the other side."""
         self._gains.append(gain)
         if len(self._gains) < WATCHED:
             return
-        if max(self._gains) < NO_GAIN and self.accelerator.is_main_process:
-            self.console.print(
+        if max(self._gains) < NO_GAIN:
+            self.say(
                 f"The information gain is {gain:.4f} nats per token after {WATCHED} logs: texts "
                 "are rebuilt as well from another row's vector, so the vector says nothing yet. If "
-                "this stays so, raise learning_rate or look at the pairs (docs/reconstruction.md).",
-                style="yellow",
-                highlight=False,
+                "this stays so, raise learning_rate or look at the pairs (docs/reconstruction.md)."
             )
         self._gains.clear()
 
@@ -245,7 +202,7 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
     def encoder(self) -> TextEncoder:
         """The model as it is now, as an encoder of texts."""
         policy = self.accelerator.unwrap_model(self.model)
-        tokenizer: Any = self.processing_class
+        tokenizer = self.template.tokenizer
         encoder = TextEncoder(
             policy,
             tokenizer,
@@ -256,10 +213,6 @@ class ReconstructionTrainer(TokenCount, CheckpointMixin, Trainer):
         )
         encoder.rationale, encoder.collator = "none", self.collator
         return encoder
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        self.encoder().save_beside(Path(output_dir or self.args.output_dir))
 
     def save_extra_state(self, folder: Path) -> None:
         (folder / "gains.json").write_text(json.dumps(self._gains), encoding="utf-8")

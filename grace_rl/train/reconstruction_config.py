@@ -12,6 +12,7 @@ from pydantic import Field
 from transformers import TrainingArguments
 
 from grace_rl.embed.reading_config import ReadingConfig
+from grace_rl.errors import missing
 from grace_rl.recipe.fields import Rule
 from grace_rl.train.held import PROMPT, Held
 
@@ -29,10 +30,7 @@ def reconstruction_problems(config: ReconstructionConfig) -> Iterator[str]:
         )
     file = config.writing_dataset_name
     if file is not None and not Path(file).is_file():
-        yield (
-            f"writing_dataset_name: there is no file {file}; paths start at the working directory "
-            f"{Path.cwd()}"
-        )
+        yield f"writing_dataset_name: {missing(f'file {file}')}"
 
 
 def anchor_problems(config: ReconstructionConfig) -> Iterator[str]:

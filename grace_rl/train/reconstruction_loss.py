@@ -12,35 +12,20 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from grace_rl.embed.hidden_states import pool_states, tap_layers
 from grace_rl.embed.reader import Reader, Written
 from grace_rl.embed.rebuild import rebuild_logps, right_padded, row_means, token_logps
+from grace_rl.rollout.generator import end_token
 from grace_rl.rollout.prompts import PromptTemplate
+from grace_rl.train.reconstruction_config import ReconstructionConfig
 
 Example = tuple[list[int], int]
 """Token ids, and the first of them that the model must learn to write."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """How the parts of the loss are weighed; see `ReconstructionConfig`.
-
-    Attributes:
-        layers, pool: Of the reader.
-        alpha, writing_share: Weights.
-    """
-
-    layers: tuple[int, ...]
-    pool: str
-    alpha: float
-    writing_share: float
 
 
 def read_vectors(
@@ -58,12 +43,12 @@ def read_vectors(
     return pool_states(states[0], pooled, pool)
 
 
-def add_reconstruction(policy: nn.Module, objective: Objective) -> None:
+def add_reconstruction(policy: nn.Module, objective: ReconstructionConfig) -> None:
     """Let a policy's forward take `pairs=` and `probe=` and return the losses.
 
     Args:
         policy: A causal language model, or a PEFT model around one.
-        objective: Weights of the loss.
+        objective: Its `alpha` and `writing_share` weigh the parts; `reader` says what is read.
     """
     owner: Any = policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[operator]
     original = owner.forward
@@ -81,7 +66,7 @@ def add_reconstruction(policy: nn.Module, objective: Objective) -> None:
 def reconstruct(
     model: Any,
     pairs: Mapping[str, Tensor],
-    objective: Objective,
+    objective: ReconstructionConfig,
     probe: bool = False,
 ) -> dict[str, Tensor]:
     """The losses of one batch.
@@ -90,20 +75,21 @@ def reconstruct(
         model: The causal language model, without PEFT around it.
         pairs: From `PairCollator`; the first half of the rows reads queries and rebuilds positives,
             the second half the other way round.
-        objective: Weights.
+        objective: See `add_reconstruction`.
         probe: Also rebuild every text from another row's vector.
 
     Returns:
         Scalars `loss`, `loss_q2d`, `loss_d2q`, `loss_writing` where something is written,
-        `gain_q2d` and `gain_d2q` with `probe` (nats per token), and `centre`, the (H,) mean vector.
+        `gain_q2d`, `gain_d2q` and their mean `information_gain` with `probe` (nats per token), and
+        `centre`, the (H,) mean vector.
     """
     vectors = read_vectors(
         model.get_decoder(),
         pairs["read_ids"],
         pairs["read_attention"],
         pairs["read_pooled"].bool(),
-        objective.layers,
-        objective.pool,
+        objective.reader.layers,
+        objective.reader.pool,
     )
     ids, mask = pairs["target_ids"], pairs["target_mask"]
 
@@ -123,7 +109,8 @@ def reconstruct(
         with torch.no_grad():
             others = torch.cat([half.roll(1, 0) for half in vectors.chunk(2)])
             shuffled_q2d, shuffled_d2q = directions(others)
-        found |= {"gain_q2d": shuffled_q2d - q2d, "gain_d2q": shuffled_d2q - d2q}
+        gains = {"gain_q2d": shuffled_q2d - q2d, "gain_d2q": shuffled_d2q - d2q}
+        found |= gains | {"information_gain": torch.stack(list(gains.values())).mean()}
     found |= {"centre": vectors.mean(0)}
     return {"loss": loss} | {name: value.detach() for name, value in found.items()}
 
@@ -143,21 +130,17 @@ class PairCollator:
     Args:
         template: Renders and cuts texts.
         reader: Says which tokens of a text are read.
-        tokenizer: With an end token.
         writing_share: Every so many-th row brings its `writing` example.
+
+    Raises:
+        UserError: The tokenizer has no end token.
     """
 
-    def __init__(
-        self,
-        template: PromptTemplate,
-        reader: Reader,
-        tokenizer: PreTrainedTokenizerBase,
-        writing_share: float,
-    ) -> None:
+    def __init__(self, template: PromptTemplate, reader: Reader, writing_share: float) -> None:
         self.template = template
         self.reader = reader
-        self.padding = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-        self.end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        self.end = end_token(template.tokenizer)
+        self.padding = int(template.tokenizer.pad_token_id)  # type: ignore[arg-type]
         self.stride = round(1 / writing_share) if writing_share else None
 
     def written(self, text: str) -> Written:

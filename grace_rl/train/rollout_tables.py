@@ -7,14 +7,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler, TrainerState
 from transformers.training_args import TrainingArguments
 
 from grace_rl.rollout.store import REWARD, read_rollouts, rollout_files
 from grace_rl.run.directory import RunDirectory
 from grace_rl.run.files import plain_numbers
 from grace_rl.train.panel import PANEL
+from grace_rl.train.progress import LogReader
 
 ROWS = 64  # of a table: whole groups, as many as fit
 LONGEST = 500  # characters of a text in a Markdown table
@@ -22,7 +22,7 @@ NAME = "rollouts"
 Rows = list[dict[str, Any]]
 
 
-class RolloutTables(TrainerCallback):
+class RolloutTables(LogReader):
     """Sends the rollouts of each stored step, and its panel, to TensorBoard, trackio and Weights &
     Biases.
 
@@ -39,17 +39,10 @@ class RolloutTables(TrainerCallback):
         self.handler = handler
         self._sent = -1
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def read_logs(self, logs: dict[str, Any], state: TrainerState, args: TrainingArguments) -> None:
         step = state.global_step
         senders = [s for name, s in SENDERS.items() if name in (args.report_to or ())]
-        if not state.is_world_process_zero or not senders or step == self._sent:
+        if not senders or step == self._sent:
             return
         if step not in rollout_files(self.run.path):
             return
@@ -114,20 +107,24 @@ def _tensorboard(
             writer.flush()
 
 
-def _trackio(handler: CallbackHandler, name: str, rows: Rows, step: int) -> None:
+def _frame(rows: Rows) -> Any:
     import pandas as pd
+
+    return pd.DataFrame(rows)
+
+
+def _trackio(handler: CallbackHandler, name: str, rows: Rows, step: int) -> None:
     import trackio
 
-    table = trackio.Table(dataframe=pd.DataFrame(rows))
+    table = trackio.Table(dataframe=_frame(rows))
     trackio.log({name: table, "train/global_step": step})
 
 
 def _wandb(handler: CallbackHandler, name: str, rows: Rows, step: int) -> None:
-    import pandas as pd
     import wandb
 
     if wandb.run is not None:
-        wandb.log({name: wandb.Table(dataframe=pd.DataFrame(rows)), "train/global_step": step})
+        wandb.log({name: wandb.Table(dataframe=_frame(rows)), "train/global_step": step})
 
 
 Sender = Callable[[CallbackHandler, str, Rows, int], None]

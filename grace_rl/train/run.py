@@ -15,10 +15,11 @@ from peft.utils.error import NoMatchingPeftModuleError
 
 from grace_rl.credit.value_model import without_value_model
 from grace_rl.errors import Crash, UserError
-from grace_rl.launch.preflight import preflight, refuse
+from grace_rl.launch.preflight import Preflight, preflight, refuse
 from grace_rl.reward import RewardError
+from grace_rl.rollout.kept_server import ServerLost
 from grace_rl.rollout.policy import resolve_model
-from grace_rl.rollout.server import ServerLost, require_server
+from grace_rl.rollout.server import require_server
 from grace_rl.run.directory import RunDirectory
 from grace_rl.run.environment import command_line
 from grace_rl.run.identity import input_digests, rows_digest
@@ -62,43 +63,16 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
         require_server(args, resolve_model(str(model_config.model_name_or_path), Path(), args.seed))
 
     run = RunDirectory(args.output_dir, PartialState())
-    resolved = recipe.resolved()
-    opened = run.open(
-        resolved,
-        inputs=lambda: (
-            input_digests(resolved, may_change) | {"dataset_name": rows_digest(flight.rows)}
-        ),
-        overwrite=overwrite,
-        seed=args.seed,
-    )
+    checkpoint = _opened(run, recipe, flight, overwrite)
     args.output_dir = str(run.checkpoints)
     if flight.prompt is not None:
         args.pin_prompt(run.keep_prompt((flight.prompt.prefix, flight.prompt.suffix)))
     trainer = None
     try:
-        try:
-            trainer = flight.build(Start(model_config, args, run.path, console))
-        except NoMatchingPeftModuleError as error:
-            raise UserError(f"lora_target_modules: {error}") from error
-        report = Report(recipe, run, trainer)
-        report.before()
-        with follow(
-            trainer,
-            run,
-            console=console,
-            steps_between_generations=getattr(args, "steps_between_generations", 1),
-            stale_engine_threshold=getattr(args, "stale_engine_threshold", 0.1),
-        ) as stop:
-            if budget is not None:
-                trainer.add_callback(budget)
-            trainer.train(resume_from_checkpoint=opened.checkpoint)
-        if stop.interrupted:
-            return INTERRUPTED
-        report.after()
-        run.publish_model(lambda folder: save_policy(trainer, folder))
-        if run.is_main_process:
-            report.show(console)
-            console.print(f"The policy is in {run.model}")
+        trainer = flight.build(Start(model_config, args, run.path, console))
+        return _trained(trainer, recipe, run, checkpoint, budget, console)
+    except NoMatchingPeftModuleError as error:
+        raise UserError(f"lora_target_modules: {error}") from error
     except ServerLost as lost:
         save_without_server(trainer, lost, console)
         return SERVER_LOST
@@ -119,6 +93,49 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
         raise Crash(run.path, f"What there is: {run.saved()}") from error
     finally:
         run.close()
+
+
+def _opened(run: RunDirectory, recipe: Recipe, flight: Preflight, overwrite: bool) -> Path | None:
+    """Open the run directory; the checkpoint to go on from, if there is one."""
+    resolved = recipe.resolved()
+    return run.open(
+        resolved,
+        inputs=lambda: (
+            input_digests(resolved, may_change) | {"dataset_name": rows_digest(flight.rows)}
+        ),
+        overwrite=overwrite,
+        seed=flight.args.seed,
+    ).checkpoint
+
+
+def _trained(
+    trainer: Any,
+    recipe: Recipe,
+    run: RunDirectory,
+    checkpoint: Path | None,
+    budget: Budget | None,
+    console: Screen,
+) -> int:
+    """Score, train, score and write the model; returns the exit code."""
+    report = Report(recipe, run, trainer)
+    report.before()
+    with follow(
+        trainer,
+        run,
+        console=console,
+        steps_between_generations=getattr(trainer.args, "steps_between_generations", 1),
+        stale_engine_threshold=getattr(trainer.args, "stale_engine_threshold", 0.1),
+    ) as stop:
+        if budget is not None:
+            trainer.add_callback(budget)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.interrupted:
+        return INTERRUPTED
+    report.after()
+    run.publish_model(lambda folder: save_policy(trainer, folder))
+    if run.is_main_process:
+        report.show(console)
+        console.print(f"The policy is in {run.model}")
     return DONE
 
 

@@ -14,7 +14,6 @@ It reads top to bottom: rows -> examples -> tokens -> trainer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
@@ -24,12 +23,11 @@ from trl import SFTTrainer
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.reader import Reader
 from grace_rl.errors import UserError
-from grace_rl.rollout.generator import end_token_ids
+from grace_rl.rollout.generator import end_token, end_token_ids
 from grace_rl.rollout.prompts import PromptTemplate
-from grace_rl.run.checkpoints import CheckpointMixin
+from grace_rl.train.policy_trainer import RowTrainer
 from grace_rl.train.sft_config import GraceSFTConfig
-from grace_rl.train.start import Build, Start
-from grace_rl.train.token_count import TokenCount
+from grace_rl.train.start import Build
 
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
@@ -82,22 +80,24 @@ def _texts(row: Mapping[str, Any], column: str) -> list[str]:
     return [text.strip() for text in values if text and text.strip()]
 
 
-def tokenize_examples(
-    examples: Sequence[Example], template: PromptTemplate, tokenizer: PreTrainedTokenizerBase
-) -> Dataset:
+def tokenize_examples(examples: Sequence[Example], template: PromptTemplate) -> Dataset:
     """Examples as token ids: prompt, rationale, end token.
 
     `completion_mask` is 1 from the rationale's first token on.
 
     Prompt and rationale are tokenized apart, because that is how a policy writes: the prompt is
     given, and its own tokens follow.
+
+    Raises:
+        UserError: The tokenizer has no end token.
     """
+    tokenizer, end = template.tokenizer, end_token(template.tokenizer)
     written_texts = [rationale for _, rationale in examples]
     rationales = tokenizer(written_texts, add_special_tokens=False)["input_ids"]
     columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
     for (text, _), written in zip(examples, rationales, strict=True):
         prompt = template.render(text).token_ids
-        columns["input_ids"].append([*prompt, *written, tokenizer.eos_token_id])
+        columns["input_ids"].append([*prompt, *written, end])
         columns["completion_mask"].append([0] * len(prompt) + [1] * (len(written) + 1))
     return Dataset.from_dict(columns)
 
@@ -113,15 +113,10 @@ def _check_examples(examples: Sequence[Example], rows: Sequence[Mapping[str, Any
 def plan(recipe: Recipe, args: GraceSFTConfig, rows: Sequence[Mapping[str, Any]]) -> Build:
     """See `grace_rl.recipe.methods.Method`."""
     _check_examples(sft_examples(rows)[0], rows)
-
-    def build(start: Start) -> GraceSFTTrainer:
-        model, tokenizer = start.load_policy()
-        return GraceSFTTrainer(model, args, rows, tokenizer, peft_config=start.peft_config)
-
-    return build
+    return lambda start: start.trainer(GraceSFTTrainer, rows)
 
 
-class GraceSFTTrainer(TokenCount, CheckpointMixin, SFTTrainer):
+class GraceSFTTrainer(RowTrainer, SFTTrainer):
     """TRL's `SFTTrainer` on rows of texts and rationales.
 
     Args:
@@ -151,19 +146,13 @@ class GraceSFTTrainer(TokenCount, CheckpointMixin, SFTTrainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
     ) -> None:
-        if processing_class.eos_token_id is None:
-            raise UserError(
-                f"{processing_class.name_or_path}: the tokenizer has no end token, "
-                "so no rationale could end"
-            )
         examples, self.skipped_rows = sft_examples(rows)
         self.examples = len(examples)
         _check_examples(examples, rows)
         if args.completion_only_loss is None:
             args.completion_only_loss = True
-        reader_config = args.reader
         self.prompt_template = args.prompt_template(processing_class)
-        dataset = tokenize_examples(examples, self.prompt_template, processing_class)
+        dataset = tokenize_examples(examples, self.prompt_template)
         self.longest_rationale = max(sum(mask) for mask in dataset["completion_mask"])
         super().__init__(
             model=model,
@@ -176,23 +165,16 @@ class GraceSFTTrainer(TokenCount, CheckpointMixin, SFTTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         self.end_ids = end_token_ids(policy.generation_config, processing_class)
         self.reader = Reader(
-            reader_config, processing_class, self.end_ids, policy, self.accelerator.device
+            args.reader, processing_class, self.end_ids, policy, self.accelerator.device
         )
 
     def encoder(self) -> RationaleEncoder:
         """The policy as it is now, as an encoder."""
-        tokenizer = self.processing_class
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # as it was given to `__init__`
-            raise TypeError(f"tokenizer: {type(tokenizer).__name__} is no PreTrainedTokenizerBase")
         return RationaleEncoder(
             self.accelerator.unwrap_model(self.model),
-            tokenizer,
+            self.prompt_template.tokenizer,
             self.prompt_template,
             self.reader,
             self.end_ids,
             self.longest_rationale,
         )
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        self.encoder().save_beside(Path(output_dir or self.args.output_dir))

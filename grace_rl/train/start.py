@@ -60,6 +60,12 @@ class Start:
             self.args.model_init_kwargs = None  # used; TRL would warn that it ignores them
         return load_policy(self.model_path(), **keywords)
 
+    def trainer(self, kind: Callable[..., Any], rows: Any, **more: Any) -> Any:
+        """A method's trainer on the loaded policy."""
+        model, tokenizer = self.load_policy()
+        more |= {"processing_class": tokenizer, "peft_config": self.peft_config}
+        return kind(model, self.args, rows, **more)
+
 
 Build = Callable[[Start], Any]
 """Makes the trainer, when everything that can be wrong with the user's input has been looked at."""

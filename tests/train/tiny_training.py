@@ -25,9 +25,9 @@ from trl import SFTConfig, SFTTrainer
 
 from grace_rl.errors import UserError
 from grace_rl.rollout.store import write_rollouts
-from grace_rl.run.checkpoints import CheckpointMixin
 from grace_rl.run.directory import RunDirectory
 from grace_rl.train.callbacks import follow
+from grace_rl.train.checkpointed import CheckpointMixin
 
 
 class TinyTrainer(CheckpointMixin, SFTTrainer):

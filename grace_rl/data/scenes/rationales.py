@@ -41,8 +41,7 @@ def reference_rationale(
         rng: Source of chance; needed for every form except `canonical`.
         text: Noisy: a text about the scene, needed.
         facts: Noisy: fewest and most facts stated, 1 to 8, all numbers between equally likely.
-        copied: Noisy: how likely a fact keeps the text's word without a draw among all its words,
-            in [0, 1].
+        copied: Noisy: how likely, in [0, 1], a fact keeps the text's word without another draw.
         ordered: Noisy: how likely the facts stand in the fixed order, not the text's, in [0, 1].
         filler: Noisy: how likely a filler word stands before a fact, in [0, 1].
 
