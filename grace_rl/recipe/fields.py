@@ -306,7 +306,10 @@ def _checked(kind: Any, name: str) -> Any:
     if origin is list:
         several = types.GenericAlias(list, (_checked(arguments[0], name),))
         # As on TRL's command line, where one text is a list of one.
-        return Annotated[several, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+        one = BeforeValidator(
+            lambda v: [v] if isinstance(v, str) else v, json_schema_input_type=several | str
+        )
+        return Annotated[several, one]
     if origin is dict and name in RANGES:
         return types.GenericAlias(dict, (arguments[0], _checked(arguments[1], name)))
     return kind

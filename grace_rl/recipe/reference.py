@@ -22,7 +22,8 @@ from typing import Any
 
 from grace_rl.recipe import fields
 from grace_rl.recipe.methods import METHODS, named
-from grace_rl.recipe.recipe import REWARD_SPEC, model_class
+from grace_rl.recipe.recipe import model_class
+from grace_rl.recipe.rewards import RewardSpec
 from grace_rl.recipe.rows import DataConfig, EvaluationConfig
 from grace_rl.recipe.schema import Section
 
@@ -125,17 +126,12 @@ def _keys_of_recipes() -> list[Key]:
 
 def _rewards_schema() -> dict[str, Any]:
     """Entries of `rewards`; a reward's own arguments are beside ours, so any more keys may come."""
-    spec = named(REWARD_SPEC)
-    documented = described(spec)
-    kinds: dict[str, dict[str, object]] = {
-        "name": {"type": "string"},
-        "weight": {"type": "number"},
-        "on_error": {"enum": ["raise", "abstain"]},
-        "timeout": {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]},
-        "label": {"anyOf": [{"type": "string"}, {"type": "null"}]},
-    }
+    documented = described(RewardSpec)
     properties = {
-        name: kind | {"description": documented.get(name, "")} for name, kind in kinds.items()
+        name: {key: value for key, value in kind.items() if key not in ("title", "default")}
+        | {"description": documented.get(name, "")}
+        for name, kind in RewardSpec.model_json_schema()["properties"].items()
+        if name != "keywords"
     }
     return {
         "type": "array",
