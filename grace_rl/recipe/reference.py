@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from grace_rl.recipe import fields
-from grace_rl.recipe.methods import METHODS, named
-from grace_rl.recipe.recipe import REWARD_SPEC, model_class
+from grace_rl.recipe.methods import METHODS
+from grace_rl.recipe.recipe import model_class
+from grace_rl.recipe.rewards import RewardSpec
 from grace_rl.recipe.rows import DataConfig, EvaluationConfig
 from grace_rl.recipe.schema import Section
 
@@ -125,8 +126,7 @@ def _keys_of_recipes() -> list[Key]:
 
 def _rewards_schema() -> dict[str, Any]:
     """Entries of `rewards`; a reward's own arguments are beside ours, so any more keys may come."""
-    spec = named(REWARD_SPEC)
-    documented = described(spec)
+    documented = described(RewardSpec)
     kinds: dict[str, dict[str, object]] = {
         "name": {"type": "string"},
         "weight": {"type": "number"},
