@@ -158,24 +158,24 @@ def main() -> None:
     recipe |= {"use_cpu": not options.zero2}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     checkpoints = folder / "run" / "checkpoints"
-    batch = ["--per_device_train_batch_size"]
+    batch = ["--per_device_train_batch_size", "4"]  # the recipe stays, also with one host
     with hosts():
         began = time.monotonic()
-        both = [start(rank, folder, options.zero2, False, [*batch, "4"]) for rank in (0, 1)]
+        both = [start(rank, folder, options.zero2, False, batch) for rank in (0, 1)]
         wait(lambda: any(checkpoints.glob("checkpoint-*/trainer_state.json")), both)
         kill_host(HOSTS[1])
         both[0].wait()
         kill_host(HOSTS[0])
         report("one host lost", folder, both, began)
         began = time.monotonic()
-        both = [start(rank, folder, options.zero2, False, [*batch, "4"]) for rank in (0, 1)]
+        both = [start(rank, folder, options.zero2, False, batch) for rank in (0, 1)]
         wait(lambda: any(checkpoints.glob(f"checkpoint-{options.steps - 1}")), both)
         kill_host(HOSTS[1])
         both[0].wait()
         kill_host(HOSTS[0])
         report("again with two, lost again", folder, both, began)
         began = time.monotonic()
-        alone = start(0, folder, options.zero2, True, [*batch, "8"])
+        alone = start(0, folder, options.zero2, True, batch)
         alone.wait()
         report("to the end with one", folder, [alone], began)
 

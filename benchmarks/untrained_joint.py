@@ -43,7 +43,7 @@ PROMPTS = {
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
 DRAWS = 2000
 
-Score = Callable[[Tensor, Tensor], list[float]]
+Score = Callable[[Tensor, Tensor], list[Any]]
 """Vectors of queries and of documents -> one number for each query, whose mean is the score."""
 
 
@@ -109,7 +109,7 @@ def measure(encoder: RationaleEncoder, task: Task) -> dict[str, Any]:
     reader.centre = reader.mean(torch.cat([queries, documents]))
     half = queries.size(1) // 2
 
-    def rows(weight: float) -> list[float]:
+    def rows(weight: float) -> list[Any]:
         reader.weight = weight
         return task.score(reader.finish(queries), reader.finish(documents))
 
@@ -211,9 +211,9 @@ def pairs(name: str, rows: list[dict[str, Any]]) -> Task:
     """Spearman; the number of a pair is its cosine and its gold score, packed as one."""
     gold = [float(row["score"]) for row in rows]
 
-    def score(first: Tensor, second: Tensor) -> list[float]:
+    def score(first: Tensor, second: Tensor) -> list[Any]:
         cosines = (first * second).sum(-1).tolist()
-        return [complex(c, g) for c, g in zip(cosines, gold, strict=True)]  # type: ignore[misc]
+        return [complex(c, g) for c, g in zip(cosines, gold, strict=True)]
 
     def total(values: Any) -> float:
         packed = np.asarray(values)

@@ -76,8 +76,10 @@ class PromptTemplate:
             )
         self.tokenizer = tokenizer
         self.instruction = instruction
-        whole = instruction if isinstance(instruction, PromptConfig) else None
-        self._told = whole or PromptConfig(system=instruction)  # type: ignore[arg-type]
+        if isinstance(instruction, PromptConfig):
+            self._told = instruction
+        else:
+            self._told = PromptConfig(system=instruction)
         self.max_text_tokens = max_text_tokens
         self.chat_template_kwargs = chat_template_kwargs or {}
         self._special = [token for token in tokenizer.get_added_vocab() if token.strip()]

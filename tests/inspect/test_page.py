@@ -110,9 +110,10 @@ def test_every_view(
             mute = "[...document.links].filter(a => !a.innerText.trim()).length"
             assert page.evaluate(mute) == page.locator("a.skip").count() - 1
             titles.add(page.title())
-            page.evaluate(axe)
-            found = page.evaluate("axe.run().then(result => result.violations)")
-            assert [(v["id"], v["nodes"][0]["html"]) for v in found] == [], name
+            if (width, scheme) in (LOOKS[0], LOOKS[-1]):
+                page.evaluate(axe)
+                found = page.evaluate("axe.run().then(result => result.violations)")
+                assert [(v["id"], v["nodes"][0]["html"]) for v in found] == [], name
             page.screenshot(path=folder / f"{name}-{width}-{scheme}.png", full_page=True)
     assert len(titles) == len(views)
 

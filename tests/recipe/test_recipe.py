@@ -411,10 +411,12 @@ def test_sft_takes_the_prompt_and_no_rewards(write):
     )
 
 
-def test_the_example_of_the_docs_is_a_recipe(write):
+def test_the_examples_of_the_docs_are_recipes(write):
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```yaml\n(.+?)```", text, flags=re.S)
+    example, *parts = re.findall(r"```yaml\n(.+?)```", text, flags=re.S)
     assert load_recipe(write(example)).training["learning_rate"] == 1e-4
+    for part in parts:
+        assert load_recipe(write(example + part)).resolved().keys() >= yaml.safe_load(part).keys()
 
 
 def test_numbers_with_leading_zeros_are_decimal(write):
