@@ -26,7 +26,6 @@ from transformers import TrainerCallback
 from grace_rl.errors import UserError
 from grace_rl.rollout.store import read_rollouts
 from grace_rl.run.checkpoints import (
-    check_shares,
     is_complete,
     last_complete_checkpoint,
     list_checkpoints,
@@ -38,6 +37,7 @@ from grace_rl.run.directory import RunDirectory
 from grace_rl.run.processes import part_processes
 from grace_rl.run.records import read_metrics, read_status
 from grace_rl.train.callbacks import follow
+from grace_rl.train.checkpointed import check_shares
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "train" / "tiny_training.py"
