@@ -85,7 +85,7 @@ def group_writing(
         layers: What a reader wants to see, as `tap_layers` takes them; None: nothing.
         seen: Receives the states of each call of `generate`; None where they could not be seen.
     """
-    usual = policy.generate
+    usual, own = policy.generate, vars(policy).get("generate")
 
     def generate(input_ids: Tensor, attention_mask: Tensor, **rest: Any) -> Tensor:
         cache = _empty_cache(policy, rest["generation_config"])
@@ -112,6 +112,8 @@ def group_writing(
         yield
     finally:
         del policy.generate
+        if own is not None:  # somebody else had put theirs before the class's
+            policy.generate = own
 
 
 def _empty_cache(policy: Any, config: Any) -> DynamicCache | None:

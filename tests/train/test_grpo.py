@@ -67,9 +67,9 @@ def test_embeddings_come_from_the_forward_that_trl_makes(
     own_read = trainer.reader.read
     score = trainer._calculate_rewards
 
-    def counted(written: list[Written]) -> torch.Tensor:
+    def counted(written: list[Written], ends: torch.Tensor | None) -> torch.Tensor:
         reads.append(len(written))
-        return own_read(written)
+        return own_read(written, ends)
 
     def compare(inputs: Any, prompts: Any, completions: Any, ids: Any) -> torch.Tensor:
         reader = trainer.rollout_reader
