@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,59 +151,56 @@ class Reader:
         words = self._read_tokens(rows, places, gradient)
         if self.config.span != "joint":
             return words
-        texts = self._read_texts(written, gradient)
+        spans = [item.prompt.token_ids[slice(*item.prompt.span)] for item in written]
+        texts = [(ids, 0) if ids else ([self._padding], 1) for ids in spans]
+        alone = self._read_tokens(texts, None, gradient)
         if ends is not None:
-            texts = texts[:, None].expand_as(words)
-        return torch.cat([texts, words], dim=-1)
-
-    def _read_texts(self, written: Sequence[Written], gradient: bool) -> Tensor:
-        """(N, H) of the texts, each alone and once, in as many forwards on every process."""
-        texts = [tuple(item.prompt.token_ids[slice(*item.prompt.span)]) for item in written]
-        place = {ids: i for i, ids in enumerate(dict.fromkeys(texts))}
-        fill = max(0, -(-len(texts) // self.batch_size) - len(place))
-        rows = [(list(ids), 0) if ids else ([self._padding], 1) for ids in place]
-        forwards = -(-len(texts) // self.batch_size)
-        vectors = self._read_tokens(rows + rows[:1] * fill, None, gradient, forwards)
-        return vectors[[place[ids] for ids in texts]]
+            alone = alone[:, None].expand_as(words)
+        return torch.cat([alone, words], dim=-1)
 
     def _read_tokens(
-        self,
-        rows: Sequence[tuple[list[int], int]],
-        places: Tensor | None,
-        gradient: bool,
-        forwards: int | None = None,
+        self, rows: Sequence[tuple[list[int], int]], places: Tensor | None, gradient: bool
     ) -> Tensor:
-        """(N, H), or (N, K+1, H) with places, of rows of tokens and the first that is pooled."""
-        vectors: list[Tensor] = []
+        """(N, H), or (N, K+1, H) with places, of rows of tokens and the first that is pooled.
+
+        Rows that are the same are read once. The number of forwards depends on N alone, as
+        processes that share weights need it.
+        """
+        ends = [()] * len(rows) if places is None else [tuple(row) for row in places.tolist()]
+        keys = [(tuple(ids), first, end) for (ids, first), end in zip(rows, ends, strict=True)]
+        distinct = sorted(set(keys), key=lambda key: (len(key[0]), key))  # little padding
+        place = {key: i for i, key in enumerate(distinct)}
+        forwards = -(-len(rows) // self.batch_size)
+        distinct += distinct[:1] * (forwards - len(distinct))
+        cuts = [len(distinct) * number // forwards for number in range(forwards + 1)]
         was_training = self._policy.training
         self._policy.train(was_training and gradient)
-        stack = decoder_stack(self._policy)
-        device = next(stack.parameters()).device
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # little padding
-        size = self.batch_size if forwards is None else -(-len(rows) // forwards)
-        for start in range(0, len(rows), size):
-            chosen = order[start : start + size]
-            batch = [rows[i] for i in chosen]
-            width = max(len(ids) for ids, _ in batch)
-            ids = torch.full((len(batch), width), self._padding, dtype=torch.long)
-            attention = torch.zeros_like(ids)
-            mask = torch.zeros_like(ids, dtype=torch.bool)
-            for i, (row, first) in enumerate(batch):
-                ids[i, : len(row)] = torch.tensor(row)
-                attention[i, : len(row)] = 1
-                mask[i, first : len(row)] = True
-            span = (mask.to(device), None if places is None else places[chosen])
-
-            def receive(states: Tensor, span: tuple[Tensor, Tensor | None] = span) -> None:
-                vectors.append(self._pool(states, *span))
-
-            with torch.set_grad_enabled(gradient), tap_layers(stack, self.config.layers, receive):
-                stack(
-                    input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False
-                )
+        vectors = [self._forward(distinct[start:end], gradient) for start, end in pairwise(cuts)]
         self._policy.train(was_training)
-        back = torch.tensor(order, device=vectors[0].device).argsort()
-        return torch.cat(vectors)[back]
+        return torch.cat(vectors)[[place[key] for key in keys]]
+
+    def _forward(
+        self, rows: Sequence[tuple[tuple[int, ...], int, tuple[int, ...]]], gradient: bool
+    ) -> Tensor:
+        """One pass over rows: tokens, the first that is pooled, ends of prefixes or none."""
+        stack, vectors = decoder_stack(self._policy), list[Tensor]()
+        device = next(stack.parameters()).device
+        width = max(len(tokens) for tokens, _, _ in rows)
+        ids = torch.full((len(rows), width), self._padding, dtype=torch.long)
+        attention = torch.zeros_like(ids)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for i, (tokens, first, _) in enumerate(rows):
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            attention[i, : len(tokens)] = 1
+            mask[i, first : len(tokens)] = True
+        places = torch.tensor([ends for _, _, ends in rows]) if rows[0][2] else None
+
+        def receive(states: Tensor) -> None:
+            vectors.append(self.pool(states, mask.to(device), places))
+
+        with torch.set_grad_enabled(gradient), tap_layers(stack, self.config.layers, receive):
+            stack(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False)
+        return vectors[0]
 
     def tokens_to_read(self, item: Written) -> tuple[list[int], int]:
         """The tokens one forward sees, and the first of them that is pooled.
@@ -227,7 +225,9 @@ class Reader:
         lengths = torch.tensor([len(ids) for ids, _ in rows])
         return (ends.cpu() + before.unsqueeze(1)).minimum(lengths.unsqueeze(1))
 
-    def _pool(self, states: Tensor, mask: Tensor, ends: Tensor | None) -> Tensor:
+    def pool(self, states: Tensor, mask: Tensor, ends: Tensor | None) -> Tensor:
+        """Raw vectors (b, H), or (b, K+1, H) with the ends (b, K+1) of prefixes, from mixed states
+        (b, T, H) and the mask (b, T) of what to pool."""
         if ends is None:
             return pool_states(states, mask, self.config.pool)
         return pool_prefixes(states, mask, ends.to(states.device), self.config.pool)
@@ -248,7 +248,7 @@ class Reader:
         """
 
         def receive(states: Tensor) -> None:
-            vectors.append(self._pool(states, *spans(len(vectors))))
+            vectors.append(self.pool(states, *spans(len(vectors))))
 
         return tap_layers(decoder_stack(model), self.config.layers, receive)
 

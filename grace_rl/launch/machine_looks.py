@@ -57,6 +57,26 @@ def processes(subject: Subject) -> Iterator[Finding]:
         yield Finding("machine", found)
 
 
+def cpu_flags() -> set[str]:
+    """What Linux says this processor can do; nothing where nobody says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    known = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return set(next(known, "").split())
+
+
+def half_precision(subject: Subject) -> Iterator[Finding]:
+    """bfloat16 on a processor that computes it in float32, piece by piece."""
+    flags = cpu_flags()
+    asked = subject.args.bf16 or subject.recipe.model.get("dtype") == "bfloat16"
+    unit = flags & {"avx512_bf16", "amx_bf16", "bf16"}
+    if asked and not subject.machine.gpus and flags and not unit:
+        found = "this processor has no unit for it and is slower than in float32"
+        yield Finding("bfloat16", found, "warning", ["--bf16 false --dtype float32"])
+
+
 def memory(subject: Subject) -> Iterator[Finding]:
     """Memory of the process, vLLM's share of it, and the disk."""
     if subject.policy is None or list(adapter(subject)):
@@ -197,4 +217,4 @@ def _count(number: int) -> str:
     return str(number)
 
 
-LOOKS = (processes, memory, engine, port, versions)
+LOOKS = (processes, half_precision, memory, engine, port, versions)

@@ -193,6 +193,10 @@ def recipe_of(source: RecipeSource, look: bool = True) -> Recipe:
     config, name = METHODS[method].config_class(), default_name(source.path)
     _check_keys(source, method)
     model = _typed(source, model_class(), source.tree)
+    if model.get(
+        "use_peft"
+    ):  # TRL's .05 takes a third of a training step on a CPU (performance.md)
+        model.setdefault("lora_dropout", 0.0)
     given = _typed(source, config, source.tree)
     training = fields.own_defaults(config) | {"output_dir": f"runs/{name}"} | given
     training["output_dir"] = training["output_dir"] or f"runs/{name}"

@@ -8,11 +8,12 @@ What differs from TRL's `GRPOTrainer`:
 
 - The data set holds rows (query, positive, negatives, or text). Their texts become prompts by role,
   a row's rollouts stay in one generation batch, and anchors (texts of untrained roles) are written
-  along with them.
+  along with them, or kept for `anchor_steps`.
+- transformers' `generate` computes the prompt of a group once (train/writing.py).
 - Rewards get a `RewardBatch`: this process's rollouts with their embeddings, and every process's as
-  a pool. In-context readers take the hidden states from the forward that TRL makes for the old
-  log-probabilities; where TRL skips that forward, or the reader is the bottleneck, one pass over
-  the decoder stack is added.
+  a pool. In-context readers see the hidden states while transformers writes; with vLLM they take
+  them from the forward that TRL makes for the old log-probabilities. Where there is neither, or
+  the reader reads the rationale alone, a pass over the decoder stack is added.
 - Advantages come from a `Credit` (`grace_rl.credit`): by group, as TRL's, or where a reward scores
   every prefix of a rationale (`stepwise`) by segment, (B, T) instead of (B,).
 - `reader_loss` adds a loss with a gradient through the reader (train/reader_loss.py).
@@ -63,6 +64,7 @@ from grace_rl.rollout.prompts import Prompt
 from grace_rl.rollout.rollouts import Rollouts
 from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.run.screen import Screen
+from grace_rl.train.anchors import KeptAnchors
 from grace_rl.train.grpo_config import GraceGRPOConfig, check_rollouts
 from grace_rl.train.hooks import RolloutTrainer, Write, like_completions
 from grace_rl.train.keep import check_first_batch, check_totals, keep_rollouts
@@ -168,6 +170,7 @@ class GraceGRPOTrainer(RolloutTrainer):
         )
         self.runtime.start_from(policy.name_or_path)
         self.credit = self._make_credit()
+        self.anchors = KeptAnchors(args.anchor_steps)
 
     def _make_credit(self) -> Credit:
         if step_labels(self.rewards):
@@ -178,11 +181,11 @@ class GraceGRPOTrainer(RolloutTrainer):
     # -- a batch, from texts to advantages ---------------------------------
 
     def generate(self, rollouts: Rollouts, write: Write) -> tuple[Rollouts, Any]:
-        """Write for the texts, and along with them, or apart, for the anchors."""
+        """Write for the texts, and along with them, or apart, for the anchors that are not kept."""
         own, temperature = int(rollouts.trained.sum()), self.args.anchor_temperature
         prompts = [self.render(*text) for text in zip(rollouts.texts, rollouts.roles, strict=True)]
         ids = [prompt.token_ids for prompt in prompts]
-        places = self._places_to_write(rollouts.roles)
+        places = self._places_to_write(rollouts)
         asked = [ids[i] for i in places]
         if temperature is None and not (self.use_vllm and self.vllm_mode == "server"):
             found, logps = write(asked, self.num_generations)
@@ -191,7 +194,8 @@ class GraceGRPOTrainer(RolloutTrainer):
             if asked[own:]:
                 with self.sampling_temperature(temperature):
                     found = found + write(asked[own:], 1)[0]
-        written: list[list[int]] = [[] for _ in ids]
+        self.rollout_reader.places = places
+        written = list(rollouts.token_ids)  # those of anchors that are kept
         for i, row in zip(reversed(places), reversed(found), strict=True):  # fillers first
             written[i] = row
         ended = [not row or row[-1] in self.eos_token_ids for row in written]
@@ -208,11 +212,12 @@ class GraceGRPOTrainer(RolloutTrainer):
     def _render(self, text: str, role: str) -> Prompt:
         return self._templates.get(role, self.prompt_template).render(text)
 
-    def _places_to_write(self, roles: Sequence[str]) -> list[int]:
+    def _places_to_write(self, rollouts: Rollouts) -> list[int]:
         """Numbers of the texts that are written for, as many on every process: the first one fills
         up."""
         unwritten = self.rollout_reader.unwritten
-        places = [i for i, role in enumerate(roles) if role not in unwritten]
+        rows = enumerate(zip(rollouts.roles, rollouts.token_ids, strict=True))
+        places = [i for i, (role, kept) in rows if role not in unwritten and not kept]
         if unwritten:
             count = torch.tensor([len(places)], device=self.accelerator.device)
             places += [0] * (int(gather(count).max()) - len(places))
@@ -245,6 +250,8 @@ class GraceGRPOTrainer(RolloutTrainer):
             step=self.state.global_step + 1,
             seed=self.args.seed,
         )
+        if self.mode == "train":
+            self.log_all(self.anchors.remember(world))
         empty = [not rationale.strip() for rationale in world.trained_rows.rationales]
         self.log_all({"rollouts/empty": sum(empty) / len(empty)})
         self.log_all(distinct_n(world.token_ids))
@@ -342,19 +349,24 @@ class GraceGRPOTrainer(RolloutTrainer):
 
     def load_extra_state(self, folder: Path) -> None:
         self.reader.load(folder)
-        rewards, shaping = (
+        rewards, shaping, anchors = (
             json.loads((folder / name).read_text(encoding="utf-8")) for name in self._extra_state()
         )
         self.runtime.load_state_dict(rewards)
         self.segmenter.load_state_dict(shaping["segmenter"])
         self.credit.load_state_dict(shaping["credit"])
+        self.anchors.load_state_dict(anchors)
 
     def _extra_state(self) -> dict[str, dict[str, Any]]:
         shaping = {
             "segmenter": self.segmenter.state_dict(),
             "credit": self.credit.state_dict(),
         }
-        return {"rewards.json": self.runtime.state_dict(), "shaping.json": shaping}
+        return {
+            "rewards.json": self.runtime.state_dict(),
+            "shaping.json": shaping,
+            "anchors.json": self.anchors.state_dict(),
+        }
 
 
 def _weighted(rewards: list[LoadedReward], weights: Sequence[float] | None) -> list[LoadedReward]:

@@ -32,6 +32,8 @@ def rollout_problems(config: GraceGRPOConfig) -> Iterator[str]:
         yield "remove_unused_columns: would take the texts away from the rewards; leave it out"
     if config.max_completion_length is None:
         yield "max_completion_length: must be at least 1, not None"
+    if config.anchor_steps and all(role.train for role in config.roles.values()):
+        yield "anchor_steps: has no effect without an anchor; give a role train: false"
     if config.sync_ref_model and config.beta == 0:
         yield "sync_ref_model: without a KL penalty there is no reference model; set beta above 0"
 
@@ -49,6 +51,8 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
             never updated.
         anchor_temperature: Sampling temperature of anchors, above 0; `None` is the rollouts' own.
             GRACE uses 0.5.
+        anchor_steps: How many optimizer steps an anchor's rationale serves before it is written
+            anew, where its row comes back; 0 writes anchors for every batch. Metric: `anchors/age`.
         segments: How many segments a rationale is cut into for rewards that return steps
             (`stepwise`), at least 1; 3 to 5 is usual. They are near-equal in tokens, and cut at a
             sentence end where one is near.
@@ -73,6 +77,7 @@ class GraceGRPOConfig(ReadingConfig, GRPOConfig):  # type: ignore[misc]  # TRL t
 
     roles: Roles = field(default_factory=default_roles)
     anchor_temperature: Annotated[float, Field(gt=0)] | None = None
+    anchor_steps: Annotated[int, Field(ge=0)] = 0
     segments: Annotated[int, Field(ge=1)] = 4
     segment_min_tokens: Annotated[int, Field(ge=1)] = 16
     shaping: ShapingConfig = field(default_factory=ShapingConfig)

@@ -7,6 +7,7 @@ hands the batch on to a call of `grace_rl.train.grpo`: `generate`, `read`, `scor
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,11 +17,12 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor, nn
 
-from grace_rl.data.bundles import Bundles, BundleSampler
+from grace_rl.data.bundles import Bundles, BundleSampler, RoleText
 from grace_rl.rollout.engines import GRPOTrainer, repair_weight_push
 from grace_rl.rollout.kept_server import keep_server
 from grace_rl.rollout.prompts import Prompt
 from grace_rl.rollout.rollouts import Rollouts
+from grace_rl.train.anchors import KeptAnchors, to_write
 from grace_rl.train.grpo_config import GraceGRPOConfig
 from grace_rl.train.phases import PHASES, PhaseClock
 from grace_rl.train.policy_trainer import PolicyTrainer
@@ -43,6 +45,7 @@ class RolloutTrainer(PolicyTrainer, GRPOTrainer):
     shuffle_dataset: bool
 
     console: Console
+    anchors: KeptAnchors
     bundles: dict[str, Bundles]
     clock: PhaseClock
     rollout_reader: RolloutReader
@@ -117,19 +120,30 @@ class RolloutTrainer(PolicyTrainer, GRPOTrainer):
         bundles = self.bundles[self.mode]
         texts = [bundles.prompts[item["prompt_number"]] for item in inputs]
         anchors = bundles.anchors_of(dict.fromkeys(gather_object([t.example for t in texts])))
-        self._anchor_count, processes = len(anchors), self.accelerator.num_processes
-        share = -(-len(anchors) // processes)
-        anchors += anchors[:1] * (share * processes - len(anchors))
-        first = self.accelerator.process_index * share
-        self._rollouts = Rollouts.to_write(
-            texts, anchors[first : first + share], self.accelerator.device
-        )
+        self._rollouts = self._to_write(texts, anchors)
         output = super()._generate_and_score_completions(inputs)
         rollouts = self.give_credit(self._under_way, output)
         if self.mode == "train":
             self.keep(rollouts)
         self._rollouts = None
         return output
+
+    def _to_write(self, texts: list[RoleText], anchors: list[RoleText]) -> Rollouts:
+        """This process's texts, its share of the anchors to write, and of those that are kept."""
+        self._anchor_count, processes = len(anchors), self.accelerator.num_processes
+        known: list[list[int]] = [[] for _ in anchors]
+        if self.mode == "train":
+            known = self.anchors.known(anchors, self.state.global_step + 1)
+        new, kept = (self._own_share(part, processes) for part in to_write(known, processes))
+        rows = [anchors[i] for i in new + kept]
+        rollouts = Rollouts.to_write(texts, rows, self.accelerator.device)
+        ids = [[]] * (len(texts) + len(new)) + [known[i] for i in kept]
+        return dataclasses.replace(rollouts, token_ids=ids)
+
+    def _own_share(self, numbers: list[int], processes: int) -> list[int]:
+        share = len(numbers) // processes
+        first = self.accelerator.process_index * share
+        return numbers[first : first + share]
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         own = zip(prompts, self._under_way.roles, strict=False)  # which come before the anchors
@@ -138,19 +152,22 @@ class RolloutTrainer(PolicyTrainer, GRPOTrainer):
     def _generate_single_turn(  # type: ignore[override]  # has_tool_images: there are no tools
         self, prompt_ids: list[list[int]], images: Any, fields: Any, num_generations: int
     ) -> Any:
-        trls, own = super()._generate_single_turn, len(prompt_ids)
+        trls, own, tokens = super()._generate_single_turn, len(prompt_ids), 0
         before = self.clock.seconds["rollout"]
 
         def write(prompts: list[list[int]], samples: int) -> tuple[list[list[int]], Any]:
-            ids, logps = trls(prompts, images, fields, samples)
+            nonlocal tokens
+            with nullcontext() if self.use_vllm else self.rollout_reader.while_writing():
+                ids, logps = trls(prompts, images, fields, samples)
+            tokens += sum(map(len, ids))
             return ids, logps
 
         with self.clock("rollout"):
             self._rollouts, logps = self.generate(self._under_way, write)
         written = self._rollouts.token_ids
-        tokens = sum(map(len, written)) * self.accelerator.num_processes
         seconds = self.clock.seconds["rollout"] - before
-        self._log_metric("rollout/tokens_per_second", tokens / seconds)
+        per_second = tokens * self.accelerator.num_processes / seconds
+        self._log_metric("rollout/tokens_per_second", per_second)
         return written[:own], logps and logps[:own]
 
     def _get_per_token_logps_and_entropies(
@@ -186,7 +203,7 @@ class RolloutTrainer(PolicyTrainer, GRPOTrainer):
             and not self._rollouts.embeddings.shape[1]
             and self.rollout_reader.shares_forwards
             and old_logps  # else the first forward is a reference model's
-            and not self.rollout_reader.has_overheard
+            and self.rollout_reader.needs_a_forward
             and not self.mask_truncated_completions  # hides the rationale from attention
         )
 

@@ -1,4 +1,5 @@
-"""Reading rollouts in training: from the forwards that TRL makes anyway, else in few of our own."""
+"""Reading rollouts in training: while they are written, along with a forward that TRL makes anyway,
+else in a pass of our own."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from grace_rl.embed.reader import Reader, Written
 from grace_rl.rollout.prompts import Prompt
 from grace_rl.rollout.rollouts import Rollouts
+from grace_rl.run.zero import is_split
+from grace_rl.train.writing import SeenStates, group_writing
 
 
 class RolloutReader:
@@ -26,7 +29,8 @@ class RolloutReader:
 
     Attributes:
         shares_forwards: The reader sees prompt and rationale together with the policy's own
-            weights, so TRL's forward has the states that it needs.
+            weights, so what writes them, and TRL's forward over them, has the states that it needs.
+        places: Which rollouts were written for, in order; some twice, to fill up.
     """
 
     def __init__(
@@ -41,12 +45,25 @@ class RolloutReader:
         self.render = render
         self.unwritten = unwritten
         self.shares_forwards = reader.config.in_context and reader.config.weights == "policy"
-        self._overheard: Tensor | None = None  # raw vectors of the rollouts under way
+        self.places: list[int] = []
+        self._seen: list[SeenStates | None] = []  # of each call of `generate` for this batch
+        self._overheard: Tensor | None = None  # raw vectors of the trained ones
 
     @property
-    def has_overheard(self) -> bool:
-        """Whether the rollouts under way have been read along with a forward of TRL's."""
-        return self._overheard is not None
+    def needs_a_forward(self) -> bool:
+        """Whether no forward has shown yet what the rollouts under way are read from."""
+        return self._overheard is None and (not self._seen or None in self._seen)
+
+    @contextmanager
+    def while_writing(self) -> Iterator[None]:
+        """Within it, transformers' `generate` computes a group's prompt once, and in-context
+        readers look on. Not under ZeRO-3, whose processes must make the same forwards."""
+        if is_split(self.policy):
+            yield
+            return
+        layers = self.reader.config.layers if self.shares_forwards else None
+        with group_writing(self.policy, layers, self._seen):
+            yield
 
     def written(self, rollouts: Rollouts) -> list[Written]:
         """The rows of a table as a reader takes them."""
@@ -74,28 +91,55 @@ class RolloutReader:
     def read(self, rollouts: Rollouts) -> Rollouts:
         """The table with raw vectors, neither centred nor normalised, in its vector columns.
 
-        Those of trained rollouts that a forward has been overheard on are taken from there.
+        Those that a forward has shown are taken from there, the others read in one of our own.
         """
-        overheard, self._overheard = self._overheard, None
-        ends = rollouts.prefix_ends
-        if overheard is None:
-            written = self.written(rollouts)
-            if ends is not None and self.unwritten:  # whatever is read of them is read whole
-                lengths = torch.tensor([len(item.token_ids) for item in written])
-                not_trained = ~rollouts.trained[:, None]
-                ends = torch.where(not_trained, lengths.to(ends.device)[:, None], ends)
-            raw = self.reader.read(written, ends)
-        else:
-            anchors = self.written(rollouts.take(~rollouts.trained))
-            raw = overheard
-            if anchors:
-                more = self.reader.read(anchors)
-                if ends is not None:  # an anchor has no prefixes but itself
-                    more = more[:, None].expand(-1, ends.size(1), -1)
-                raw = torch.cat([raw, more])
+        written, ends = self.written(rollouts), rollouts.prefix_ends
+        if ends is not None and self.unwritten:  # whatever is read of them is read whole
+            lengths = torch.tensor([len(item.token_ids) for item in written])
+            anchors = ~rollouts.trained[:, None]
+            ends = torch.where(anchors, lengths.to(ends.device)[:, None], ends)
+        raw, places = self._shown(written, ends)
+        if rest := sorted(set(range(len(written))).difference(places)):
+            prefixes = None if ends is None else ends[rest]
+            more = self.reader.read([written[i] for i in rest], prefixes)
+            raw = more if raw is None else torch.cat([raw, more])
+        if raw is None:
+            raise RuntimeError("there is nothing to read")
+        raw = raw[torch.tensor(places + rest, device=raw.device).argsort()]
         if ends is None:
             return dataclasses.replace(rollouts, embeddings=raw)
         return dataclasses.replace(rollouts, embeddings=raw[:, -1], prefix_embeddings=raw)
+
+    def _shown(
+        self, written: Sequence[Written], ends: Tensor | None
+    ) -> tuple[Tensor | None, list[int]]:
+        """Raw vectors that a forward has shown, and whose they are."""
+        overheard, self._overheard = self._overheard, None
+        calls, self._seen = self._seen, []
+        if overheard is not None:
+            return overheard, list(range(len(overheard)))
+        seen = [part for part in calls if part is not None]
+        if not seen or len(seen) < len(calls):
+            return None, []
+        prefixes = None if ends is None else ends[self.places]
+        raw = self._read_seen(seen, [written[i] for i in self.places], prefixes)
+        places = list(dict.fromkeys(self.places))  # fillers come last
+        return raw[: len(places)], places
+
+    def _read_seen(
+        self, seen: Sequence[SeenStates], written: Sequence[Written], ends: Tensor | None
+    ) -> Tensor:
+        """Raw vectors of what was written, in the order in which it was asked for."""
+        spans = [
+            (len(item.prompt.token_ids), self.reader.tokens_to_read(item)[1], len(item.token_ids))
+            for item in written
+        ]
+        vectors, start = [], 0
+        for part in seen:
+            rows = slice(start, start := start + len(part.prompt_of))
+            places = None if ends is None else ends[rows]
+            vectors.append(part.pooled(self.reader.pool, spans[rows], places))
+        return torch.cat(vectors)
 
     def read_for_loss(
         self,

@@ -38,6 +38,7 @@ ELSEWHERE = re.compile(  # what these two short runs do not have
     r"sampling/|alarms/"  # vLLM
     r"|shaping/beta_"  # rationales of several segments
     r"|false_negatives/"  # a guide
+    r"|anchors/"  # anchors that are kept
 )
 
 

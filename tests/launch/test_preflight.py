@@ -115,6 +115,23 @@ def test_more_processes_than_gpus(check, machine):
     assert code == 2 and "for 8 processes" in said and "--num_processes 2" in said
 
 
+@pytest.mark.parametrize(
+    ("flags", "gpus", "warned"),
+    [
+        ({"avx2"}, 0, True),
+        ({"avx2", "amx_bf16"}, 0, False),
+        (set(), 0, False),
+        ({"avx2"}, 1, False),
+    ],
+)
+def test_bfloat16_without_a_unit_for_it(check, machine, monkeypatch, flags, gpus, warned):
+    machine(gpus)
+    monkeypatch.setattr(machine_looks, "cpu_flags", lambda: flags)
+    code, said = check("--dtype", "bfloat16")
+    assert code == 0
+    assert ("--bf16 false --dtype float32" in said) == warned
+
+
 def test_no_process_is_no_number_of_processes(check):
     code, said = check("--num_processes", "0")
     assert code == 2 and "--num_processes: must be at least 1, not 0" in said

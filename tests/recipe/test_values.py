@@ -167,7 +167,8 @@ def test_all_linear_as_trl_takes_it(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     text = f"{BASE}{REWARDS}use_peft: true\nlora_target_modules: all-linear\n"
     file.write_text(text, encoding="utf-8")
-    assert load_recipe(file).model_config().lora_target_modules == "all-linear"
+    model = load_recipe(file).model_config()
+    assert (model.lora_target_modules, model.lora_dropout) == ("all-linear", 0.0)
 
 
 @pytest.mark.parametrize(

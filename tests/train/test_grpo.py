@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def test_training_moves_the_policy_and_logs(build: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("span", ["context", "rationale"])
 def test_embeddings_come_from_the_forward_that_trl_makes(
-    build: Any, tmp_path: Path, span: str
+    build: Any, tmp_path: Path, span: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where nothing could be seen while it was written, as with vLLM; only anchors need more."""
     trainer = build(
         tmp_path, reader={"span": span}, num_iterations=2, gradient_accumulation_steps=1
     )
@@ -65,9 +67,9 @@ def test_embeddings_come_from_the_forward_that_trl_makes(
     own_read = trainer.reader.read
     score = trainer._calculate_rewards
 
-    def counted(written: list[Written]) -> torch.Tensor:
+    def counted(written: list[Written], ends: torch.Tensor | None) -> torch.Tensor:
         reads.append(len(written))
-        return own_read(written)
+        return own_read(written, ends)
 
     def compare(inputs: Any, prompts: Any, completions: Any, ids: Any) -> torch.Tensor:
         reader = trainer.rollout_reader
@@ -75,6 +77,7 @@ def test_embeddings_come_from_the_forward_that_trl_makes(
         compared.append(float((reader._overheard - own_read(written)).abs().max()))
         return score(inputs, prompts, completions, ids)
 
+    monkeypatch.setattr(trainer.rollout_reader, "while_writing", nullcontext)
     trainer.reader.read = counted
     trainer._calculate_rewards = compare
     trainer.train()
