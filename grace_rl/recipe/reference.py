@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_rl.recipe import fields
-from grace_rl.recipe.methods import METHODS, named
+from grace_rl.recipe.methods import METHODS
 from grace_rl.recipe.recipe import model_class
 from grace_rl.recipe.rewards import RewardSpec
 from grace_rl.recipe.rows import DataConfig, EvaluationConfig

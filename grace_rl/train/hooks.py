@@ -137,7 +137,7 @@ class RolloutTrainer(PolicyTrainer, GRPOTrainer):
         new, kept = (self._own_share(part, processes) for part in to_write(known, processes))
         rows = [anchors[i] for i in new + kept]
         rollouts = Rollouts.to_write(texts, rows, self.accelerator.device)
-        ids = [[]] * (len(texts) + len(new)) + [known[i] for i in kept]
+        ids: list[list[int]] = [[]] * (len(texts) + len(new)) + [known[i] for i in kept]
         return dataclasses.replace(rollouts, token_ids=ids)
 
     def _own_share(self, numbers: list[int], processes: int) -> list[int]:
