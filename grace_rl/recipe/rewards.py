@@ -35,7 +35,7 @@ class RewardSpec(Section):
     on_error: Literal["raise", "abstain"] = "raise"
     timeout: float | None = Field(None, gt=0)
     label: str | None = None
-    keywords: dict[str, Any] = {}
+    keywords: dict[Any, Any] = {}  # keys that are no texts are told as unknown arguments
 
     def __init__(self, name: str, **values: Any) -> None:
         super().__init__(name=name, **values)
