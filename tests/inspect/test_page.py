@@ -311,7 +311,10 @@ def test_an_edited_rationale_moves_the_neighbours(
         page.get_by_label("Text", exact=True).fill("nothing of all this")
         page.get_by_role("button", name="Write").click()
         page.locator("[data-side=a] [data-part=answer] table").wait_for()
-        assert page.locator("[data-side] > h2").all_inner_texts() == ["first, start", "first, model"]
+        assert page.locator("[data-side] > h2").all_inner_texts() == [
+            "first, start",
+            "first, model",
+        ]
         side = page.locator("[data-side=b]")
         near = side.locator("[data-part=answer]")
         near.locator("table").wait_for()
