@@ -76,4 +76,4 @@ def test_the_wheel_installs_and_its_first_steps_run(tmp_path: Path) -> None:
     assert call(python, "-m", "grace_rl", "--version", cwd=away) == f"grace-rl {__version__}\n"
     call(python, "-m", "grace_rl", "new", "mine", cwd=away)
     call(python, "-m", "grace_rl", "train", "recipe.yaml", "--max_steps", "1", cwd=away / "mine")
-    assert (away / "mine" / "runs" / "recipe" / "model" / "model.safetensors").is_file()
+    assert (away / "mine" / "runs" / "first" / "model" / "model.safetensors").is_file()
