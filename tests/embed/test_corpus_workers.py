@@ -174,6 +174,7 @@ class DiesOnce:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("GRACE_RL_RAY" not in os.environ, reason="starts Ray: GRACE_RL_RAY=1")
 def test_two_workers_one_killed_give_what_one_gives(
     nodes: Any, model_folder: Path, texts: list[str], tmp_path: Path
 ) -> None:
