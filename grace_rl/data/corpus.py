@@ -20,7 +20,7 @@ from fsspec.core import split_protocol, url_to_fs
 
 from grace_rl.data.files import SHOWN_PROBLEMS
 from grace_rl.data.texts import TextSource
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 from grace_rl.run.identity import file_digest
 
 
@@ -190,7 +190,7 @@ class ParquetTexts:
         try:
             return url_to_fs(self.place)
         except (ImportError, ValueError) as error:
-            raise UserError(f"{self.place}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{self.place}: {first_line(error)}") from error
 
     @cached_property
     def _files(self) -> list[str]:
@@ -212,7 +212,7 @@ class ParquetTexts:
         try:
             return pq.ParquetFile(path, filesystem=self._system, memory_map=False)
         except (pa.ArrowException, OSError, ValueError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"{path}: is not parquet that can be read: {reason}") from error
 
     def _wrong(self, schema: pa.Schema, kinds: dict[type, str], path: str) -> list[str]:

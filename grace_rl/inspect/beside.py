@@ -16,13 +16,14 @@ from grace_rl.errors import reading
 from grace_rl.inspect.run import Run
 from grace_rl.rollout.store import rollout_files
 from grace_rl.run.files import whole_file
+from grace_rl.run.records import step_file
 
 ABOUT = b"grace_rl_credit"  # the key of what the numbers belong to, in a file's metadata
 
 
 def keep_credit(run: Run, step: int, table: pd.DataFrame, said: str) -> Path:
     """Write a step's credit beside its run; an older one of that step is replaced."""
-    path = run.beside / "credit" / f"step-{step:06d}.parquet"
+    path = step_file(run.beside, step, "credit")
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"of": rollouts_stamp(run, step), "said": said}
     kept = pa.Table.from_pandas(table, preserve_index=False)
@@ -35,7 +36,7 @@ def keep_credit(run: Run, step: int, table: pd.DataFrame, said: str) -> Path:
 def kept_credit(run: Run, step: int) -> tuple[pd.DataFrame, str] | None:
     """What `keep_credit` left of a step, and how it was read; None if there is nothing, or if it
     belongs to rollouts that were there before."""
-    path = run.beside / "credit" / f"step-{step:06d}.parquet"
+    path = step_file(run.beside, step, "credit")
     if not path.is_file():
         return None
     with reading(path, "credit"):

@@ -77,7 +77,7 @@ def _learned(run: Run, stamp: tuple[float, int]) -> Learned:
     if len(steps):
         early, late = int(first["step"].iloc[-1]), int(last["step"].iloc[0])
         words = _words(run.pattern_table(patterns.WORDS, [early, late]))
-    return Learned(steps, table, words, _alarms(run, steps, table, words))
+    return Learned(steps, table, words, _alarms(run, steps, first, last, table, words))
 
 
 def _words(found: pd.DataFrame) -> pd.DataFrame:
@@ -102,7 +102,12 @@ def word_steps(run: Run, words: list[str]) -> dict[str, pd.DataFrame]:
 
 
 def _alarms(
-    run: Run, steps: pd.DataFrame, table: pd.DataFrame, words: pd.DataFrame
+    run: Run,
+    steps: pd.DataFrame,
+    first: pd.DataFrame,
+    last: pd.DataFrame,
+    table: pd.DataFrame,
+    words: pd.DataFrame,
 ) -> list[dict[str, str]]:
     if len(steps) < ENOUGH:
         return []
@@ -117,9 +122,8 @@ def _alarms(
                 what = repr(doubled["pair"][0]) if len(doubled) else what
             reason = f"{what}, in {row['best']:.0%} of the best of their group since step {since}"
             found.append({"pattern": name, "reason": f"{reason} (at first {row['first']:.0%})"})
-    late = steps.tail(max(1, round(FIFTH * len(steps))))
-    before, after = _mean(steps.head(len(late)), "odd"), _mean(late, "odd")
-    pays = float(run.pattern_table(patterns.ODD_PAYS, [int(late["step"].iloc[0])])["pays"][0])
+    before, after = _mean(first, "odd"), _mean(last, "odd")
+    pays = float(run.pattern_table(patterns.ODD_PAYS, [int(last["step"].iloc[0])])["pays"][0])
     if after >= before + FALSE and pays >= PAYS:
         reason = (
             f"{after:.0%} of the words are of other texts and neither in their own text nor with "

@@ -89,11 +89,6 @@ class DataConfig(Section):
             raise UserError(problems)
         return self
 
-    @property
-    def is_local(self) -> bool:
-        """Whether its rows can be read without a network."""
-        return self.dataset_name == SCENES or is_local_file(self.dataset_name)
-
 
 DATA_KEYS = tuple(str(field.alias) for field in DataConfig.model_fields.values())
 

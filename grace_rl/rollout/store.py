@@ -44,7 +44,7 @@ import pyarrow.parquet as pq
 
 from grace_rl.errors import UserError, reading
 from grace_rl.run.files import whole_file
-from grace_rl.run.records import cut_rollouts, rollout_files
+from grace_rl.run.records import cut_rollouts, rollout_files, step_file
 
 __all__ = ["cut_rollouts", "read_rollouts", "rollout_files", "write_rollouts"]
 
@@ -93,9 +93,8 @@ def write_rollouts(run: str | Path, step: int, rollouts: pa.Table | Mapping[str,
     """
     if not isinstance(rollouts, pa.Table):
         rollouts = arrow_table({"step": [step] * len(rollouts["text"]), **rollouts})
-    folder = Path(run) / "rollouts"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:06d}.parquet"
+    path = step_file(run, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as unfinished:
         pq.write_table(rollouts, unfinished, compression="zstd")
     return path

@@ -88,6 +88,15 @@ def cut_metrics(path: Path, step: int) -> None:
     write_text(path, "".join(line for line, logged in lines if logged["step"] <= step))
 
 
+def step_file(run: str | Path, step: int, kind: str = "rollouts") -> Path:
+    """Where what belongs to a step lies, as `rollout_files` finds it.
+
+    >>> step_file("run", 20).as_posix()
+    'run/rollouts/step-000020.parquet'
+    """
+    return Path(run) / kind / f"step-{step:06d}.parquet"
+
+
 def rollout_files(run: str | Path, kind: str = "rollouts") -> dict[int, Path]:
     """The complete files of a run's rollouts (or of its `panel`), by step in rising order.
 

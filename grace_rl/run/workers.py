@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from grace_rl.errors import UserError
+from grace_rl.errors import UserError, first_line
 
 Item = dict[str, Any]
 Work = Callable[[Item], Item]
@@ -43,7 +43,7 @@ class Cluster:
             try:
                 ray.init(address=self.address, **_QUIET)
             except (ConnectionError, ValueError) as error:
-                raise UserError(f"--address: {str(error).splitlines()[0]}") from error
+                raise UserError(f"--address: {first_line(error)}") from error
         there = ray.cluster_resources()
         resource = "GPU" if there.get("GPU") else "CPU"
         most = max(1, int(there.get(resource, 1)))

@@ -7,7 +7,6 @@ is learned from it, no random number is drawn for it, and `time/panel` says what
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +22,7 @@ from grace_rl.embed.reader import Written
 from grace_rl.rollout.generator import Sampling
 from grace_rl.run.directory import RunDirectory
 from grace_rl.run.files import whole_file
+from grace_rl.run.records import step_file
 from grace_rl.run.zero import whole_policy
 
 PANEL = "panel"
@@ -93,7 +93,7 @@ class PanelWriter(TrainerCallback):
             ],
             "embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())),
         }
-        path = Path(self.run.path) / PANEL / f"step-{step:06d}.parquet"
+        path = step_file(self.run.path, step, PANEL)
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as unfinished:
             pq.write_table(pa.table(columns), unfinished, compression="zstd")

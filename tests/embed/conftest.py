@@ -43,3 +43,12 @@ def context_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_rationale_tokens=32,
     )
     return save_model(tmp_path_factory.mktemp("context"), settings)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that stands for a model which is not loaded."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder

@@ -59,14 +59,6 @@ def killed_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
 def write_texts(path: Path, word: str) -> Path:
     rows = [{"text": f"{word} {i}"} for i in range(ROWS)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

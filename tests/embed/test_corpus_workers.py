@@ -52,14 +52,6 @@ def write_folder(folder: Path, texts: Sequence[str | None], files: int = 2, grou
     return folder
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
 def embed(folder: Path, output: Path, model: Path, load: Any = Digests, **options: Any) -> Done:
     job = EmbedJob(ParquetTexts(str(folder), COLUMNS), output, chunk=4)
     return embed_corpus(load, job, model, console=QUIET, **options)
