@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -22,6 +23,12 @@ os.environ.setdefault(warm_python.PLACE, "")
 subprocess.Popen = warm_python.Popen  # type: ignore[misc]
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Tell of a failure when it happens: a run that is cut off never comes to its summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        sys.stderr.write(f"\nFAILED {report.nodeid} ({report.when})\n{report.longreprtext}\n")
 
 
 @pytest.fixture(scope="session")
