@@ -145,9 +145,9 @@ class Server:
         return self.process.communicate()[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium."""
+    """Headless Chromium. While it is there, an event loop runs in the main thread."""
     api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make dev")
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next((found for name in names if (found := shutil.which(name))), None)
