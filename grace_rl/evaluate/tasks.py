@@ -43,7 +43,6 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "clustering": {"": {"text": str, "label": (str, int)}},
     "pair_classification": {"": {"sentence1": str, "sentence2": str, "label": int}},
 }
-CUT_KINDS = ("sts", "pair_classification", "clustering")  # of which `rows` takes the first
 ENDINGS = ("", *ROW_SUFFIXES)
 
 
@@ -54,7 +53,8 @@ class TaskEntry(Section):
         name: As scores call it, or mteb's.
         kind: Of local files.
         path: A file, or the beginning of the files' names; `~` is the home directory.
-        rows: Only the first so many, at least 2, for sts, pair_classification and clustering.
+        rows: Only so many, at least 2, spread evenly over the file (over `.train` and `.test`); of
+            retrieval and reranking so many queries.
     """
 
     name: str = Field(min_length=1)
@@ -84,8 +84,6 @@ class TaskEntry(Section):
             raise UserError(f"kind: is missing; there are {', '.join(KINDS)}")
         elif self.path is None:
             raise UserError("path: is missing; give a file, or the beginning of the files' names")
-        elif self.rows is not None and self.kind not in CUT_KINDS:
-            raise UserError(f"rows: is for {', '.join(CUT_KINDS)}; leave it out")
         return self
 
 
@@ -171,19 +169,40 @@ def _local(entry: TaskEntry, source: RecipeSource, i: int) -> LocalTask:
             source.problems.append(source.problem((i, "path"), message))
             continue
         try:
-            parts[part] = _rows(file, columns, entry.rows)
+            parts[part] = _rows(file, columns)
         except UserError as error:
             source.problems += error.problems
     if len(source.problems) == before:
         if kind == "retrieval":
             _check_ids(where, parts, source.problems)
+        if entry.rows is not None:
+            _cut(kind, parts, entry.rows)
         part, column, enough, message = ENOUGH[kind]
         if not enough({row.get(column) for row in parts[part]}):
             source.problems.append(f"{where}{part}: {message}")
     return LocalTask(entry.name, kind, parts)
 
 
-def _rows(file: Path, columns: dict[str, Any], most: int | None) -> list[dict[str, Any]]:
+def _cut(kind: str, parts: dict[str, list[dict[str, Any]]], most: int) -> None:
+    """Keep so many rows, spread evenly: files are often sorted by source. Of what belongs to a
+    query all or nothing is kept."""
+    if kind == "retrieval":
+        parts[".queries"] = _spread(parts[".queries"], most)
+        queries = {row["_id"] for row in parts[".queries"]}
+        parts[".qrels"] = [row for row in parts[".qrels"] if row["query-id"] in queries]
+    elif kind == "reranking":
+        queries = set(_spread(list(dict.fromkeys(row["query"] for row in parts[""])), most))
+        parts[""] = [row for row in parts[""] if row["query"] in queries]
+    else:
+        parts |= {part: _spread(rows, most) for part, rows in parts.items()}
+
+
+def _spread(items: list[Any], most: int) -> list[Any]:
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _rows(file: Path, columns: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a file.
 
     Raises:
@@ -193,8 +212,6 @@ def _rows(file: Path, columns: dict[str, Any], most: int | None) -> list[dict[st
     problems: list[str] = []
     bad = 0
     for place, record in file_records(file):
-        if most is not None and len(rows) >= most:
-            break
         if isinstance(record, str):
             wrong = [record]
         else:
@@ -251,8 +268,8 @@ ENOUGH: dict[str, tuple[str, str, Callable[[set[Any]], bool], str]] = {
     "pair_classification": ("", "label", {0, 1}.__eq__, "labels must be 0 and 1, and both there"),
     "classification": (".train", "label", lambda found: len(found) > 1, "has a single label"),
     "clustering": ("", "label", lambda found: len(found) > 1, "has a single label"),
-    "retrieval": (".qrels", "score", lambda found: max(found) >= 1, "no score is 1 or more"),
-    "reranking": ("", "relevant", lambda found: max(found) >= 1, "nothing is relevant (1 or more)"),
+    "retrieval": (".qrels", "score", lambda found: max(found, default=0) >= 1, "no score is 1 or more"),
+    "reranking": ("", "relevant", lambda found: max(found, default=0) >= 1, "nothing is relevant (1 or more)"),
 }
 
 

@@ -204,7 +204,7 @@ def test_all_mistakes_of_a_task_file_come_together(data: Path):
 - {{kind: sts, path: x}}
 - {{name: three, kind: sts, paht: x}}
 - {{name: four, kind: [sts], path: {data}/sts}}
-- {{name: five, kind: retrieval, path: {data}/docs, rows: 5}}
+- {{name: five, kind: retrieval, path: {data}/docs, rows: 1}}
 """,
         encoding="utf-8",
     )
@@ -222,7 +222,7 @@ def test_all_mistakes_of_a_task_file_come_together(data: Path):
         (f"{path}:5: 4.name", "is missing"),
         (f"{path}:6: 5.paht", "did you mean path?"),
         (f"{path}:7: 6.kind", "must be one of"),
-        (f"{path}:8: 7.rows", "is for sts"),
+        (f"{path}:8: 7.rows", "2"),
     ):
         assert any(p.startswith(place) and words in p for p in problems), (place, words, problems)
 
@@ -266,6 +266,35 @@ def test_every_kind_of_file_gives_the_same_task(tmp_path: Path, ending):
     (tmp_path / "tasks.yaml").write_text(f"- {{name: a, kind: sts, path: {tmp_path}/pairs}}\n")
     (task,) = load_tasks(tmp_path / "tasks.yaml")
     assert task.parts == {"": rows}
+
+
+def test_rows_are_spread_over_the_file(tmp_path: Path):
+    lines = [{"query": f"q{i // 2}", "sentence": f"s{i}", "relevant": i % 2} for i in range(20)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines = [{"sentence1": "a", "sentence2": f"b{i}", "score": i} for i in range(10)]
+    (tmp_path / "sts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "tasks.yaml").write_text(
+        f"- {{name: qa, kind: reranking, path: {tmp_path}/qa, rows: 5}}\n"
+        f"- {{name: sts, kind: sts, path: {tmp_path}/sts, rows: 4}}\n"
+    )
+    qa, sts = load_tasks(tmp_path / "tasks.yaml")
+    assert isinstance(qa, LocalTask) and isinstance(sts, LocalTask)
+    assert [row["query"] for row in qa.parts[""]][::2] == ["q0", "q2", "q4", "q6", "q8"]
+    assert [row["score"] for row in sts.parts[""]] == [0, 2, 5, 7]
+
+
+def test_of_a_retrieval_task_the_corpus_stays_whole(data: Path):
+    file = data / "cut.yaml"
+    file.write_text(f"- {{name: docs, kind: retrieval, path: {data}/docs, rows: 3}}\n")
+    (task,) = load_tasks(file)
+    (whole,) = [task for task in load_tasks(data / "tasks.yaml") if task.name == "docs"]
+    assert isinstance(task, LocalTask) and isinstance(whole, LocalTask)
+    assert len(task.parts[".queries"]) == 3
+    assert task.parts[".corpus"] == whole.parts[".corpus"]
+    kept = {row["_id"] for row in task.parts[".queries"]}
+    assert {row["query-id"] for row in task.parts[".qrels"]} == kept
+    (result,) = evaluate_tasks(MtebEncoder(WordEncoder()), [task])
+    assert result["texts"] == 3 + len(whole.parts[".corpus"])
 
 
 def test_mteb_keeps_the_results_of_two_ways_of_writing_apart(tmp_path: Path, data: Path):
