@@ -11,6 +11,8 @@ import faulthandler
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import FrameType
@@ -27,6 +29,33 @@ from grace_rl.run.environment import OUTCOME, command_line
 from grace_rl.run.screen import Screen
 
 INTERRUPTED = 130
+SHOW_THREADS = signal.SIGUSR2
+
+OUTSIDE = """
+import os, select, signal, sys, time
+
+process, longest, spare, show = int(sys.argv[1]), 0.0, float(sys.argv[2]), int(sys.argv[3])
+told, digits = None, ""
+while os.getppid() == process:
+    left = 60 if told is None else max(0, told + longest + spare - time.monotonic())
+    if not select.select([0], [], [], left)[0]:
+        if told is None:
+            continue
+        os.write(2, b"The process does not answer any more; it is ended. Its threads:\\n")
+        os.kill(process, show)
+        time.sleep(1)
+        os.kill(process, signal.SIGKILL)
+    for byte in os.read(0, 4096) or sys.exit():
+        if byte in (signal.SIGINT, signal.SIGTERM):
+            told = told or time.monotonic()
+        elif byte == 32:
+            longest, digits = float(digits), ""
+        elif chr(byte) in "0123456789.":
+            digits += chr(byte)
+"""
+"""A process that ends this one where code in it never lets go of Python, so that no handler of a
+signal runs. Its stdin has numbers of signals, which Python's own handler in C writes there, and
+between them the seconds of the longest step, each followed by a space."""
 
 
 class StopOnSignal(TrainerCallback):
@@ -59,6 +88,7 @@ class StopOnSignal(TrainerCallback):
         self._longest = self._since = 0.0  # seconds between two moments at which it could stop
         self._overdue = False
         self._ended = threading.Event()
+        self._outside: subprocess.Popen[bytes] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,6 +100,19 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers.setdefault(number, signal.signal(number, self._on_signal))
+            self._watch_from_outside()
+
+    def _watch_from_outside(self) -> None:
+        spare = self.patience + self.last + 2  # later than the thread that watches from inside
+        command = [sys.executable, "-I", "-S", "-c", OUTSIDE]
+        self._outside = subprocess.Popen(
+            [*command, str(os.getpid()), str(spare), str(int(SHOW_THREADS))],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True,
+        )  # fmt: skip
+        assert self._outside.stdin is not None
+        os.set_blocking(self._outside.stdin.fileno(), False)
+        signal.set_wakeup_fd(self._outside.stdin.fileno(), warn_on_full_buffer=False)
+        faulthandler.register(SHOW_THREADS, file=2)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -84,10 +127,7 @@ class StopOnSignal(TrainerCallback):
 
     def _watch(self) -> None:
         """In a thread of its own: give the step up, then the process."""
-        allowed = self._longest + self.patience
-        # Even code that never lets go of Python ends: this watches from outside of it.
-        faulthandler.dump_traceback_later(allowed + self.last + 2, exit=True, file=2)
-        if not self._ended.wait(allowed):
+        if not self._ended.wait(self._longest + self.patience):
             self._overdue = True
             _tell("The step does not end; giving it up. The last checkpoint stands.")
             main = threading.main_thread().ident
@@ -95,7 +135,6 @@ class StopOnSignal(TrainerCallback):
                 signal.pthread_kill(main, signal.SIGTERM)
             if not self._ended.wait(self.last):
                 os._exit(INTERRUPTED)
-        faulthandler.cancel_dump_traceback_later()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -104,8 +143,11 @@ class StopOnSignal(TrainerCallback):
             return
         now = time.monotonic()
         self._longest, self._since = max(self._longest, now - self._since), now
+        if self._outside is not None and self._outside.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._outside.stdin.write(f"{self._longest:.3f} ".encode())
         if any_process(self._first_signal is not None, args):
-            self._ended.set()  # saving takes as long as it takes
+            self._watched_no_more()  # saving takes as long as it takes
             if state.global_step < state.max_steps:
                 self.interrupted = True
                 control.should_log = control.should_save = control.should_training_stop = True
@@ -129,7 +171,17 @@ class StopOnSignal(TrainerCallback):
         """The training is over. A run that was given up has its last seconds, and no more."""
         self.restore_handlers()
         if not self._overdue:
-            self._ended.set()
+            self._watched_no_more()
+
+    def _watched_no_more(self) -> None:
+        self._ended.set()
+        outside, self._outside = self._outside, None
+        if outside is not None:
+            if threading.current_thread() is threading.main_thread():
+                signal.set_wakeup_fd(-1)
+            faulthandler.unregister(SHOW_THREADS)
+            outside.kill()
+            outside.communicate()
 
 
 class Budget(TrainerCallback):
