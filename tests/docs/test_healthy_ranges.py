@@ -58,6 +58,7 @@ def logged(tmp_path_factory) -> set[str]:
     for method, more in (("grpo", ", {name: stepwise}"), ("ppo", "")):
         folder = tmp_path_factory.mktemp(method)
         recipe = RECIPE.format(method=method, more=more) + "reader_loss: {weight: 0.1}\n"
+        recipe += "reader: {span: joint}\n" if method == "grpo" else ""
         (folder / "recipe.yaml").write_text(recipe)
         run = folder / "run"
         assert main(["train", str(folder / "recipe.yaml"), "--output_dir", str(run)]) == 0

@@ -32,6 +32,7 @@ ROLLOUTS: dict[str, Any] = {
     "per_device_train_batch_size": 12,  # 24 rollouts, 3 bundles of 8: the middle one lies on both
     "max_completion_length": 12,
     "print_rollouts_steps": 0,
+    "panel_texts": 0,
 }
 PPO = ROLLOUTS | {"method": "ppo", "num_iterations": 2, "beta": 0.05, "kl_target": 1.0}
 SFT = {"method": "sft", "instruction": None, "dataset_options": {"form": "sft"}}
