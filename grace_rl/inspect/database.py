@@ -11,7 +11,7 @@ from typing import Any
 import duckdb
 import pandas as pd
 
-from grace_rl.inspect.patterns import MADE
+from grace_rl.inspect.patterns import MADE, PARTS, ROLLOUTS, pattern_tables, words_of
 from grace_rl.rollout.store import REWARD
 from grace_rl.run.records import rollout_files
 
@@ -29,6 +29,7 @@ LIGHT = {
     "total": "FLOAT",
 }
 FILES_AT_ONCE = 200
+AT_ONCE = 50_000  # rollouts whose words are looked at together
 LOOK_AGAIN = 1.0  # seconds between looks for new files
 
 
@@ -67,9 +68,23 @@ class RolloutTable:
         with self._asking:
             if self._patterns_of != self._loaded:
                 of = dict(self._loaded)
-                self._database.cursor().execute(MADE)
+                self._find_patterns()
                 self._patterns_of = of
             return self._database.cursor().execute(query, list(values)).df()
+
+    def _find_patterns(self) -> None:
+        """Make the tables of patterns anew: what a word of one step is depends on all texts."""
+        database = self._database.cursor()
+        database.begin()  # whoever asks meanwhile sees the tables as they were
+        database.execute(MADE)
+        texts = database.sql("SELECT DISTINCT text FROM rollouts").to_arrow_table()["text"]
+        known = set(words_of(texts.combine_chunks())[1])
+        for steps in database.execute(PARTS, [AT_ONCE]).fetchall():
+            part = database.sql(ROLLOUTS, params=list(steps)).to_arrow_table()
+            for name, table in pattern_tables(part, known).items():
+                database.register("part", table)
+                database.execute(f"INSERT INTO {name} BY NAME SELECT * FROM part")
+        database.commit()
 
     def names(self) -> list[str]:
         """Columns, as far as files are read."""

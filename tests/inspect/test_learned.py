@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from grace_rl.data import scenes
@@ -114,6 +116,88 @@ def test_each_way_of_gaming_fires_its_own_alarm(game: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("seed", range(3))
 def test_a_healthy_run_fires_none(seed: int, tmp_path: Path) -> None:
     assert learned(Run(planted_run(tmp_path / "healthy", None, seed))).alarms == []
+
+
+WORDS = ["fox", "a", "red-fox", "Fox!", "runs", "sea", "×", "42"]
+
+
+def random_run(folder: Path, seed: int) -> Path:
+    """Few words, so that patterns come by chance; several roles, and anchors."""
+    rng, folder = random.Random(seed), folder / str(seed)
+    for step in (1, 2, 5):
+        texts = [" ".join(rng.choices(WORDS, k=5)) for _ in range(6)]
+        groups = [group for group in range(6) for _ in range(3)]
+        columns: dict[str, list] = {
+            "example": [group // 3 for group in groups],
+            "group": groups,
+            "role": [("query", "positive", "negative")[group % 3] for group in groups],
+            "text": [texts[group] for group in groups],
+            "rationale": [" ".join(rng.choices(WORDS, k=rng.choice([0, 1, 7]))) for _ in groups],
+            "token_ids": [[1]] * len(groups),
+            "truncated": [rng.random() < 0.5 for _ in groups],
+            "advantage": [None if group == 5 else round(rng.gauss(0, 1), 3) for group in groups],
+        }
+        for row in rng.sample(range(15), 5):  # copies, and the same of several texts
+            columns["rationale"][row] = rng.choice([columns["text"][row], "sea, sea", "the fox"])
+        write_rollouts(folder, step, columns)
+    return folder
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def obvious(rollouts: list[dict]) -> list[dict]:
+    """Each pattern as it is said, one rollout after the other."""
+    known, found = {word for one in rollouts for word in words(one["text"])}, []
+    for one in rollouts:
+        step = [other for other in rollouts if other["step"] == one["step"]]
+        trained = [other for other in step if other["advantage"] is not None]
+        group = [other for other in trained if other["group"] == one["group"]]
+        if one not in group:
+            continue
+        said, text = words(one["rationale"]), words(one["text"])
+        means = [o for o in step if o["example"] == one["example"]
+                 and (o["role"] == "negative") == (one["role"] == "negative")]  # fmt: skip
+        own = {word for other in means for word in words(other["text"])}
+        having = {w: sum(w in words(o["rationale"]) for o in group) for w in said}
+        odd = {w for w in said if w in known and w not in own and 2 * having[w] < len(group)}
+        grams = [said[i : i + 4] for i in range(len(said) - 3)]
+        stand = [gram in [text[i : i + 4] for i in range(len(text))] for gram in grams]
+        alike = {o["text"] for o in trained if words(o["rationale"]) == said}
+        found.append(
+            {
+                "row": one["row"],
+                "best": one is max(group, key=lambda o: (o["advantage"], -o["row"])),
+                "empty": not said,
+                "endless": one["truncated"],
+                "repetition": any(a == b for a, b in zip(said, said[1:], strict=False))
+                or (len(said) >= 6 and 2 * len(set(said)) <= len(said)),
+                "copy": bool(grams) and 2 * sum(stand) >= len(grams),
+                "same": bool(said) and len(alike) >= 3
+                and 3 * len(alike) >= len({o["group"] for o in trained}),
+                "unsupported": bool(odd),
+                "odd": len(odd) / max(1, len(set(said))),
+            }
+        )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_patterns_are_those_of_the_obvious_way(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever number of steps is looked at together."""
+    run = Run(random_run(tmp_path, seed))
+    columns = ["step", "row", "example", "group", "role", "text", "rationale", "truncated"]
+    table = run.rollouts(columns=[*columns, "advantage"])
+    rollouts = table.astype(object).where(table.notna(), None).to_dict("records")
+    expected = pd.DataFrame(obvious(rollouts))
+    for at_once in (10, 1000):
+        monkeypatch.setattr("grace_rl.inspect.database.AT_ONCE", at_once)
+        found = Run(run.path).pattern_table("SELECT * FROM patterns ORDER BY step, row")
+        pd.testing.assert_frame_equal(found[expected.columns], expected, check_dtype=False)
+    assert expected.drop(columns=["row", "odd"]).any().all()
 
 
 def test_an_alarm_names_the_words(tmp_path: Path) -> None:
