@@ -301,37 +301,46 @@ def test_replays_are_linked_from_their_groups(browser: Any, site: str, views: di
         page.wait_for_url("**/replays?run=second&name=consistency")
 
 
-@pytest.mark.skip(reason="open: Try never showed the credit of words in this test; to be found out")
 def test_an_edited_rationale_moves_the_neighbours(
     browser: Any, site: str, trained: list[Path]
 ) -> None:
+    """The text is of no scene, so nothing is written of it, and the page says so."""
     run = Run(trained[0])
     rollout = run.rollouts(step=6, role="query").iloc[0]
     with opened(browser) as page:
         page.goto(f"{site}/try?a=first:start&b=first:model")
         page.get_by_label("Text", exact=True).fill("nothing of all this")
         page.get_by_role("button", name="Write").click()
-        page.locator("[data-side=a] [data-part=answer] table").wait_for()
+        page.locator("[data-side][aria-busy=false]").nth(1).wait_for()
         assert page.locator("[data-side] > h2").all_inner_texts() == [
             "first, start",
             "first, model",
         ]
         side = page.locator("[data-side=b]")
-        near = side.locator("[data-part=answer]")
-        near.locator("table").wait_for()
-        side.get_by_role("heading", name="Which words do it").wait_for()
+        near, words = side.locator("[data-part=answer]"), side.locator("[data-part=credit]")
+        assert "Nothing is written" in words.inner_text()
+        assert "Empty: every text without a rationale" in near.inner_text()
         before = near.locator("tbody td[data-label=text]").first.inner_text()
         cosine = float(near.locator("tbody tr td").nth(2).inner_text())
-        side.get_by_label("Rationale (edit it)").fill(str(rollout["rationale"]))
-        page.wait_for_function(
-            "([place, before]) => document.querySelector(place).innerText !== before",
-            arg=["[data-side=b] [data-part=answer] td[data-label=text]", before],
-        )
+        edit(side, str(rollout["rationale"]))
+        assert words.get_by_role("heading").inner_text() == "Which words do it"
+        assert words.locator(".tokens span").count() == len(rollout["rationale"].split())
+        assert near.locator("tbody td[data-label=text]").first.inner_text() != before
         assert "▲" in near.locator("tbody").inner_text()
         assert float(near.locator("tbody tr td").nth(2).inner_text()) > cosine
         assert "text=nothing+of+all+this" in page.url
-        side.get_by_label("Rationale (edit it)").fill(" ")
-        side.get_by_text("Empty: every text without a rationale").wait_for()
+        edit(side, " ")
+        assert "Nothing is written" in words.inner_text() and not words.locator("span").count()
+
+
+def edit(side: Any, rationale: str) -> None:
+    """Write a rationale on one side of Try, and wait until all that it changes is there."""
+    asked = side.get_attribute("data-asked")
+    side.get_by_label("Rationale (edit it)").fill(rationale)
+    side.page.wait_for_function(
+        "([side, asked]) => side.dataset.asked !== asked && side.ariaBusy === 'false'",
+        arg=[side.element_handle(), asked],
+    )
 
 
 def test_words_are_coloured_by_what_they_earned(browser: Any, site: str, views: dict) -> None:

@@ -30,6 +30,7 @@ from grace_rl.inspect.views import changes, gaming_rows
 from grace_rl.rollout.store import REWARD
 
 LONGEST = 20_000  # characters of a text that is typed in
+SAME = 1 - 1e-6  # cosine from which on two vectors are one
 Event = dict[str, Any]
 
 
@@ -235,20 +236,34 @@ def read(site: Site, query: Query) -> Iterator[Event]:
 
 def _trial_credit(checkpoint: Checkpoint, query: Query, found: pd.DataFrame) -> Iterator[Event]:
     """What each word does for the cosine to the other text (else the nearest), and against the
-    nearest that is neither."""
+    nearest that is read differently; in words why, where that cannot be said."""
     from grace_rl.inspect.credit import two_cosines
 
-    text, other = _typed(query, "text"), _typed(query, "with").strip()
-    rationale = query.get("rationale", checkpoint.see([text])[0].rationale)
-    near = [one for one in found["text"] if one != other]
-    if not checkpoint.writes or not rationale.strip() or len(near) < 2:
+    if not checkpoint.writes:  # the part of the rationale says it
         return
-    named = [other, near[0]] if other else near[:2]
-    seen = dict(zip(("positive", "negative"), checkpoint.see(named), strict=True))
-    vectors = {name: one.vector for name, one in seen.items()}
-    table = two_cosines(checkpoint, text, rationale, vectors)
-    values = credit_values(table, table) | dict(zip(seen, named, strict=True))
+    text = _typed(query, "text")
+    rationale = query.get("rationale", checkpoint.see([text])[0].rationale)
+    named = _compared(checkpoint, found, _typed(query, "with").strip())
+    values: dict[str, Any] = {"blank": not rationale.strip(), "named": named}
+    if named and rationale.strip():
+        seen = checkpoint.see(list(named.values()))
+        vectors = {name: one.vector for name, one in zip(named, seen, strict=True)}
+        table = two_cosines(checkpoint, text, rationale, vectors)
+        values |= credit_values(table, table)
     yield {"html": render("trial_credit", **values), "into": "credit"}
+
+
+def _compared(checkpoint: Checkpoint, found: pd.DataFrame, other: str) -> dict[str, str]:
+    """`positive`, the other text or else the nearest, and `negative`, the nearest whose vector is
+    not that of the positive; nothing where there are no two such texts."""
+    names = list(found["text"])
+    if not (positive := other or next(iter(names), "")):
+        return {}
+    vector = checkpoint.see([positive])[0].vector
+    for name in names:
+        if name != positive and checkpoint.see([name])[0].vector @ vector < SAME:
+            return {"positive": positive, "negative": name}
+    return {}
 
 
 def read_table(site: Site, query: Query) -> pd.DataFrame:

@@ -81,22 +81,33 @@ function fieldChanged(event) {
 
 // -- answers in parts ---------------------------------
 
+// A place is busy until its answer is whole, or until it says why there is none.
 async function stream(address, target) {
   const mine = target.dataset.asked = String(Math.random());
-  const answer = await fetch(address);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   const note = document.createElement("div");
   note.setAttribute("role", "status");
   note.className = "waiting";
-  let rest = "";
-  for (;;) {
-    const {done, value} = await reader.read();
-    if (done || target.dataset.asked !== mine) break;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines) show(JSON.parse(line), target, note);
+  target.setAttribute("aria-busy", "true");
+  try {
+    const answer = await fetch(address);
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+      const {done, value} = await reader.read();
+      if (target.dataset.asked !== mine) reader.cancel();  // something newer was asked meanwhile
+      if (done || target.dataset.asked !== mine) break;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const line of lines) show(JSON.parse(line), target, note);
+    }
+    note.remove();
+  } catch {
+    note.setAttribute("role", "alert");
+    note.textContent = "The answer broke off; the terminal of grace-rl inspect may say why.";
+    target.append(note);
   }
-  note.remove();
+  if (target.dataset.asked === mine) target.setAttribute("aria-busy", "false");
+  else note.remove();
 }
 
 function show(event, target, note) {
