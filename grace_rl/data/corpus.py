@@ -16,9 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import split_protocol, url_to_fs
 
-from grace_rl.data.files import SHOWN_PROBLEMS
+from grace_rl.data.files import SHOWN_PROBLEMS, file_system, is_address
 from grace_rl.data.texts import TextSource
 from grace_rl.errors import UserError, first_line
 from grace_rl.run.identity import file_digest
@@ -74,7 +73,7 @@ def texts_of(place: str, columns: TextSource) -> Texts:
         place: Where they are.
         columns: What to read of a row.
     """
-    if split_protocol(place)[0] or "*" in place or Path(place).is_dir():
+    if is_address(place) or "*" in place or Path(place).is_dir():
         return ParquetTexts(place, columns)
     return OneFile(columns)
 
@@ -187,10 +186,7 @@ class ParquetTexts:
 
     @cached_property
     def _found(self) -> tuple[Any, str]:
-        try:
-            return url_to_fs(self.place)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{self.place}: {first_line(error)}") from error
+        return file_system(self.place)
 
     @cached_property
     def _files(self) -> list[str]:

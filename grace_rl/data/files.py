@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.core import split_protocol, url_to_fs
 
 from grace_rl.errors import UserError, first_line, missing
 from grace_rl.recipe.rows import ROW_SUFFIXES
@@ -28,6 +29,24 @@ PANDAS_INDEX = "__index_level_"  # beginning of the name that pandas gives a sto
 
 Record = tuple[str, Any]
 """`(place, record)`; a record that cannot be read is the reason, a str."""
+
+
+def is_address(place: str) -> bool:
+    """Whether a place is one of fsspec's: `s3://bucket/texts`, and not a path of this machine."""
+    return split_protocol(place)[0] is not None
+
+
+def file_system(place: str) -> tuple[Any, str]:
+    """The file system of an address or a path, as fsspec has it, and the path within.
+
+    Raises:
+        UserError: fsspec knows no such file system, or lacks the package for it.
+    """
+    try:
+        system, path = url_to_fs(place)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{place}: {first_line(error)}") from error
+    return system, path
 
 
 def file_records(path: Path) -> Iterator[Record]:

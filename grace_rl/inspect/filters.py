@@ -9,6 +9,9 @@ from typing import Any
 from urllib.parse import urlencode
 
 from grace_rl.errors import UserError
+from grace_rl.inspect.database import quoted
+from grace_rl.inspect.patterns import PATTERNS, WORD
+from grace_rl.rollout.store import REWARD
 
 _CONDITION = re.compile(r"\s*([^<>=]+?)\s*(>=|<=|>|<)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*")
 _STEPS = re.compile(r"([0-9]{0,18})\s*(?:(-)\s*([0-9]{0,18}))?")
@@ -75,10 +78,10 @@ class Filter:
         return urlencode({name: v for name, v in values.items() if v not in (None, "")})
 
     def conditions(self) -> Iterator[tuple[str, str, float]]:
-        """What `score` says: name, operator, number.
+        """What `score` says: column, operator, number.
 
         >>> list(Filter(score="length >= 0.5, advantage < 0").conditions())
-        [('length', '>=', 0.5), ('advantage', '<', 0.0)]
+        [('reward/length', '>=', 0.5), ('advantage', '<', 0.0)]
 
         Raises:
             UserError: It cannot be read.
@@ -90,11 +93,47 @@ class Filter:
             try:
                 if match is None:
                     raise ValueError
-                yield match[1], match[2], float(match[3])
+                own = match[1] in ("advantage", "tokens", "total")
+                yield match[1] if own else REWARD + match[1], match[2], float(match[3])
             except ValueError:
                 raise UserError(
                     f"score: cannot read {part.strip()!r}; write for example contrastive >= 0.5"
                 ) from None
+
+    def sql(self) -> tuple[list[str], list[Any]]:
+        """Conditions on the table `rollouts` (`pattern` needs the table `patterns` too), and the
+        values of their question marks.
+
+        >>> Filter(step=(10, None), role="query").sql()
+        (['step >= ?', '"role" = ?'], [10, 'query'])
+
+        Raises:
+            UserError: `score` or `pattern` cannot be read.
+        """
+        asked: list[tuple[str, list[Any]]] = []
+        first, last = self.step if isinstance(self.step, tuple) else (self.step, self.step)
+        for end, compared in ((first, ">="), (last, "<=")):
+            if end is not None:
+                asked.append((f"step {compared} ?", [end]))
+        for name in ("role", "example", "group", "truncated"):
+            if (value := getattr(self, name)) is not None:
+                asked.append((f"{quoted(name)} = ?", [value]))
+        if self.empty is not None:
+            asked.append(("(trim(rationale) = '') = ?", [self.empty]))
+        if self.text:
+            either = "contains(lower(text), lower(?)) OR contains(lower(rationale), lower(?))"
+            asked.append((f"({either})", [self.text, self.text]))
+        if self.pattern is not None:
+            if self.pattern not in PATTERNS:
+                raise UserError(f"pattern: must be one of {', '.join(PATTERNS)}")
+            showing = f"SELECT (step, row) FROM patterns WHERE {quoted(self.pattern)}"
+            asked.append((f"(step, row) IN ({showing})", []))
+        if self.word:
+            words = "regexp_extract_all(lower(rationale), ?)"
+            asked.append((f"list_contains({words}, lower(?))", [WORD, self.word]))
+        for column, compared, number in self.conditions():
+            asked.append((f"{quoted(column)} {compared} ?", [number]))
+        return [condition for condition, _ in asked], [v for _, values in asked for v in values]
 
 
 def _steps(value: str) -> int | tuple[int | None, int | None]:

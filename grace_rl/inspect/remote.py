@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from grace_rl.errors import UserError
+from grace_rl.data.files import file_system, is_address
+from grace_rl.errors import UserError, first_line
 from grace_rl.inspect.run import Run
 from grace_rl.rollout.store import rollout_files
 from grace_rl.run.records import read_status
@@ -60,7 +61,7 @@ class RemoteRun(Run):
             if time.monotonic() - self._copied < LOOK_AGAIN:
                 return
             self._copied = time.monotonic()
-            system, root = _opened(self._address)
+            system, root = file_system(self._address)
             try:
                 found = dict(_found(system, root))
                 for name, (path, version) in found.items():
@@ -71,8 +72,8 @@ class RemoteRun(Run):
                     (Path(self._folder.name) / name).unlink(missing_ok=True)
                     del self._known[name]
             except Exception as error:  # each file system has its own kinds
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"{self._address}: cannot be read: {reason}") from error
+                problem = f"{self._address}: cannot be read: {first_line(error)[:200]}"
+                raise UserError(problem) from error
 
     def _fetch(self, system: Any, path: str, name: str) -> None:
         target = Path(self._folder.name) / name
@@ -92,7 +93,7 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
     problems: list[str] = []
     for path in paths:
         try:
-            runs += [RemoteRun(path)] if "://" in path else map(Run, _inside(Path(path)))
+            runs += [RemoteRun(path)] if is_address(path) else map(Run, _inside(Path(path)))
         except UserError as error:
             problems += error.problems
     if problems:
@@ -110,15 +111,6 @@ def _inside(path: Path) -> list[Path]:
 
 def _is_run(path: Path) -> bool:
     return read_status(path) is not None or bool(rollout_files(path))
-
-
-def _opened(address: str) -> tuple[Any, str]:
-    try:
-        from fsspec.core import url_to_fs
-
-        return url_to_fs(address)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{address}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _found(system: Any, root: str) -> Iterator[tuple[str, tuple[str, Any]]]:

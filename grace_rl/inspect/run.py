@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from grace_rl.errors import UserError, reading
 from grace_rl.inspect.database import LIGHT, RolloutTable, quoted
 from grace_rl.inspect.filters import Filter
-from grace_rl.inspect.patterns import PATTERNS, WORD
 from grace_rl.inspect.records import Records
 from grace_rl.rollout.store import REWARD, SCHEMA, read_rollouts
 from grace_rl.run.records import read_status, rollout_files
@@ -355,42 +354,11 @@ class Run:
         )
 
     def _where(self, chosen: Filter, *more: str) -> tuple[str, list[Any]]:
-        conditions = list(more)
-        values: list[Any] = []
-        if isinstance(chosen.step, int):
-            conditions.append("step = ?")
-            values.append(chosen.step)
-        elif chosen.step is not None:
-            for end, compared in zip(chosen.step, (">=", "<="), strict=True):
-                if end is not None:
-                    conditions.append(f"step {compared} ?")
-                    values.append(end)
-        for name in ("role", "example", "group", "truncated"):
-            if (value := getattr(chosen, name)) is not None:
-                conditions.append(f"{quoted(name)} = ?")
-                values.append(value)
-        if chosen.empty is not None:
-            conditions.append(f"(trim(rationale) = '') = {chosen.empty}")
-        if chosen.text:
-            conditions.append(
-                "(contains(lower(text), lower(?)) OR contains(lower(rationale), lower(?)))"
-            )
-            values += [chosen.text, chosen.text]
         if chosen.pattern is not None:
-            if chosen.pattern not in PATTERNS:
-                raise UserError(f"pattern: must be one of {', '.join(PATTERNS)}")
-            self.pattern_table("SELECT 1")
-            found = f"SELECT (step, row) FROM patterns WHERE {quoted(chosen.pattern)}"
-            conditions.append(f"(step, row) IN ({found})")
-        if chosen.word:
-            conditions.append("list_contains(regexp_extract_all(lower(rationale), ?), lower(?))")
-            values += [WORD, chosen.word]
-        for name, compared, number in chosen.conditions():
-            column = name if name in ("advantage", "tokens", "total") else REWARD + name
-            self._check_names([column])
-            conditions.append(f"{quoted(column)} {compared} ?")
-            values.append(number)
-        return (f"WHERE {' AND '.join(conditions)}" if conditions else ""), values
+            self.pattern_table("SELECT 1")  # they are there from now on
+        self._check_names([column for column, _, _ in chosen.conditions()])
+        conditions, values = chosen.sql()
+        return " AND ".join(["WHERE true", *more, *conditions]), values
 
     def _check_names(self, names: Sequence[str]) -> None:
         self.refresh()
