@@ -15,6 +15,7 @@ class UserError(ValueError):
 
     The command line prints the problems to stderr and exits with code 2.
 
+    >>> from grace_rl.errors import UserError
     >>> str(UserError(["a.yaml: 'lerning_rate' is unknown; did you mean 'learning_rate'?"]))
     "a.yaml: 'lerning_rate' is unknown; did you mean 'learning_rate'?"
     """

@@ -69,7 +69,8 @@ def test_credit_is_with_the_word_minus_without(world: Run, credit: StepCredit, w
     texts = batch.pool.by_text
     cosines = torch.from_numpy(read) @ texts.centroids.T
     positive = batch.positives()[row, texts.rows].nonzero()[0, 0]
-    assert word["positive"] == pytest.approx(float(cosines[0, positive] - cosines[1, positive]))
+    moved = float(cosines[0, positive] - cosines[1, positive])
+    assert word["positive"] == pytest.approx(moved, abs=1e-5)
     (reward,) = (one for one in credit.rewards if one.label == "contrastive")
     vectors = batch.embeddings.clone()
     vectors[row] = torch.from_numpy(read[1])
