@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,21 +84,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
         runs = open_runs(options.runs)
     distinct_names(runs)
-    console = Screen()
-    names = (
-        "step",
-        "role",
-        "text",
-        "score",
-        "truncated",
-        "empty",
-        "example",
-        "group",
-        "word",
-        "pattern",
-    )
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    chosen = Filter.from_query(given)
+    given = {field.name: getattr(options, field.name) or "" for field in fields(Filter)}
+    chosen, console = Filter.from_query(given), Screen()
     if not options.credit and (options.rewards is not None or options.csv is not None):
         raise UserError("--rewards and --csv go with --credit")
     if options.limit < 1:
@@ -106,26 +94,28 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         from grace_rl.inspect.terminal import show
 
         show(runs, chosen, options, console)
-        return 0
-    if options.html is not None:
+    elif options.html is not None:
         from grace_rl.inspect.html_file import write_html
 
         write_html(runs, chosen, options.html, limit=options.limit)
         console.print(f"wrote {options.html}")
-        return 0
-    if options.export is not None:
+    elif options.export is not None:
         from grace_rl.inspect.notes import export
 
         if len(runs) > 1:
             raise UserError("--export takes one run")
         kind, path = options.export
         console.print(f"wrote {export(runs[0], kind, Path(path)):,} rows: {path}", markup=False)
-        return 0
-    if options.credit:
+    elif options.credit:
         _credit(runs, chosen, options, console)
-        return 0
-    if given or options.row is not None:
+    elif chosen != Filter() or options.row is not None:
         raise UserError("these choose rollouts for --terminal and --html; the page has fields")
+    else:
+        _page(runs, options, console)
+    return 0
+
+
+def _page(runs: list[Run], options: argparse.Namespace, console: Screen) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing leaves the machine
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the page has its own
     with needs_extra():
@@ -133,13 +123,13 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
     if warning := warn_of(options.host):
         console.print(warning, style="yellow")
-
-    def say(address: str) -> None:
-        text = f"{', '.join(run.name for run in runs)}: {address} (Ctrl-C ends it)"
-        console.print(text)
-
-    serve(runs, options.host, options.port, say)
-    return 0
+    names = ", ".join(run.name for run in runs)
+    serve(
+        runs,
+        options.host,
+        options.port,
+        lambda address: console.print(f"{names}: {address} (Ctrl-C ends it)"),
+    )
 
 
 def _credit(runs: list[Run], chosen: Filter, options: argparse.Namespace, console: Screen) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from grace_rl.errors import UserError
 from grace_rl.inspect.run import Run
@@ -24,13 +24,12 @@ def pool_of_step(run: Run, step: int) -> tuple[pd.DataFrame, np.ndarray]:
         UserError: Nothing is stored of that step, or no embeddings are.
     """
     stored = run.step_table(step, COLUMNS)
-    vectors = _vectors(stored["embedding"].to_pylist(), run, step)
+    vectors = _vectors(stored["embedding"].combine_chunks(), run, step)
     texts = stored.select(COLUMNS[:-1]).to_pandas()
     best = texts.sort_values("advantage", ascending=False, kind="stable").drop_duplicates("text")
     pool = best.loc[sorted(best.index), COLUMNS[:4]].reset_index(drop=True)
-    place = {text: i for i, text in enumerate(pool["text"])}
     sums = np.zeros((len(pool), vectors.shape[1]), dtype=np.float32)
-    np.add.at(sums, [place[text] for text in texts["text"]], vectors)
+    np.add.at(sums, pd.Index(pool["text"]).get_indexer(texts["text"]), vectors)
     return pool, sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
 
 
@@ -38,7 +37,7 @@ def nearest_by_rationale(run: Run, step: int, row: int) -> pd.DataFrame:
     """Where a rollout's own vector lies among the other texts of its step; see `ranked`."""
     pool, vectors = pool_of_step(run, step)
     rollout = run.rollout(step, row)
-    own = _vectors([rollout["embedding"]], run, step)[0]
+    own = np.array(rollout["embedding"], dtype=np.float32)
     return ranked(pool, vectors @ own, rollout["text"], rollout["example"])
 
 
@@ -64,10 +63,11 @@ def ranked(
     return table[[name for name in columns if name in table]].reset_index(drop=True)
 
 
-def _vectors(lists: Sequence[Sequence[float] | None], run: Run, step: int) -> np.ndarray:
-    if not lists or any(vector is None for vector in lists):
+def _vectors(stored: pa.ListArray, run: Run, step: int) -> np.ndarray:
+    """(N, H) float32."""
+    if not len(stored) or stored.null_count:
         raise UserError(f"{run.path}: step {step} was stored without embeddings")
-    try:
-        return np.asarray(lists, dtype=np.float32)
-    except ValueError:
-        raise UserError(f"{run.path}: step {step} holds embeddings of several lengths") from None
+    if pc.count_distinct(pc.list_value_length(stored)).as_py() > 1:
+        raise UserError(f"{run.path}: step {step} holds embeddings of several lengths")
+    numbers = stored.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(numbers, dtype=np.float32).reshape(len(stored), -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import duckdb
@@ -68,10 +69,25 @@ def replayed_advantages(run: Run, name: str, step: int, group: int) -> dict[str,
     return advantages
 
 
-def _read(run: Run, name: str, only: list[tuple[str, str, int]] | None = None) -> pa.Table:
+def replayed_totals(run: Run, name: str) -> pd.DataFrame:
+    """The mean total of each group in a replay: `step group total`.
+
+    Raises:
+        UserError: There is no replay of that name, or its file is damaged.
+    """
+    kept = _read(run, name, columns=["step", "group", "total"]).to_pandas()
+    return kept.groupby(["step", "group"], as_index=False)["total"].mean()
+
+
+def _read(
+    run: Run,
+    name: str,
+    only: list[tuple[str, str, int]] | None = None,
+    columns: Sequence[str] = COLUMNS,
+) -> pa.Table:
     known = replays(run)
     if name not in known:
         there = ", ".join(known) or "none yet"
         raise UserError(f"{run.name}: no replay {name!r}; there are: {there}")
     with reading(known[name], "the replay"):
-        return pq.read_table(known[name], columns=COLUMNS, filters=only)
+        return pq.read_table(known[name], columns=list(columns), filters=only)

@@ -337,6 +337,15 @@ class Run:
                (PARTITION BY text ORDER BY step DESC, advantage DESC NULLS LAST, row)"""
         )
 
+    def last_groups(self) -> pd.DataFrame:
+        """The group of each text at the last step that has it: `text step group total`, the mean
+        of its rollouts."""
+        return self._table.ask(
+            f"""SELECT text, step, "group", avg(total)::DOUBLE AS total FROM rollouts
+                WHERE {TRAINED} GROUP BY text, step, "group" QUALIFY 1 = row_number() OVER
+                (PARTITION BY text ORDER BY step DESC, "group")"""
+        )
+
     # -- asking ---------------------------------
 
     def pattern_table(self, query: str, values: Sequence[Any] = ()) -> pd.DataFrame:

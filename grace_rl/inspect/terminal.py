@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -135,24 +135,29 @@ def show_credit(
     if options.csv is not None:
         write_text(options.csv, csv_text(table))
     largest = float(table["credit"].abs().max())
-    names = [name for name in table.columns if table[name].dtype.kind == "f"]
+    alone = options.row is not None or len(found) == 1
     for rollout in found.head(options.limit).to_dict("records"):
-        words = table[table["row"] == rollout["row"]]
-        console.print(
-            _text(f"row {rollout['row']}, {rollout['role']}: {rollout['text']}"), style="bold"
-        )
-        facts = {"total": rollout["total"], "advantage": rollout["advantage"]}
-        console.print(_text(", ".join(f"{name} {_plain(value)}" for name, value in facts.items())))
-        pieces = earned(rollout["rationale"], words.to_dict("records"), largest)
-        console.print(_coloured(pieces))
-        if options.row is not None or len(found) == 1:
-            _print(words, ["word", *names], console)
-        else:
-            best = words.sort_values("credit", ascending=False)
-            each = (f"{w} {c:+.3f}" for w, c in zip(best["word"], best["credit"], strict=True))
-            console.print(_text("  " + ", ".join(each)), style="dim")
+        _earned(rollout, table[table["row"] == rollout["row"]], largest, alone, console)
     count = f"{table['row'].nunique():,} rollouts, {len(table):,} words"
     console.print(_text(f"{count}, {said(credit)}; kept in {kept}"))
+
+
+def _earned(
+    rollout: Mapping[str, Any], words: pd.DataFrame, largest: float, alone: bool, console: Console
+) -> None:
+    """A rollout's words in their colours; below it what each earned, all numbers if it is alone."""
+    about = _text(f"row {rollout['row']}, {rollout['role']}: {rollout['text']}")
+    console.print(about, style="bold")
+    scores = (f"{name} {_plain(rollout[name])}" for name in ("total", "advantage"))
+    console.print(_text(", ".join(scores)))
+    console.print(_coloured(earned(rollout["rationale"], words.to_dict("records"), largest)))
+    if alone:
+        numbers = [name for name in words.columns if words[name].dtype.kind == "f"]
+        _print(words, ["word", *numbers], console)
+        return
+    best = words.sort_values("credit", ascending=False)
+    each = (f"{word} {c:+.3f}" for word, c in zip(best["word"], best["credit"], strict=True))
+    console.print(_text("  " + ", ".join(each)), style="dim")
 
 
 def _coloured(pieces: Pieces) -> Text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,12 @@ from grace_rl.inspect.learned import Learned, learned, word_steps
 from grace_rl.inspect.markup import Pieces, differences, number, shaded
 from grace_rl.inspect.patterns import PATTERNS
 from grace_rl.inspect.records import flat, reward_weights
-from grace_rl.inspect.replays import replayed_advantages, replays
+from grace_rl.inspect.replays import (
+    replayed_advantages,
+    replayed_groups,
+    replayed_totals,
+    replays,
+)
 from grace_rl.inspect.run import Run
 from grace_rl.rollout.store import REWARD
 from grace_rl.run.secrets import masked
@@ -269,27 +275,76 @@ def panel_rows(run: Run) -> list[Row]:
     ]
 
 
-def side_by_side(run: Run, other: Run) -> list[Row]:
+def side_by_side(run: Run, other: Run, limit: int) -> tuple[list[Row], int]:
     """The texts that both runs have: the best of each one's last step with it (else what its panel
-    wrote last), differences marked, and what replays beside either run say; the texts whose
-    rationales differ most come first."""
+    wrote last), differences marked; those that share the fewest words first, and how many there
+    are."""
     ours, theirs = _last_written(run), _last_written(other)
+    alike = {
+        text: _alike(ours[text]["rationale"], theirs[text]["rationale"])
+        for text in ours
+        if text in theirs
+    }
+    rows = [
+        {
+            "text": text,
+            "first": ours[text]["rationale"],
+            "second": differences(ours[text]["rationale"], theirs[text]["rationale"]),
+            "first_total": ours[text]["total"],
+            "second_total": theirs[text]["total"],
+            "kept": alike[text],
+        }
+        for text in sorted(alike, key=lambda text: alike[text])[:limit]
+    ]
+    return rows, len(alike)
+
+
+def _alike(first: str, second: str) -> float:
+    """The share of words that two rationales have in common.
+
+    >>> _alike("red fox runs off", "a red fox")
+    0.5
+    """
+    words, others = Counter(first.split()), Counter(second.split())
+    return (words & others).total() / max(1, words.total(), others.total())
+
+
+def replay_rows(run: Run, other: Run) -> list[Row]:
+    """Both runs in each replay that is kept beside either: the mean total, and the share of pairs
+    that keep their order; None where there is none, or where it cannot be read."""
     rows = []
-    for text in (text for text in ours if text in theirs):
-        first, second = ours[text]["rationale"], theirs[text]["rationale"]
-        shown = differences(first, second)
-        kept = sum(len(part) for kind, _, part in shown if kind == "")
-        rows.append(
-            {
-                "text": text,
-                "first": first,
-                "second": shown,
-                "first_total": ours[text]["total"],
-                "second_total": theirs[text]["total"],
-                "kept": kept / max(1, len(first), len(second)),
-            }
-        )
-    return sorted(rows, key=lambda row: row["kept"])
+    for name in dict.fromkeys([*replays(run), *replays(other)]):
+        row: Row = {"name": name}
+        for place, one in (("first", run), ("second", other)):
+            try:
+                totals, groups = replayed_totals(one, name), replayed_groups(one, name)
+                row |= {place: totals["total"].mean(), f"{place}_kept": groups["order_kept"].mean()}
+            except UserError:
+                row |= {place: None, f"{place}_kept": None}
+        rows.append(row)
+    return rows
+
+
+def changed_groups(run: Run, other: Run, replay: str | None, limit: int) -> list[Row]:
+    """The groups of the texts that both runs have, each at the last step with it, those first whose
+    mean total differs most.
+
+    Args:
+        run, other: The runs.
+        replay: Whose totals: a replay's that is kept beside both, or of each run's own rewards.
+        limit: How many.
+    """
+    tables = []
+    for one in (run, other):
+        groups = one.last_groups()
+        if replay is not None:
+            totals = replayed_totals(one, replay)
+            groups = groups.drop(columns="total").merge(totals, on=["step", "group"])
+        tables.append(groups)
+    found = tables[0].merge(tables[1], on="text", suffixes=("_first", "_second"))
+    found["change"] = found["total_second"] - found["total_first"]
+    largest = found["change"].abs().nlargest(limit).index  # without those that have no total
+    return found.loc[largest].to_dict("records")
 
 
 def _last_written(run: Run) -> dict[str, Row]:

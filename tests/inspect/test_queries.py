@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 import pytest
 
 from grace_rl.errors import UserError
-from grace_rl.inspect import Filter, Run, database
+from grace_rl.inspect import Filter, Run, database, views
 from grace_rl.inspect.checkpoints import Checkpoint, checkpoints
 from grace_rl.inspect.neighbours import nearest_by_rationale, pool_of_step
 from grace_rl.inspect.run import HEAVY, distinct_names
@@ -232,3 +232,54 @@ def test_a_checkpoint_that_is_not_the_runs_is_refused(run_folder: Path) -> None:
     for name in ("../../elsewhere", str(run_folder), "checkpoint-1"):
         with pytest.raises(UserError, match="no checkpoint"):
             Checkpoint(Run(run_folder), name)
+
+
+@pytest.fixture
+def two_runs(run_folder: Path, tmp_path: Path, add_step: Callable[..., None]) -> list[Run]:
+    """The written run, and a copy of it with one more step."""
+    shutil.copytree(run_folder, tmp_path / "other")
+    add_step(tmp_path / "other", 4)
+    return [Run(run_folder), Run(tmp_path / "other")]
+
+
+def keep_replay(run: Run, name: str, more: dict[int, float]) -> None:
+    """A replay whose totals are the run's own, and so much more in some groups."""
+    found = run.rollouts(columns=["step", "group", "role", "text", "rationale", "advantage"])
+    found = found[found["advantage"].notna()].assign(replayed_advantage=found["advantage"])
+    found["total"] = found["advantage"] + found["group"].map(more).fillna(0.0)
+    (run.path / "replays").mkdir(exist_ok=True)
+    found.to_parquet(run.path / "replays" / f"{name}.parquet")
+
+
+def test_groups_of_two_runs_are_compared_by_what_scores_both_alike(two_runs: list[Run]) -> None:
+    run, other = two_runs
+    own = views.changed_groups(run, other, None, 9)
+    assert len(own) == 4 and {row["change"] for row in own} == {0.0}
+    assert {(row["step_first"], row["step_second"]) for row in own} == {(3, 4)}
+    keep_replay(run, "alike", {})
+    keep_replay(other, "alike", {2: 1.0, 1: -2.0})
+    by_replay = views.changed_groups(run, other, "alike", 2)
+    assert [(row["group_second"], round(row["change"], 3)) for row in by_replay] == [
+        (1, -2.0),
+        (2, 1.0),
+    ]
+
+
+def test_both_runs_replays_stand_side_by_side(two_runs: list[Run]) -> None:
+    run, other = two_runs
+    keep_replay(run, "alike", {})
+    keep_replay(other, "alike", {0: 4.0})
+    keep_replay(other, "alone", {})
+    (other.path / "replays" / "broken.parquet").write_bytes(b"no parquet")
+    rows = {row["name"]: row for row in views.replay_rows(run, other)}
+    assert list(rows) == ["alike", "alone", "broken"]
+    assert rows["alike"]["second"] - rows["alike"]["first"] == pytest.approx(1.0)
+    assert rows["alike"]["first_kept"] == 1.0
+    assert rows["alone"]["first"] is None and rows["alone"]["second"] is not None
+    assert rows["broken"]["second"] is None
+
+
+def test_the_same_texts_of_two_runs_those_that_differ_most_first(two_runs: list[Run]) -> None:
+    rows, count = views.side_by_side(*two_runs, limit=2)
+    assert len(rows) == 2 and count == 5
+    assert all(row["kept"] == 0.0 for row in rows)  # hostile ones against "step 4, rollout i"

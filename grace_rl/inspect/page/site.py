@@ -205,7 +205,10 @@ def compare(site: Site, query: Query) -> Page:
     values: dict[str, Any] = {"run": run, "other": other}
     if other is run:
         return Page("compare", "Compare runs", "/compare", values | {"rows": []})
-    rows = views.side_by_side(run, other)
+    rows, count = views.side_by_side(run, other, SHOWN)
+    replayed = views.replay_rows(run, other)
+    in_both = (row["name"] for row in replayed if None not in (row["first"], row["second"]))
+    scored = next(in_both, None)
     values |= {
         "names": site.others(run, lambda name: address("/compare", run=name)),
         "withs": {
@@ -216,13 +219,34 @@ def compare(site: Site, query: Query) -> Page:
         },
         "recipe": views.recipe_rows([run, other]),
         "scores": [views.summary(one) for one in (run, other)],
-        "replays": [(one, list(replays(one))) for one in (run, other)],
-        "rows": rows[:SHOWN],
-        "count": len(rows),
+        "replays": replayed,
+        "replay_links": {"first": _replay_of(run, "first"), "second": _replay_of(other, "second")},
+        "groups": views.changed_groups(run, other, scored, SHOWN),
+        "scored": scored,
+        "group_links": {
+            "total_first": _group_of(run, "first"),
+            "total_second": _group_of(other, "second"),
+        },
+        "rows": rows,
+        "count": count,
         "links": {"text": lambda row: address("/training", text=row["text"])},
         "limit": CUT,
     }
     return Page("compare", f"{run.name} and {other.name}", "/compare", values)
+
+
+def _group_of(run: Run, place: str) -> Callable[[Mapping[str, Any]], str]:
+    """Where one of the two groups of a row of `views.changed_groups` is shown."""
+    return lambda row: address(
+        "/group", run=run.name, step=row[f"step_{place}"], group=row[f"group_{place}"]
+    )
+
+
+def _replay_of(run: Run, place: str) -> Callable[[Mapping[str, Any]], str]:
+    """Where one of the two replays of a row of `views.replay_rows` is shown."""
+    return lambda row: (
+        "" if row[place] is None else address("/replays", run=run.name, name=row["name"])
+    )
 
 
 def neighbours(site: Site, query: Query) -> pd.DataFrame:
