@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import json
 import os
 import signal
 import sys
@@ -156,6 +157,12 @@ def _parsers(commands: dict[str, Any]) -> dict[str, argparse.ArgumentParser]:
         allow_abbrev=False,
     )
     whole.add_argument("--version", action="version", version=f"grace-rl {__version__}")
+    whole.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh", "tcsh"),
+        action=_Completion,
+        help="print a script for your shell, so that Tab completes verbs, options and files",
+    )
     verbs = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {"": whole}
     for name, command in commands.items():
@@ -169,6 +176,38 @@ def _parsers(commands: dict[str, Any]) -> dict[str, argparse.ArgumentParser]:
         )
         command.add_arguments(parsers[name])
     return parsers
+
+
+class _Completion(argparse.Action):
+    """Prints what completes the words of the command line, the keys of recipes among them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        import shtab
+
+        from grace_rl.recipe.reference import SCHEMA_FILE
+
+        keys = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))["properties"]
+        for one in _all_parsers(parser):
+            if one.epilog == OVERRIDES:
+                known = {option for action in one._actions for option in action.option_strings}
+                for option in (f"--{key}" for key in keys):
+                    if option not in known:
+                        one.add_argument(option, help="a key of the recipe")
+            for action in one._actions:
+                if action.choices is None and action.nargs != 0:
+                    action.complete = shtab.FILE  # type: ignore[attr-defined]
+        shell = given[1]
+        sys.stdout.write(shtab.complete(parser, shell))
+        parser.exit()
+
+
+def _all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of its verbs, all the way down."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb in action.choices.values():
+                yield from _all_parsers(verb)
 
 
 def _refuse(parser: argparse.ArgumentParser, rest: list[str]) -> None:

@@ -56,6 +56,35 @@ def test_help_names_the_verbs_and_how_to_find_keys():
     assert "docs/recipes.md" in run("train", "--help").stdout
 
 
+ASK = """\
+source /dev/stdin
+for words in "$@"; do
+  COMP_WORDS=(grace-rl $words) COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+  _shtab_grace_rl
+  echo "${COMPREPLY[*]}"
+done
+"""
+
+
+def test_the_shell_completes_verbs_options_keys_and_files(tmp_path):
+    pytest.importorskip("shtab", reason="needs shtab")
+    (tmp_path / "file.yaml").touch()
+    expected = {
+        "ins": "inspect",
+        "inspect --termi": "--terminal",
+        "rewards new --kind con": "contrastive",
+        "train --learning_rat": "--learning_rate",
+        "train ./fi": "./file.yaml",
+    }
+    script = run("--print-completion", "bash").stdout
+    told = subprocess.run(
+        ["bash", "-c", ASK, "bash", *expected],
+        input=script, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    for answer, line in zip(expected.values(), told.stdout.splitlines(), strict=True):
+        assert answer in line.split(), told.stderr
+
+
 def test_a_mistake_is_a_line_each_on_stderr_and_exit_code_2(recipe):
     result = run("train", recipe, "--lerning_rate", "1", "--beta", "0.1", "--max_steps", "many")
     assert result.returncode == 2 and result.stdout == ""

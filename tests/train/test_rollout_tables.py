@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +86,21 @@ def test_trackio_gets_the_rows(
     log(run, 5, ["trackio"])
     assert len(sent) == 1 and isinstance(sent[0][NAME], trackio.Table)
     assert sent[0]["train/global_step"] == 5
+
+
+def test_wandb_keeps_the_tables_offline(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="needs wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log(run, 5, ["wandb"])  # no run is open: nothing is sent, nothing raised
+    with wandb.init(project="tables", mode="offline", dir=str(tmp_path)):
+        log(run, 5, ["wandb"])
+        log(run, 6, ["wandb"])  # nothing is stored of step 6
+    (file,) = tmp_path.rglob(f"{NAME}_*.table.json")
+    table = json.loads(file.read_text(encoding="utf-8"))
+    assert table["columns"][:5] == ["step", "group", "role", "text", "rationale"]
+    assert [row[4] for row in table["data"]] == ["high", "middle", "low", HOSTILE, "c"]
 
 
 @pytest.mark.parametrize("asked", [[], ["none"]])
