@@ -140,7 +140,7 @@ def read(encoder: RationaleEncoder, texts: list[str], write: bool) -> tuple[Tens
     """(N, 2H) raw vectors, and how many tokens were written for each text."""
     raws, lengths = [], []
     for start in range(0, len(texts), 64):
-        _, counts, raw = encoder._raw(texts[start : start + 64], None if write else "none", {})
+        _, counts, raw = encoder.raw(texts[start : start + 64], None if write else "none")
         raws.append(raw)
         lengths += counts
         print(f"  {start + len(counts)} of {len(texts)}", flush=True)

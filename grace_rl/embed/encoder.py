@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Unpack
@@ -33,7 +32,7 @@ from grace_rl.errors import UserError, reading
 from grace_rl.rollout.generator import Engine, end_token_ids
 from grace_rl.rollout.policy import load_outlined
 from grace_rl.rollout.prompts import PromptTemplate
-from grace_rl.run.screen import Screen
+from grace_rl.run.screen import Screen, bar
 
 CHUNK = 1024  # texts that are in memory as prompts at once
 VLLM_CHUNK = 8192  # more, so that its batches seldom run dry
@@ -132,9 +131,6 @@ class RationaleEncoder(EncoderModule):
         if own.reader.weights == "frozen" and frozen.is_dir():
             with reading(frozen, "the model"):
                 readers = AutoModelForCausalLM.from_pretrained(frozen)
-        template = PromptTemplate(
-            tokenizer, own.instruction, own.max_text_tokens, own.chat_template_kwargs, own.prompt
-        )
         end_ids = end_token_ids(model.generation_config, tokenizer)
         many = 64 if device == "cpu" else 256  # a CPU's caches like it smaller
         reader = Reader(own.reader, tokenizer, end_ids, readers, device, many)
@@ -146,7 +142,7 @@ class RationaleEncoder(EncoderModule):
         encoder = cls(
             model,
             tokenizer,
-            template,
+            own.template(tokenizer),
             reader,
             end_ids,
             own.max_rationale_tokens,
@@ -202,17 +198,11 @@ class RationaleEncoder(EncoderModule):
         """What decides its vectors besides the files it was loaded from."""
         centre = self.reader.centre
         return self.writer.deciding(self._how(None, {})) | {
-            "reader": self._reader_settings,
+            "reader": self.reader.config.deciding_raw(),
             "centre": None if centre is None else centre.tolist(),
             "weight": self.reader.weight,
             "roles": {name: role.given() for name, role in self.roles.items()},
         }
-
-    @property
-    def _reader_settings(self) -> dict[str, Any]:
-        return self.reader.config.model_dump(
-            mode="json", exclude={"centre", "weight", "learn_weight"}
-        )
 
     def get_embedding_dimension(self) -> int:
         reader = self.reader.sentence_encoder
@@ -311,8 +301,7 @@ class RationaleEncoder(EncoderModule):
             if changes.get("instruction") is None:
                 changes["instruction"] = self.roles[role].instruction
         for chunk in self._chunks(distinct, progress):
-            with self.lock:
-                found, counts, raw = self._raw(chunk, rationale, changes)
+            found, counts, raw = self.raw(chunk, rationale, **changes)
             unit = self.reader.finish(raw).float().cpu()
             if vectors is None:
                 vectors = torch.empty(len(place), unit.size(1))
@@ -370,8 +359,7 @@ class RationaleEncoder(EncoderModule):
         total, count = torch.zeros(()), 0
         texts = (text for text in texts if text.strip())
         for chunk in self._chunks(texts, progress):
-            with self.lock:
-                _, _, raw = self._raw(chunk, None, {})
+            _, _, raw = self.raw(chunk)
             total = total + raw.double().sum(0).cpu()
             count += len(chunk)
         if not count:
@@ -379,41 +367,26 @@ class RationaleEncoder(EncoderModule):
         self.reader.centre = (total / count).float().to(self.reader.device)
         return count
 
-    def _raw(
-        self, texts: list[str], rationale: RationaleMode | None, changes: Changes
+    @torch.no_grad()
+    def raw(
+        self, texts: list[str], rationale: RationaleMode | None = None, **changes: Unpack[Changes]
     ) -> tuple[list[str], list[int], Tensor]:
-        """Rationales, their numbers of tokens and raw vectors (N, H), from the cache if it can."""
-        keys: list[bytes] = []
-        known: dict[bytes, tuple[str, int, Tensor]] = {}
-        if self.writer.cache is not None:
-            how = self._how(rationale, changes)
-            keys = self.writer.keys(texts, how, self._reader_settings)
-            known = self.writer.cache.vectors(keys)
-        new = [i for i in range(len(texts)) if not known or keys[i] not in known]
-        if new:
-            written = self.write([texts[i] for i in new], rationale, **changes)
-            strings, counts = [w.rationale for w in written], [len(w.token_ids) for w in written]
-            raw = self.reader.read(written)
-            if self.writer.cache is None:
-                return strings, counts, raw
-            own = [keys[i] for i in new]
-            self.writer.cache.add_vectors(own, strings, counts, raw)
-            values = zip(strings, counts, raw.float().cpu(), strict=True)
-            known |= dict(zip(own, values, strict=True))
-        found = [known[key] for key in keys]
-        return [f[0] for f in found], [f[1] for f in found], torch.stack([f[2] for f in found])
+        """Rationales, their numbers of tokens and raw vectors (N, R), from the cache if it can.
+
+        Args:
+            texts, rationale, changes: As in `write`, all at once in memory.
+        """
+        with self.lock:
+            return self.writer.read(texts, self._how(rationale, changes), self.reader)
 
     def _chunks(self, texts: Iterable[str], progress: bool) -> Iterator[list[str]]:
         size = VLLM_CHUNK if self.writer.generator.name == "vllm" else CHUNK
         known, rest = len(texts) if isinstance(texts, list) else None, iter(texts)
-        with Progress(
-            *Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("texts"),
-            console=Screen(stderr=True), disable=not progress,
-        ) as bar:  # fmt: skip
-            task = bar.add_task("encoding", total=known)
+        hidden, screen = not progress, Screen(stderr=True)
+        with bar(screen, "encoding", known, unit="texts", hidden=hidden) as advance:
             while chunk := list(islice(rest, size)):
                 yield chunk
-                bar.advance(task, len(chunk))
+                advance(len(chunk))
 
     def _how(self, rationale: RationaleMode | None, changes: Changes) -> Writing:
         given = {name: value for name, value in changes.items() if value is not None}

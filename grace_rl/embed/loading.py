@@ -18,18 +18,20 @@ from grace_rl.embed.soft_token_encoder import SoftTokenEncoder
 from grace_rl.errors import UserError, first_line, reading
 from grace_rl.rollout.generator import Engine
 from grace_rl.rollout.policy import is_language_model, outline_policy, read_config
-from grace_rl.rollout.prompts import PromptTemplate
 
 
 def load_encoder(
-    folder: str | Path, device: str = "cpu", engine: Engine = "transformers", cache: Any = None
+    folder: str | Path,
+    device: str | None = "cpu",
+    engine: Engine = "transformers",
+    cache: Any = None,
 ) -> Encoder:
     """The encoder of a folder: of this package, a sentence-transformers model, or a bare policy.
 
     Args:
         folder: A run's model/, any sentence-transformers model, or a language model without either,
             which is then read by the bottleneck as `EncoderSettings()` says.
-        device: Where it runs.
+        device: Where it runs; None: on a GPU if this machine has one.
         engine, cache: Of `RationaleEncoder.from_pretrained`; for other models they must stay as
             they are.
 
@@ -37,6 +39,7 @@ def load_encoder(
         UserError: The folder is none of these, or damaged.
     """
     kind = encoder_kind(folder)
+    device = device or usable_device(None)
     if kind.module is RationaleEncoder:
         settings = None if kind.saved else kind.settings
         return RationaleEncoder.from_pretrained(
@@ -99,14 +102,8 @@ def look_before(folder: str | Path, kind: EncoderKind) -> None:
     Raises:
         UserError: It is damaged.
     """
-    if (own := kind.settings) is not None:
-        PromptTemplate(
-            outline_policy(folder).tokenizer,
-            own.instruction,
-            own.max_text_tokens,
-            own.chat_template_kwargs,
-            own.prompt,
-        )
+    if kind.settings is not None:
+        kind.settings.template(outline_policy(folder).tokenizer)
 
 
 def usable_device(told: str | None) -> str:

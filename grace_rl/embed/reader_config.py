@@ -64,6 +64,10 @@ class ReaderConfig(Section):
             object.__setattr__(self, "layers", (0, -1) if self.reads_alone else (-1,))
         return self
 
+    def deciding_raw(self) -> dict[str, Any]:
+        """What decides a raw vector, which is neither centred nor weighted, as plain data."""
+        return self.model_dump(mode="json", exclude={"centre", "weight", "learn_weight"})
+
     @property
     def reads_alone(self) -> bool:
         """Whether a rationale is read with its text hidden."""

@@ -14,7 +14,7 @@ from grace_rl.errors import UserError, first_line
 from grace_rl.recipe.prompt import Instruction, PromptConfig
 from grace_rl.recipe.roles import RoleConfig
 from grace_rl.recipe.schema import Section
-from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION
+from grace_rl.rollout.prompts import DEFAULT_INSTRUCTION, PromptTemplate
 from grace_rl.run.files import write_text
 
 RationaleMode = Literal["none", "greedy", "sample"]
@@ -89,6 +89,16 @@ class EncoderSettings(Section):
     rationale: RationaleMode = "greedy"
     roles: dict[Literal["query", "document"], EncoderRole] = Field(default_factory=dict)
     prompt: Annotated[tuple[str, str], Strict(False)] | None = None
+
+    def template(self, tokenizer: Any) -> PromptTemplate:
+        """What renders texts to prompts."""
+        return PromptTemplate(
+            tokenizer,
+            self.instruction,
+            self.max_text_tokens,
+            self.chat_template_kwargs,
+            self.prompt,
+        )
 
     def save(self, folder: Path) -> None:
         text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)

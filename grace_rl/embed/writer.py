@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grace_rl.embed.cache import ENCODER_FILES, KeyMaker, RationaleCache, model_fingerprint
-from grace_rl.embed.reader import Written
+from grace_rl.embed.reader import Reader, Written
 from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.settings import Writing
 from grace_rl.errors import UserError
@@ -141,6 +142,29 @@ class RationaleWriter:
             Written(p, known[key][1], known[key][0]) if p.token_ids else Written(p, [], "")
             for p, key in zip(prompts, keys, strict=True)
         ]
+
+    def read(
+        self, texts: Sequence[str], how: Writing, reader: Reader
+    ) -> tuple[list[str], list[int], Tensor]:
+        """Rationales, their numbers of tokens and raw vectors (N, R), from the cache if it can."""
+        keys: list[bytes] = []
+        known: dict[bytes, tuple[str, int, Tensor]] = {}
+        if self.cache is not None:
+            keys = self.keys(texts, how, reader.config.deciding_raw())
+            known = self.cache.vectors(keys)
+        new = [i for i in range(len(texts)) if not known or keys[i] not in known]
+        if new:
+            written = self.write([texts[i] for i in new], how, reader.plain)
+            strings, counts = [w.rationale for w in written], [len(w.token_ids) for w in written]
+            raw = reader.read(written)
+            if self.cache is None:
+                return strings, counts, raw
+            own = [keys[i] for i in new]
+            self.cache.add_vectors(own, strings, counts, raw)
+            values = zip(strings, counts, raw.float().cpu(), strict=True)
+            known |= dict(zip(own, values, strict=True))
+        found = [known[key] for key in keys]
+        return [f[0] for f in found], [f[1] for f in found], torch.stack([f[2] for f in found])
 
     def given(self, rationales: Sequence[str], texts: Sequence[str] | None) -> list[Written]:
         """Given rationales as if the policy had written them, an end token included.

@@ -41,9 +41,9 @@ from grace_rl.run.environment import describe_environment, now
 from grace_rl.run.files import (
     folder_lock,
     plain_numbers,
+    recover_folder,
     remove_unfinished,
-    sync,
-    sync_tree,
+    replace_folder,
     write_json,
     write_text,
 )
@@ -96,10 +96,6 @@ class RunDirectory:
     @property
     def is_main_process(self) -> bool:
         return self.processes is None or bool(self.processes.is_main_process)
-
-    @property
-    def status_file(self) -> Path:
-        return self.path / "status.json"
 
     @property
     def recipe(self) -> Path:
@@ -261,16 +257,9 @@ class RunDirectory:
 
     def _recover(self) -> None:
         """Finish or undo what a killed process was doing."""
-        self._recover_model()
+        recover_folder(self.model)
         for folder in (self.path, self.rollouts):
             remove_unfinished(folder)
-
-    def _recover_model(self) -> None:
-        replaced = self.path / ".model.replaced"
-        if replaced.exists() and not self.model.exists():
-            replaced.rename(self.model)
-        elif replaced.exists():
-            shutil.rmtree(replaced)
 
     def _remove_run(self) -> None:
         records = (self.recipe, self.inputs, self.prompt, self.environment, self.metrics)
@@ -335,18 +324,12 @@ class RunDirectory:
         unfinished = self.path / ".model.writing"
 
         def clear() -> None:
-            self._recover_model()
+            recover_folder(self.model)
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
 
         def swap() -> None:
-            sync_tree(unfinished)
-            replaced = self.path / ".model.replaced"
-            if self.model.exists():
-                self.model.rename(replaced)
-            unfinished.rename(self.model)
-            sync(self.path)
-            shutil.rmtree(replaced, ignore_errors=True)
+            replace_folder(unfinished, self.model)
             status = read_status(self.path) or {}
             self._write_status({**status, "status": "finished", "finished": now()})
 
@@ -387,7 +370,8 @@ class RunDirectory:
 
     def _write_status(self, status: Mapping[str, Any]) -> None:
         owner = f"process {os.getpid()} on {socket.gethostname()}"
-        write_json(self.status_file, {**status, "grace_rl": own_version(), "owner": owner})
+        kept = {**status, "grace_rl": own_version(), "owner": owner}
+        write_json(self.path / "status.json", kept)
 
     def on_main(self, action: Callable[[], Any]) -> Any:
         """What only the main process does, and every process gets: the result, or the `UserError`.

@@ -85,6 +85,31 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
+def replace_folder(unfinished: Path, folder: Path) -> None:
+    """Put a written folder where another may lie, which goes.
+
+    After a kill within `recover_folder` gives back one of the two.
+    """
+    sync_tree(unfinished)
+    if folder.exists():
+        folder.rename(_replaced(folder))
+    unfinished.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(_replaced(folder), ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Finish or undo a `replace_folder` that was killed."""
+    if _replaced(folder).exists() and not folder.exists():
+        _replaced(folder).rename(folder)
+    elif _replaced(folder).exists():
+        shutil.rmtree(_replaced(folder))
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the file by `text` (UTF-8), whole."""
     with whole_file(path) as unfinished:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import (
@@ -12,6 +13,15 @@ from rich.console import (
     ConsoleRenderable,
     RenderHook,
     RenderResult,
+)
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
 )
 from rich.segment import Segment
 from rich.table import Table
@@ -41,6 +51,42 @@ class Screen(Console):
     def on_broken_pipe(self) -> None:
         """rich would end the program."""
         nobody_reads(sys.stderr if self.stderr else sys.stdout)
+
+
+@contextmanager
+def bar(
+    console: Console,
+    name: str,
+    total: int | None,
+    *,
+    done: int = 0,
+    unit: str = "rows",
+    hidden: bool = False,
+) -> Iterator[Callable[[int], None]]:
+    """A bar over many rows, with how many of them a second; gives the function that moves it.
+
+    Args:
+        console: Where it is shown.
+        name: What is done.
+        total: How many there are; None: nobody knows.
+        done: How many of them were done before.
+        unit: What they are.
+        hidden: Show nothing.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(unit))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as progress:
+        task = progress.add_task(name, total=total, completed=done)
+        yield lambda count: progress.advance(task, count)
+
+
+class _Speed(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f} {self.unit}/s" if speed else self.unit)
 
 
 def add_findings(table: Table, findings: Iterable[Finding]) -> None:
