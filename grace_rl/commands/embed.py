@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from grace_rl.run.workers import Cluster
+
 if TYPE_CHECKING:
     from grace_rl.data.corpus import Texts
     from grace_rl.embed.loading import EncoderKind
@@ -49,10 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what writes; ray: many workers, each as auto says",
     )
-    parser.add_argument(
-        "--address", metavar="HOST:PORT", help="of a Ray cluster; default: one here"
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="default: one for each GPU or CPU")
+    Cluster.add_arguments(parser)
     parser.add_argument("--cache", metavar="FILE", help="a sqlite file that remembers rationales")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
@@ -62,23 +61,22 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.errors import UserError
 
     shard = _shard(options.shard)
-    if problems := _problems(options, shard):
+    problems = _problems(options, shard)
+    cluster = Cluster.told(options, problems)
+    if problems:
         raise UserError(problems)
 
     from grace_rl.embed.corpus import EmbedJob, embed_corpus
     from grace_rl.embed.loading import encoder_kind, load_encoder, look_before, usable_device
     from grace_rl.embed.reader import CENTRE_FILE
     from grace_rl.run.screen import Screen
-    from grace_rl.run.workers import Cluster
 
     model = Path(options.model)
     kind = encoder_kind(model)
     settings = _settings(options, kind)
     texts = _texts(options, kind, shard or (1, 1))
-    texts.partitions(options.chunk)  # before the model loads
     look_before(model, kind)
-    device = usable_device(options.device)
-    cluster = Cluster(options.address, options.workers) if options.engine == "ray" else None
+    device = options.device if cluster else usable_device(options.device)
     engine: Literal["auto", "transformers", "vllm"] = "auto" if cluster else options.engine
     load = partial(load_encoder, model.absolute(), device, engine=engine, cache=options.cache)
     console = Screen(stderr=True)
@@ -113,11 +111,6 @@ def _problems(options: argparse.Namespace, shard: tuple[int, int] | None) -> lis
         problems.append(f"--output: must be a .parquet file or a folder, not {options.output}")
     if options.chunk < 1:
         problems.append(f"--chunk: must be at least 1, not {options.chunk}")
-    if options.workers is not None and options.workers < 1:
-        problems.append(f"--workers: must be at least 1, not {options.workers}")
-    for name in ("address", "workers"):
-        if options.engine != "ray" and getattr(options, name) is not None:
-            problems.append(f"--{name}: is of a Ray cluster; add --engine ray or leave it out")
     return problems
 
 

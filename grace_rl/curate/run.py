@@ -3,8 +3,8 @@
     generate -> rate -> filter -> guide
 
 Each step reads what the one before it wrote, chunk by chunk, and leaves out the chunks that are
-there. `generate` and `rate` can be shared out over processes (`--shard i/n`); whoever finds all
-chunks rated filters them.
+there. `generate` and `rate` are work of `run.workers`: of this process, or of a Ray cluster's. They
+can be shared out over processes too (`--shard i/n`); whoever finds all chunks rated filters them.
 
 What differs from MultiCSR as released: several candidates a side and large batches in place of one
 greedy candidate at a time; clean-up; ratings that need no parsing; and thresholds that can be moved
@@ -14,22 +14,11 @@ without rating again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
 from grace_rl.curate.candidates import (
     Row,
@@ -47,11 +36,13 @@ from grace_rl.curate.prompts import SidePrompts
 from grace_rl.curate.report import Report
 from grace_rl.data.guide import build_guide, named_digest, text_key
 from grace_rl.data.rows import stream_rows
+from grace_rl.data.texts import InOrder
 from grace_rl.errors import UserError
 from grace_rl.recipe.curation import CurationRecipe, FilterStep, GenerateStep, GuideStep, RateStep
 from grace_rl.run.files import held, remove_unfinished, write_json, write_text
 from grace_rl.run.identity import rows_digest
-from grace_rl.run.screen import Screen
+from grace_rl.run.screen import Screen, bar
+from grace_rl.run.workers import Cluster, Item, Work, run_all
 
 ROWS_FILE = "rows.jsonl"
 
@@ -76,6 +67,7 @@ def curate(
     shard: Shard = Shard(),  # noqa: B008  # frozen
     overwrite: bool = False,
     console: Console | None = None,
+    cluster: Cluster | None = None,
 ) -> Report | None:
     """Run the steps of a recipe that are not done yet.
 
@@ -84,6 +76,7 @@ def curate(
         shard: Which chunks are this process's.
         overwrite: Throw away finished chunks whose settings or inputs have changed.
         console: Where progress and the report are printed.
+        cluster: Whose workers generate and rate; None: this process does.
 
     Returns:
         What the filter reports; None without a filter, or while other shards are at work.
@@ -93,11 +86,11 @@ def curate(
     """
     if recipe.rate is not None and recipe.rate.is_own:
         own_judge(recipe.rate)  # a mistake in it is told before anything is generated
-    curation = _Curation(recipe, shard, overwrite, console or Screen())
+    curation = _Curation(recipe, shard, overwrite, console or Screen(), cluster)
     if recipe.generate is not None:
-        curation.generate(recipe.generate)
+        curation.generate()
     if recipe.rate is not None:
-        curation.rate(recipe.rate)
+        curation.rate()
     if recipe.filter is not None and (missing := curation.missing()):
         curation.console.print(
             f"{missing} of {curation.chunks} chunks are not rated yet: when the other shards "
@@ -123,9 +116,14 @@ class _Curation:
     """
 
     def __init__(
-        self, recipe: CurationRecipe, shard: Shard, overwrite: bool, console: Console
+        self,
+        recipe: CurationRecipe,
+        shard: Shard,
+        overwrite: bool,
+        console: Console,
+        cluster: Cluster | None,
     ) -> None:
-        self.recipe, self.shard, self.console = recipe, shard, console
+        self.recipe, self.shard, self.console, self.cluster = recipe, shard, console, cluster
         self.folder = recipe.output_dir
         self.models = Models()
         self.rows = 0
@@ -159,39 +157,25 @@ class _Curation:
             self.rows += 1
             yield row
 
-    def generate(self, step: GenerateStep) -> None:
+    def generate(self) -> None:
         """Candidates of both sides for every text."""
         todo = [n for n in self._mine() if not self.generated.has(n)]
-        if not todo:
-            return
-        model = self.models.load(step.model_name_or_path, step.engine, step.dtype, step.batch_size)
-        prompts = SidePrompts(
-            model.tokenizer, step.prompts, step.max_text_tokens, step.chat_template_kwargs
-        )
-        with _bar(self.console, "generate", self._count(todo)) as advance:
-            for number, rows in self._source(todo):
-                written = write_candidates(rows, model, prompts, step, self.recipe.seed)
-                self.generated.write(number, written)
-                advance(len(rows))
+        self._do("generate", todo, partial(_Generator, self.recipe, self.models, self.generated))
 
-    def rate(self, step: RateStep) -> None:
+    def rate(self) -> None:
         """A rating for every candidate."""
-        generate = self.recipe.generate
+        generated = None if self.recipe.generate is None else self.generated
         todo = [n for n in self._mine() if not self.rated.has(n)]
-        if generate is not None:
-            todo = [n for n in todo if self.generated.has(n)]
-        if not todo:
-            return
-        generator = None if generate is None else generate.model_name_or_path
-        judge = load_judge(step, generator, self.models)
-        if generate is None:
-            chunks = ((n, list(map(given_candidates, rows))) for n, rows in self._source(todo))
-        else:
-            chunks = ((n, self.generated.read(n)) for n in todo)
-        with _bar(self.console, "rate", self._count(todo)) as advance:
-            for number, rows in chunks:
-                self.rated.write(number, rate_candidates(rows, judge, step.judge))
-                advance(len(rows))
+        if generated is not None:
+            todo = [n for n in todo if generated.has(n)]
+        self._do("rate", todo, partial(_Rater, self.recipe, self.models, self.rated, generated))
+
+    def _do(self, name: str, todo: Sequence[int], make: Callable[[], Work]) -> None:
+        """Have chunks made. To a cluster `models` goes as it is here: without any."""
+        if todo:
+            with bar(self.console, name, self._count(todo)) as advance:
+                for made in run_all([{"chunk": n} for n in todo], make, self.cluster):
+                    advance(made["rows"])
 
     def missing(self) -> int:
         """Chunks that nobody has rated yet."""
@@ -267,23 +251,13 @@ class _Curation:
             return rows_of(self.folder / ROWS_FILE) if filtered else stream_rows(self.recipe.data)
 
         folder = self.folder / "guide"
-        with _bar(self.console, "guide", None) as advance:
+        with bar(self.console, "guide", None, unit="texts") as advance:
             guide = build_guide(folder, rows, step.model_name_or_path, progress=advance)
         sigma = "none (no positives)" if guide.sigma is None else f"{guide.sigma:.4f}"
         self.console.print(f"guide: {len(guide)} texts, sigma {sigma} -> {folder}")
 
     def _mine(self) -> list[int]:
         return [number for number in range(self.chunks) if self.shard.holds(number)]
-
-    def _source(self, wanted: Sequence[int]) -> Iterator[tuple[int, list[Row]]]:
-        """The wanted chunks of the source, which is read once and never held."""
-        rows, chosen = enumerate(stream_rows(self.recipe.data)), set(wanted)
-        for number in range(self.chunks):
-            chunk = [
-                row | {"id": row.get("id", i)} for i, row in islice(rows, self.recipe.chunk_rows)
-            ]
-            if number in chosen:
-                yield number, chunk
 
     def _count(self, chunks: Sequence[int]) -> int:
         """Rows of some chunks; the last one may be short."""
@@ -302,17 +276,61 @@ def _settings(step: GenerateStep | RateStep) -> Row:
     return {f"{step.recipe_key}.{key}": value for key, value in settings.items()}
 
 
-class _Speed(ProgressColumn):
-    """Rows per second."""
+class _Generator:
+    """What a worker does: a chunk of the source -> its candidates, on the disk."""
 
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} rows/s" if task.speed else "")
+    def __init__(self, recipe: CurationRecipe, models: Models, made: Chunks) -> None:
+        if (step := recipe.generate) is None:
+            raise RuntimeError("recipe.generate must be there")
+        self.recipe, self.step, self.made = recipe, step, made
+        self.source = _source(recipe)
+        self.model = models.load(step.model_name_or_path, step.engine, step.dtype, step.batch_size)
+        self.prompts = SidePrompts(
+            self.model.tokenizer, step.prompts, step.max_text_tokens, step.chat_template_kwargs
+        )
+
+    def __call__(self, item: Item) -> Item:
+        number, size = item["chunk"], self.recipe.chunk_rows
+        rows = self.source.read(number * size, size)
+        if not self.made.has(number):  # a worker that died may have made it
+            written = write_candidates(rows, self.model, self.prompts, self.step, self.recipe.seed)
+            self.made.write(number, written)
+        return {"rows": len(rows)}
 
 
-@contextmanager
-def _bar(console: Console, name: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar; gives the function that moves it."""
-    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, _Speed(), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda count: progress.advance(task, count)
+class _Rater:
+    """What a worker does: a chunk of candidates, or of given triplets -> its ratings, on the disk.
+
+    Args:
+        generated: Where the candidates are; None: the source has triplets.
+    """
+
+    def __init__(
+        self, recipe: CurationRecipe, models: Models, made: Chunks, generated: Chunks | None
+    ) -> None:
+        if (step := recipe.rate) is None:
+            raise RuntimeError("recipe.rate must be there")
+        self.recipe, self.step, self.made, self.generated = recipe, step, made, generated
+        self.source = _source(recipe)
+        generate = recipe.generate
+        self.judge = load_judge(step, generate and generate.model_name_or_path, models)
+
+    def __call__(self, item: Item) -> Item:
+        number, size = item["chunk"], self.recipe.chunk_rows
+        if self.generated is not None:
+            rows = self.generated.read(number)
+        else:
+            rows = [*map(given_candidates, self.source.read(number * size, size))]
+        if not self.made.has(number):
+            self.made.write(number, rate_candidates(rows, self.judge, self.step.judge))
+        return {"rows": len(rows)}
+
+
+def _source(recipe: CurationRecipe) -> InOrder:
+    """The rows, each with an id."""
+    return InOrder(partial(_with_ids, recipe))
+
+
+def _with_ids(recipe: CurationRecipe) -> Iterator[Row]:
+    for number, row in enumerate(stream_rows(recipe.data)):
+        yield row | {"id": row.get("id", number)}

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grace_rl.data.files import SHOWN_PROBLEMS, file_system, is_address
-from grace_rl.data.texts import TextSource
+from grace_rl.data.texts import InOrder, TextSource
 from grace_rl.errors import UserError, first_line
 from grace_rl.run.identity import file_digest
 
@@ -79,15 +78,11 @@ def texts_of(place: str, columns: TextSource) -> Texts:
 
 
 class OneFile:
-    """A file of any kind, checked as a whole before anything is done, and read in its order.
-
-    Partitions that are not asked for in order cost a new beginning.
-    """
+    """A file of any kind, checked as a whole before anything is done, and read in its order."""
 
     def __init__(self, columns: TextSource) -> None:
         self._columns = columns
-        self._rows: Iterator[Any] = iter(())
-        self._at: int | None = None  # the row that comes next
+        self._rows = InOrder(columns.rows)
 
     @property
     def columns(self) -> TextSource:
@@ -98,17 +93,10 @@ class OneFile:
         return _cut(str(self.columns.path), rows, size, 0, 0), kind
 
     def read(self, partition: Partition) -> list[dict[str, Any] | str]:
-        if self._at is None or partition.start < self._at:
-            self._rows, self._at = self.columns.rows(), 0
-        next(islice(self._rows, partition.start - self._at, partition.start - self._at), None)
-        self._at = partition.start + partition.rows
-        return list(islice(self._rows, partition.rows))
+        return self._rows.read(partition.start, partition.rows)
 
     def digests(self) -> dict[str, str]:
         return {str(self.columns.path): file_digest(self.columns.path)}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OneFile, (self.columns,)
 
 
 @dataclass(frozen=True)

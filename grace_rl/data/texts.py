@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -120,6 +120,34 @@ class TextSource:
 
 
 _TYPES = {str: "texts", int: "numbers"}
+
+
+class InOrder:
+    """Rows of something that is read from its beginning on: any run of them.
+
+    Runs that are not asked for in order cost a new beginning. A copy, in another process too,
+    begins anew.
+
+    Args:
+        begin: Gives the rows from the first on.
+    """
+
+    def __init__(self, begin: Callable[[], Iterable[Any]]) -> None:
+        self._begin = begin
+        self._rows: Iterator[Any] = iter(())
+        self._at: int | None = None  # the row that comes next
+
+    def read(self, start: int, count: int) -> list[Any]:
+        """Rows `start` to `start + count - 1`, counted from 0, as far as there are so many."""
+        if self._at is None or start < self._at:
+            self._rows, self._at = iter(self._begin()), 0
+        skipped = start - self._at
+        next(islice(self._rows, skipped, skipped), None)
+        self._at = start + count
+        return list(islice(self._rows, count))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InOrder, (self._begin,)
 
 
 def in_chunks(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -13,25 +13,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-from rich.text import Text
 from torch import Tensor
 
-from grace_rl.data.corpus import Partition, Texts
+from grace_rl.data.corpus import ParquetTexts, Partition, Texts
+from grace_rl.data.texts import TextSource
 from grace_rl.embed.cache import ENCODER_FILES, model_fingerprint
-from grace_rl.embed.encoder_module import Encoder
+from grace_rl.embed.encoder_module import Encoded, Encoder
 from grace_rl.errors import UserError, describe_error
 from grace_rl.run.files import UNFINISHED, held, whole_file, write_text
 from grace_rl.run.identity import digest
+from grace_rl.run.screen import bar
 from grace_rl.run.workers import Cluster, run_all
 
 CHUNK = 4096
@@ -138,6 +140,45 @@ def embed_corpus(
     return done
 
 
+def embed_many(
+    load: Callable[[], Encoder],
+    texts: Sequence[str],
+    model: Path,
+    cluster: Cluster,
+    beside: Path,
+    chunk: int = CHUNK,
+    **settings: Any,
+) -> Encoded:
+    """What `encode(texts, **settings)` gives, of many texts, made by the workers of a cluster.
+
+    Args:
+        load, model, cluster, chunk: As in `embed_corpus` and `EmbedJob`.
+        texts: N texts; a blank one gets a vector of zeros.
+        beside: A folder that all workers see; the corpus lies there meanwhile.
+        settings: Of `Encoder.encode`.
+
+    Raises:
+        UserError: As `embed_corpus`; a text could not be embedded.
+    """
+    place = {text: i for i, text in enumerate(dict.fromkeys(filter(str.strip, texts)))}
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".corpus-") as folder:
+        source = Path(folder).absolute() / "texts.parquet"
+        pq.write_table(pa.table({"text": [*place]}), source, row_group_size=chunk)
+        corpus = ParquetTexts(str(source), TextSource(source))
+        job = EmbedJob(corpus, source.with_name("vectors"), True, settings, chunk)
+        done = embed_corpus(load, job, model, cluster=cluster, console=Console(quiet=True))
+        table = pq.read_table(job.output)
+    if done.errors:
+        reason = next(filter(None, table["error"].to_pylist()))
+        raise UserError(f"{done.errors} of {done.rows} texts could not be embedded: {reason}")
+    found = torch.from_numpy(np.stack(table["vector"].to_numpy()))
+    back = [place.get(text, -1) for text in texts]  # -1: what is put last, for a blank text
+    vectors = torch.cat([found, found.new_zeros(1, found.size(1))])[back]
+    rationales = [*(told or "" for told in table["rationale"].to_pylist()), ""]
+    lengths = [*(count or 0 for count in table["tokens"].to_pylist()), 0]
+    return Encoded([rationales[i] for i in back], vectors, [lengths[i] for i in back])
+
+
 def _make(
     load: Callable[[], Encoder],
     job: EmbedJob,
@@ -148,16 +189,14 @@ def _make(
 ) -> None:
     """Make the parts that are not there yet."""
     left = [part for part in partitions if not job.part(part.number).exists()]
-    rows = sum(part.rows for part in partitions)
-    with _progress(console) as bar:
-        task = bar.add_task("embedding", total=rows)
-        bar.reset(task, completed=rows - sum(part.rows for part in left), total=rows)
+    rows, todo = (sum(part.rows for part in parts) for parts in (partitions, left))
 
-        def make() -> _PartMaker:
-            return _PartMaker(load(), job, id_type)
+    def make() -> _PartMaker:
+        return _PartMaker(load(), job, id_type)
 
+    with bar(console, "embedding", rows, done=rows - todo, unit="texts") as advance:
         for made in run_all([part._asdict() for part in left], make, cluster):
-            bar.advance(task, made["rows"])
+            advance(made["rows"])
 
 
 class _PartMaker:
@@ -351,16 +390,3 @@ def _join(job: EmbedJob, partitions: list[Partition]) -> None:
     ):
         for part in parts:
             writer.write_table(pq.read_table(part))
-
-
-class _Speed(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} texts/s" if speed else "")
-
-
-def _progress(console: Console) -> Progress:
-    columns = Progress.get_default_columns()[:3]
-    return Progress(
-        *columns, MofNCompleteColumn(), _Speed(), TimeRemainingColumn(), console=console
-    )

@@ -10,7 +10,7 @@ same scores through mteb's own wrapper; this one also counts texts, seconds and 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from mteb.types import PromptType
 from sentence_transformers.util import cos_sim, pairwise_cos_sim
 
 from grace_rl.embed.cache import ENCODER_FILES, model_fingerprint
-from grace_rl.embed.encoder_module import Encoder, model_name
+from grace_rl.embed.corpus import embed_many
+from grace_rl.embed.encoder_module import Encoded, Encoder, model_name
 from grace_rl.embed.loading import load_encoder
+from grace_rl.run.workers import Cluster
 
 
 @dataclass
@@ -62,6 +64,7 @@ class MtebEncoder:
         self.usage = Usage()
         self.revision = revision
         self._name = name
+        self._many: tuple[int, Callable[..., Encoded]] | None = None
 
     @classmethod
     def load(cls, folder: str | Path, rationale: str = "greedy", **options: Any) -> MtebEncoder:
@@ -69,6 +72,17 @@ class MtebEncoder:
         encoder = load_encoder(folder, **options)
         revision = model_fingerprint(Path(folder), ENCODER_FILES)
         return cls(encoder, rationale, model_name(Path(folder)), revision)
+
+    def share(
+        self, cluster: Cluster, load: Callable[[], Encoder], model: Path, beside: Path, chunk: int
+    ) -> None:
+        """Have more than `chunk` texts at once embedded by a cluster: see `embed_many`."""
+
+        def many(texts: Sequence[str], rationale: str, role: str | None) -> Encoded:
+            how = {"rationale": rationale, "role": role}
+            return embed_many(load, texts, model, cluster, beside, chunk, **how)
+
+        self._many = (chunk, many)
 
     @property
     def mteb_model_meta(self) -> ModelMeta:
@@ -89,7 +103,10 @@ class MtebEncoder:
         texts = [text for batch in inputs for text in batch["text"]]
         role = None if prompt_type is None else prompt_type.value
         started = time.perf_counter()
-        encoded = self.encoder.encode(texts, self.rationale, role=role)
+        encode: Callable[..., Encoded] = self.encoder.encode
+        if self._many is not None and len(texts) > self._many[0]:
+            encode = self._many[1]
+        encoded = encode(texts, self.rationale, role=role)
         self.usage.seconds += time.perf_counter() - started
         self.usage.texts += len(texts)
         if self.rationale != "none":

@@ -7,6 +7,8 @@ done, whoever dies. Ray (the extra `ray`) is imported only where it is asked for
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import logging
 import os
@@ -21,6 +23,7 @@ Item = dict[str, Any]
 Work = Callable[[Item], Item]
 RETRIES = 3
 """How often an item is given to another worker after it took one down with it."""
+SMALL = 128 * 2**20  # bytes of shared memory, for what travels
 BLOCKS = 2000  # of items; what Ray holds at a time is told by blocks, not by items
 
 
@@ -36,12 +39,37 @@ class Cluster:
     address: str | None = None
     workers: int | None = None
 
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """The options of a command that says with `--engine ray` that a cluster does its work."""
+        parser.add_argument(
+            "--address", metavar="HOST:PORT", help="of a Ray cluster; default: one here"
+        )
+        parser.add_argument(
+            "--workers", type=int, metavar="N", help="of it; default: one for each GPU or CPU"
+        )
+
+    @classmethod
+    def told(cls, options: argparse.Namespace, problems: list[str]) -> Cluster | None:
+        """The cluster that is asked for, if one is; what is wrong with it goes to `problems`."""
+        if options.engine == "ray":
+            if options.workers is not None and options.workers < 1:
+                problems.append(f"--workers: must be at least 1, not {options.workers}")
+            return cls(options.address, options.workers)
+        problems += [
+            f"--{name}: is of a Ray cluster; add --engine ray or leave it out"
+            for name in ("address", "workers")
+            if getattr(options, name) is not None
+        ]
+        return None
+
     def run(self, items: Sequence[Item], make: Callable[[], Work]) -> Iterator[Item]:
         """As `run_all`, by the cluster's workers."""
         ray, data = _ray()
         if not ray.is_initialized():
             try:
-                ray.init(address=self.address, **_QUIET)
+                here = {} if self.address else {"object_store_memory": SMALL}
+                ray.init(address=self.address, **_QUIET, **here)
             except (ConnectionError, ValueError) as error:
                 raise UserError(f"--address: {first_line(error)}") from error
         there = ray.cluster_resources()
@@ -53,7 +81,7 @@ class Cluster:
         rows = [{"item": json.dumps(item)} for item in items]
         work = data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS)).map_batches(
             _Worker,
-            fn_constructor_args=(make,),
+            fn_constructor_args=(make, os.getcwd()),
             batch_size=1,
             compute=data.ActorPoolStrategy(size=count),
             max_task_retries=RETRIES,
@@ -89,7 +117,9 @@ def run_all(
 
 
 class _Worker:
-    def __init__(self, make: Callable[[], Work]) -> None:
+    def __init__(self, make: Callable[[], Work], folder: str) -> None:
+        with contextlib.suppress(OSError):  # so that relative paths mean what they meant there
+            os.chdir(folder)
         self._make = make
         self._work: Work | None = None
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from travelling import Travelling
 
 from grace_rl.cli import main
 from grace_rl.curate import run as run_module
@@ -96,6 +97,11 @@ def test_shards_share_the_work_and_the_last_filters(tmp_path, whole):
         "00002.jsonl",
     ]
     assert curate(recipe(tmp_path), Shard(2, 2)) is not None
+    assert lines(tmp_path) == (whole[0] / "rows.jsonl").read_text().splitlines()
+
+
+def test_the_workers_of_a_cluster_give_the_same(tmp_path, whole):
+    assert curate(recipe(tmp_path), cluster=Travelling()) is not None
     assert lines(tmp_path) == (whole[0] / "rows.jsonl").read_text().splitlines()
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from travelling import Travelling
 
 from grace_rl.embed.encoder_module import Encoded
 from grace_rl.embed.loading import load_encoder
@@ -121,6 +122,15 @@ def test_every_kind_is_scored_with_an_interval_around_the_score(data: Path):
         low, high = result["interval"]
         assert low - 1e-9 <= result["score"] <= high + 1e-9, result["name"]
     assert {r["name"]: r["texts"] for r in results}["answers"] == 6 + 60 + 1
+
+
+def test_many_texts_are_embedded_by_a_cluster_with_the_same_scores(data: Path):
+    task = [task for task in load_tasks(data / "tasks.yaml") if task.name == "docs"]
+    (here,) = evaluate_tasks(MtebEncoder(WordEncoder()), task)
+    shared = MtebEncoder(WordEncoder())
+    shared.share(Travelling(), WordEncoder, data, data, chunk=4)
+    (there,) = evaluate_tasks(shared, task)
+    assert there["metrics"] == here["metrics"] and shared.encoder.calls == 0
 
 
 def test_the_interval_of_ranks_is_the_mean_over_queries_that_mteb_reports(data: Path, tmp_path):
