@@ -92,6 +92,11 @@ class RationaleEncoder(EncoderModule):
         self.temperature = 1.0
         self.seed = 0
         self.writer = RationaleWriter(model, tokenizer, template, end_ids, batch_size, folder)
+        self.writer.pinned = {
+            role.instruction: role.prompt
+            for role in self.roles.values()
+            if role.instruction is not None and role.prompt is not None
+        }
 
     # -- loading and saving ---------------------------------
 
@@ -165,7 +170,7 @@ class RationaleEncoder(EncoderModule):
             chat_template_kwargs=self.template.chat_template_kwargs,
             rationale=self.rationale,
             roles=self.roles,
-            prompt=(self.template.prefix, self.template.suffix),
+            prompt=self.template.surroundings,
         )
         settings.save(folder)
         self.reader.save(folder)

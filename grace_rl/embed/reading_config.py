@@ -5,6 +5,7 @@ RL begins with the prompt that a cold start was taught, and reads as the encoder
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -35,16 +36,20 @@ class ReadingConfig(TrainerConfig):
     max_text_tokens: Annotated[int, Field(ge=1)] = 512
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def prompt_template(self, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
-        """The prompt of every text. Raises UserError: see `PromptTemplate`."""
-        return PromptTemplate(
-            tokenizer,
-            self.instruction,
-            self.max_text_tokens,
-            self.chat_template_kwargs,
-            getattr(self, "_surroundings", None),
-        )
+    def prompt_templates(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, PromptTemplate]:
+        """The prompt of every text, called `""`, and of each role that is told something else.
 
-    def pin_prompt(self, surroundings: tuple[str, str]) -> None:
+        Raises:
+            UserError: See `PromptTemplate`.
+        """
+        pinned: Mapping[str, tuple[str, str]] = getattr(self, "_surroundings", {})
+        told = (tokenizer, self.instruction, self.max_text_tokens, self.chat_template_kwargs)
+        found = {"": PromptTemplate(*told, pinned.get(""))}
+        for name, role in getattr(self, "roles", {}).items():
+            if role.instruction is not None:
+                found[name] = found[""].with_instruction(role.instruction, pinned.get(name))
+        return found
+
+    def pin_prompts(self, surroundings: Mapping[str, tuple[str, str]]) -> None:
         """Take what stands before and after a text from where the run began, not anew."""
         self._surroundings = surroundings

@@ -60,10 +60,12 @@ class EncoderRole(Section):
     Attributes:
         write: Whether rationales are written for them.
         instruction: In place of the encoder's own, where it is given.
+        prompt: What stood before and after such a text in training.
     """
 
     write: bool = True
     instruction: Instruction | None = None
+    prompt: Annotated[tuple[str, str], Strict(False)] | None = None
 
 
 class EncoderSettings(Section):
@@ -118,12 +120,21 @@ class EncoderSettings(Section):
         return load_settings(cls, path)
 
 
-def encoder_roles(roles: Mapping[str, RoleConfig]) -> dict[Any, EncoderRole]:
-    """What training told of its roles, for use: a `positive` is a document."""
+def encoder_roles(
+    roles: Mapping[str, RoleConfig], prompts: Mapping[str, PromptTemplate]
+) -> dict[Any, EncoderRole]:
+    """What training told of its roles, for use: a `positive` is a document.
+
+    Args:
+        roles: Of the recipe.
+        prompts: Of roles that were told something of their own.
+    """
     found = {}
-    for name, role in (("query", roles.get("query")), ("document", roles.get("positive"))):
+    for name, trained in (("query", "query"), ("document", "positive")):
+        role = roles.get(trained)
         if role is not None and (not role.write or role.instruction is not None):
-            found[name] = EncoderRole(write=role.write, instruction=role.instruction)
+            pinned = prompts[trained].surroundings if trained in prompts else None
+            found[name] = EncoderRole(write=role.write, instruction=role.instruction, prompt=pinned)
     return found
 
 

@@ -37,6 +37,7 @@ class RationaleWriter:
     Attributes:
         generator: Continues prompts; see `use_engine`.
         cache: Where rationales are kept, or None; see `use_cache`.
+        pinned: Instruction -> what stood before and after a text when it was trained with.
 
     Args:
         model: The policy.
@@ -66,6 +67,7 @@ class RationaleWriter:
         self.generator: Generator = self._own
         self.cache: RationaleCache | None = None
         self.fingerprint = ""
+        self.pinned: dict[str | PromptConfig, tuple[str, str]] = {}
         self._told: tuple[PromptTemplate, dict[Any, PromptTemplate]] = (template, {})
 
     def use_engine(self, engine: Engine, longest: int) -> None:
@@ -193,7 +195,8 @@ class RationaleWriter:
         if instruction is None or instruction == own.instruction:
             return own
         if instruction not in others:
-            others[instruction] = own.with_instruction(instruction)
+            pinned = self.pinned.get(instruction)
+            others[instruction] = own.with_instruction(instruction, pinned)
         return others[instruction]
 
     def _prompts(self, texts: Sequence[str], template: PromptTemplate) -> list[Prompt]:

@@ -45,5 +45,5 @@ def untrained_encoder(
         Reader(reader or config.reader, tokenizer, end_ids, model),
         end_ids,
         getattr(config, "max_completion_length", None) or 1,
-        roles=encoder_roles(getattr(config, "roles", {})),
+        roles=encoder_roles(getattr(config, "roles", {}), {}),
     )

@@ -23,16 +23,15 @@ WAYS = {"date": "today's date", "chance": "chance"}
 
 def ending(subject: Subject) -> Iterator[Finding]:
     """What is written must be able to end."""
-    if subject.prompt is not None:
-        end_token(subject.prompt.tokenizer)
+    if subject.prompts and subject.policy is not None:
+        end_token(subject.policy.tokenizer)
     yield from ()
 
 
 def template(subject: Subject) -> Iterator[Finding]:
     """The prompt must be the same tomorrow."""
-    if subject.prompt is None:
-        return
-    if changing := subject.prompt.changes_with():
+    found = [way for prompt in subject.prompts.values() for way in prompt.changes_with()]
+    if changing := list(dict.fromkeys(found)):
         ways = " and ".join(WAYS[way] for way in changing)
         yield Finding(
             "template",
@@ -82,10 +81,10 @@ def reader_layers(subject: Subject) -> Iterator[Finding]:
 
 def lengths(subject: Subject) -> Iterator[Finding]:
     """Prompt and rationale must fit into what the engine and the model can hold."""
-    args, prompt = subject.args, subject.prompt
-    if prompt is None or not hasattr(args, "max_completion_length"):
+    args = subject.args
+    if not subject.prompts or not hasattr(args, "max_completion_length"):
         return
-    around = len(prompt.render("a").token_ids) - 1
+    around = max(len(prompt.render("a").token_ids) - 1 for prompt in subject.prompts.values())
     whole = around + subject.text_tokens + args.max_completion_length
     words = (
         f"the longest text has {subject.text_tokens} tokens, the prompt around it {around}, and "

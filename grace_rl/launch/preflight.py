@@ -43,7 +43,7 @@ class Preflight:
     Attributes:
         recipe, args, rows: Of the run.
         build: Makes its trainer; None where the method refuses rows or rewards.
-        prompt: Of a text; None for methods without prompts.
+        prompts: Of every text, under `""`, and of roles with their own; none without prompts.
         findings: In the order of a screen.
     """
 
@@ -51,7 +51,7 @@ class Preflight:
     args: Any
     rows: list[dict[str, Any]]
     build: Build | None
-    prompt: PromptTemplate | None
+    prompts: dict[str, PromptTemplate]
     findings: list[Finding]
 
     @property
@@ -99,8 +99,7 @@ def preflight(
     if rewards and recipe.rewards and build is not None:
         findings.append(rehearse(recipe, args, rows))
     wrong = any(finding.level == "problem" and not finding.estimate for finding in findings)
-    prompt = None if wrong else subject.prompt
-    return Preflight(recipe, args, rows, build, prompt, findings)
+    return Preflight(recipe, args, rows, build, {} if wrong else subject.prompts, findings)
 
 
 def _placed(recipe: Recipe, findings: Sequence[Finding]) -> Iterator[str]:
@@ -112,7 +111,7 @@ def _placed(recipe: Recipe, findings: Sequence[Finding]) -> Iterator[str]:
 
 @contextmanager
 def all_together(processes: int = 1) -> Iterator[None]:
-    """Inside, a recipe is loaded: its mistakes are told with those of its rows and its model.
+    """Inside, a recipe is loaded: mistakes are told with those of rows and model, of all stages.
 
     Whatever would have to read a wrong value has no say.
 
@@ -125,8 +124,11 @@ def all_together(processes: int = 1) -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
-        found = [] if error.recipe is None else _found_also(error.recipe, error.wrong, processes)
-        raise UserError(list(dict.fromkeys([*error.problems, *found]))) from error
+        problems = list(error.problems)
+        for draft in error.drafts:
+            found = _found_also(draft.recipe, draft.wrong, processes)
+            problems += [draft.told(one) for one in found if one not in problems]
+        raise UserError(list(dict.fromkeys(problems))) from error
 
 
 def _found_also(recipe: Recipe, wrong: set[str], processes: int) -> list[str]:

@@ -148,12 +148,15 @@ class Subject:
         return {} if given is None else {"revision": given}
 
     @cached_property
-    def prompt(self) -> PromptTemplate | None:
-        """The policy's prompt; None for methods without prompts. Raises UserError."""
+    def prompts(self) -> dict[str, PromptTemplate]:
+        """The policy's prompts by role, `""` for every other; none for methods without.
+
+        Raises:
+            UserError: See `PromptTemplate`.
+        """
         if self.policy is None or not isinstance(self.args, ReadingConfig):
-            return None
-        prompt: PromptTemplate = ReadingConfig.prompt_template(self.args, self.policy.tokenizer)
-        return prompt
+            return {}
+        return ReadingConfig.prompt_templates(self.args, self.policy.tokenizer)
 
     @property
     def reader(self) -> ReaderConfig | None:

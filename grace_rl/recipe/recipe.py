@@ -138,19 +138,32 @@ class Recipe:
         return tree
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What is right of a recipe that has mistakes, so that it can be looked at all the same.
+
+    Attributes:
+        recipe: Without the values that are wrong.
+        wrong: The keys of the mistakes.
+        told: A further problem as it is told.
+    """
+
+    recipe: Recipe
+    wrong: set[str]
+    told: Callable[[str], str] = str
+
+
 class RecipeError(UserError):
     """Mistakes in a recipe, with what is right of it.
 
     Args:
         problems: The mistakes.
-        recipe: The recipe without the values that are wrong; None where too little is left.
-        wrong: The keys of the mistakes.
+        drafts: The recipe, or those of its stages; none where too little is left.
     """
 
-    def __init__(self, problems: Sequence[str], recipe: Recipe | None, wrong: set[str]) -> None:
+    def __init__(self, problems: Sequence[str], drafts: Sequence[Draft] = ()) -> None:
         super().__init__(problems)
-        self.recipe = recipe
-        self.wrong = wrong
+        self.drafts = list(drafts)
 
 
 class Refusal(UserError):
@@ -220,11 +233,11 @@ def recipe_of(source: RecipeSource, look: bool = True) -> Recipe:
         source.take([*file_problems(training), *package_problems(draft, model)])
         _look_for_rewards(source, rewards, draft, wrong | source.reported)
     if data is None:
-        raise RecipeError(list(dict.fromkeys(source.problems)), None, set())
+        raise RecipeError(list(dict.fromkeys(source.problems)))
     recipe = Recipe(method, model, training, data, rewards, evaluation, name, source)
     if source.problems:
-        whole = recipe if "method" not in source.reported else None
-        raise RecipeError(list(dict.fromkeys(source.problems)), whole, source.reported)
+        drafts = [Draft(recipe, source.reported)] if "method" not in source.reported else []
+        raise RecipeError(list(dict.fromkeys(source.problems)), drafts)
     return recipe
 
 

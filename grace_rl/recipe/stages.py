@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,9 @@ from grace_rl.errors import UserError
 from grace_rl.recipe.curation import CurationRecipe, load_curation
 from grace_rl.recipe.methods import METHODS
 from grace_rl.recipe.recipe import (
+    Draft,
     Recipe,
+    RecipeError,
     default_name,
     load_recipe,
     recipe_keys,
@@ -127,7 +130,7 @@ def chain_of(source: RecipeSource) -> Chain:
     _check_shared(source, items, reader.problems)
     _check_anchors(source, reader)
     if reader.problems:
-        raise UserError(list(dict.fromkeys(reader.problems)))
+        raise RecipeError(list(dict.fromkeys(reader.problems)), reader.drafts)
     return Chain(reader.stages, output, source.path)
 
 
@@ -167,6 +170,7 @@ class _Stages:
         self.source, self.output, self.items = source, output, items
         self.stages: list[Stage] = []
         self.problems: list[str] = []
+        self.drafts: list[Draft] = []
         self.first_model = next(
             (
                 model
@@ -186,12 +190,20 @@ class _Stages:
             else:
                 self.stages.append(self._trained(number, name, item, folder))
         except UserError as error:
-            shared = {place for key, place in self.source.places.items() if key[0] != "stages"}
-            for problem in error.problems:
-                at_top = any(problem.startswith(f"{place}:") for place in shared)
-                where = "" if at_top else f"stage {number + 1} ({name}): "
-                self.problems.append(where + problem)
+            told = functools.partial(self._told, number, name)
+            self.problems += map(told, error.problems)
+            drafts = error.drafts if isinstance(error, RecipeError) else []
+            self.drafts += [dataclasses.replace(draft, told=told) for draft in drafts]
             self.stages.append(Stage(name, folder))
+            return
+        if (whole := self.stages[-1].stand_in) is not None:
+            self.drafts.append(Draft(whole, set(), functools.partial(self._told, number, name)))
+
+    def _told(self, number: int, name: str, problem: str) -> str:
+        """A stage's problem, with its number unless it was written beside `stages`."""
+        shared = {place for key, place in self.source.places.items() if key[0] != "stages"}
+        at_top = any(problem.startswith(f"{place}:") for place in shared)
+        return problem if at_top else f"stage {number + 1} ({name}): {problem}"
 
     def _curation(self, file: Any, folder: Path) -> Stage:
         recipe = load_curation(str(file), ["--output_dir", str(folder)])

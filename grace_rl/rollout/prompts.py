@@ -86,12 +86,24 @@ class PromptTemplate:
         with reading(tokenizer.name_or_path, "the chat template"):
             self.prefix, self.suffix = surroundings or self._surroundings()
 
-    def with_instruction(self, instruction: str | PromptConfig) -> PromptTemplate:
+    @property
+    def surroundings(self) -> tuple[str, str]:
+        """What stands before and after every text."""
+        return self.prefix, self.suffix
+
+    def with_instruction(
+        self, instruction: str | PromptConfig, surroundings: tuple[str, str] | None = None
+    ) -> PromptTemplate:
         """The same prompt with another instruction; with another system message, whatever else it
-        has rendered stays."""
-        pinned, own = None, self._told.system
+        has rendered stays.
+
+        Args:
+            instruction: System message, or a whole prompt.
+            surroundings: As they have been rendered for it earlier.
+        """
+        pinned, own = surroundings, self._told.system
         if isinstance(instruction, str):
-            if own and self.prefix.count(own) == 1:
+            if pinned is None and own and self.prefix.count(own) == 1:
                 pinned = (self.prefix.replace(own, instruction), self.suffix)
             if isinstance(self.instruction, PromptConfig):
                 instruction = self.instruction.changed(system=instruction)
@@ -106,7 +118,7 @@ class PromptTemplate:
             self.instruction,
             max_text_tokens,
             self.chat_template_kwargs,
-            (self.prefix, self.suffix),
+            self.surroundings,
         )
 
     def changes_with(self) -> list[str]:

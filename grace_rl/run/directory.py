@@ -3,7 +3,7 @@
     status.json         starting, running or finished; the summary of the training
     recipe.yaml         the resolved recipe
     inputs.json         digests of what the run began with: rows, start weights, guides
-    prompt.json         what stands before and after a text in every prompt of the run
+    prompt.json         what stands before and after a text in each prompt of the run
     environment.json    versions, machine, code, command; under `resumed`, one entry per resumption
     metrics.jsonl       one object per logged step
     rollouts/           step-000010.parquet, ... (grace_rl.rollout.store)
@@ -341,28 +341,32 @@ class RunDirectory:
 
     # -- within ---------------------------------
 
-    def keep_prompt(self, surroundings: tuple[str, str]) -> tuple[str, str]:
-        """What stands before and after a text: as the run began with it.
+    def keep_prompts(self, now: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+        """What stands before and after a text, for each prompt: as the run began with it.
 
         A chat template may print the date, and a run that resumes tomorrow goes on as today.
 
         Args:
-            surroundings: As the template renders them now; kept by a run that begins.
+            now: Prompt -> as the template renders it now; kept by a run that begins.
 
         Raises:
             UserError: What was kept is damaged.
         """
+        advice = "give --overwrite to begin anew"
 
-        def kept() -> tuple[str, str]:
+        def kept() -> dict[str, tuple[str, str]]:
             try:
-                found = read_record(self.prompt, "give --overwrite to begin anew")
+                found = read_record(self.prompt, advice)
             except FileNotFoundError:
-                write_json(self.prompt, {"prefix": surroundings[0], "suffix": surroundings[1]})
-                return surroundings
-            return str(found.get("prefix", "")), str(found.get("suffix", ""))
+                write_json(self.prompt, now)
+                return dict(now)
+            try:
+                return {name: _two_texts(found[name]) for name in now}
+            except (KeyError, ValueError) as error:
+                raise UserError(f"{self.prompt}: holds no such prompt: {error}; {advice}") from None
 
-        before, after = self.on_main(kept)
-        return before, after
+        pinned: dict[str, tuple[str, str]] = self.on_main(kept)
+        return pinned
 
     @property
     def _world_size(self) -> int:
@@ -394,6 +398,12 @@ class RunDirectory:
         if problems:
             raise UserError(problems)
         return result
+
+
+def _two_texts(given: Any) -> tuple[str, str]:
+    if not (isinstance(given, list) and [type(one) for one in given] == [str, str]):
+        raise ValueError("must be a list of two texts")
+    return given[0], given[1]
 
 
 def _dump(recipe: Mapping[str, Any]) -> str:

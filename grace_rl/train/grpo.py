@@ -146,12 +146,8 @@ class GraceGRPOTrainer(RolloutTrainer):
     def _set_up_rooms(self) -> None:
         """What a batch goes through, in its order."""
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
-        self.prompt_template = args.prompt_template(self._tokenizer)
-        self._templates = {
-            name: self.prompt_template.with_instruction(role.instruction)
-            for name, role in args.roles.items()
-            if role.instruction is not None
-        }
+        self._templates = args.prompt_templates(self._tokenizer)
+        self.prompt_template = self._templates[""]
         self.render = lru_cache(maxsize=65_536)(self._render)
         self.segmenter = Segmenter(
             args.segments, args.segment_min_tokens, sentence_end_test(self._tokenizer)
@@ -340,7 +336,7 @@ class GraceGRPOTrainer(RolloutTrainer):
             self.reader,
             self.eos_token_ids,
             self.max_completion_length,
-            roles=encoder_roles(self.args.roles),
+            roles=encoder_roles(self.args.roles, self._templates),
         )
 
     def save_extra_state(self, folder: Path) -> None:

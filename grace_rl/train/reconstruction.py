@@ -140,7 +140,7 @@ class ReconstructionTrainer(RowTrainer, Trainer):
     ) -> None:
         args.remove_unused_columns = False
         self.console = console or Screen()
-        self.template = args.prompt_template(processing_class)
+        self.template = args.prompt_templates(processing_class)[""]
         if peft_config is not None:
             model = get_peft_model(model, peft_config)  # type: ignore[assignment]
         end_ids = end_token_ids(model.generation_config, processing_class)

@@ -65,8 +65,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, budget: Budget | None = No
     run = RunDirectory(args.output_dir, PartialState())
     checkpoint = _opened(run, recipe, flight, overwrite)
     args.output_dir = str(run.checkpoints)
-    if flight.prompt is not None:
-        args.pin_prompt(run.keep_prompt((flight.prompt.prefix, flight.prompt.suffix)))
+    if flight.prompts:
+        now = {name: prompt.surroundings for name, prompt in flight.prompts.items()}
+        args.pin_prompts(run.keep_prompts(now))
     trainer = None
     try:
         trainer = flight.build(Start(model_config, args, run.path, console))

@@ -151,7 +151,7 @@ class GraceSFTTrainer(RowTrainer, SFTTrainer):
         _check_examples(examples, rows)
         if args.completion_only_loss is None:
             args.completion_only_loss = True
-        self.prompt_template = args.prompt_template(processing_class)
+        self.prompt_template = args.prompt_templates(processing_class)[""]
         dataset = tokenize_examples(examples, self.prompt_template)
         self.longest_rationale = max(sum(mask) for mask in dataset["completion_mask"])
         super().__init__(

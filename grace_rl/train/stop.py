@@ -210,6 +210,7 @@ class Budget(TrainerCallback):
         spent = time.monotonic() - self._began >= self.seconds
         if any_process(spent or state.num_input_tokens_seen >= self.tokens, args):
             control.should_training_stop = True
+            control.should_log |= args.logging_strategy != "no"  # it is the last step
 
 
 def any_process(flag: bool, args: TrainingArguments) -> bool:

@@ -270,6 +270,22 @@ def test_what_the_model_or_a_reward_cannot_do_is_named(tmp_path, capsys, options
     assert problem.startswith(f"--{key}: ")
 
 
+@pytest.mark.parametrize("command", [["check"], ["train", "--dry-run"]])
+def test_mistakes_of_all_stages_are_told_together_whoever_finds_them(tmp_path, capsys, command):
+    recipe = yaml.safe_load(RECIPE)
+    grpo = {key: recipe.pop(key) for key in ("method", "roles", "rewards", "num_generations")}
+    wrong = {"use_peft": True, "lora_target_modules": ["q_prj"]}  # the model's look finds it
+    sft = {"method": "sft", "learning_rate": -1}  # the loader does
+    del recipe["max_completion_length"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"stages": [sft, grpo | wrong]}))
+    assert main([*command, str(path), "--output_dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3  # and the rows have no rationales
+    for stage, key in (("1 (sft)", "learning_rate"), ("2 (grpo)", "lora_target_modules")):
+        assert any(line.startswith(f"stage {stage}: ") and f" {key}: " in line for line in said)
+
+
 HELD = {"max_text_tokens": 24, "per_device_train_batch_size": 4}
 
 

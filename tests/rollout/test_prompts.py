@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from grace_rl.errors import UserError
 from grace_rl.recipe.fields import draft
 from grace_rl.recipe.prompt import PromptConfig
+from grace_rl.recipe.roles import RoleConfig
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.train.grpo_config import GraceGRPOConfig
 from grace_rl.train.sft_config import GraceSFTConfig
@@ -130,11 +131,26 @@ def test_what_a_template_depends_on_is_told() -> None:
 def test_training_that_resumes_goes_on_with_the_prompt_it_began_with(config: Any) -> None:
     args = draft(config, {"instruction": "Think.", "max_text_tokens": 9})
     dated = byte_tokenizer(DATED)
-    today = args.prompt_template(dated)
+    today = args.prompt_templates(dated)[""]
     assert "Think." in today.prefix
-    args.pin_prompt(("26 Nov 2026\nThink.\n", today.suffix))
-    again = args.prompt_template(dated)
+    args.pin_prompts({"": ("26 Nov 2026\nThink.\n", today.suffix)})
+    again = args.prompt_templates(dated)[""]
     assert again.prefix == "26 Nov 2026\nThink.\n" and again.max_text_tokens == 9
+
+
+@pytest.mark.parametrize(
+    "told", ["Be short.", PromptConfig(system="Be short.", user="Say: {text}!")]
+)
+def test_a_role_with_its_own_prompt_goes_on_with_it_too(told: Any) -> None:
+    roles = {"query": RoleConfig(instruction=told), "positive": RoleConfig()}
+    args = draft(GraceGRPOConfig, {"instruction": "Think.", "roles": roles})
+    dated = byte_tokenizer(DATED)
+    today = args.prompt_templates(dated)
+    assert set(today) == {"", "query"} and "Be short." in today["query"].prefix
+    kept = {name: ("1999 " + one.prefix, one.suffix) for name, one in today.items()}
+    args.pin_prompts(kept)
+    again = args.prompt_templates(dated)
+    assert {name: one.surroundings for name, one in again.items()} == kept
 
 
 def test_a_pinned_prompt_keeps_its_day_under_another_instruction() -> None:

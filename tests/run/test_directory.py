@@ -151,16 +151,20 @@ def test_a_finished_run_needs_overwrite_and_only_the_run_is_removed(run: RunDire
 
 def test_a_prompt_stays_as_the_run_began_with_it(run: RunDirectory) -> None:
     run.open(RECIPE)
-    assert run.keep_prompt(("26 Nov: ", "!")) == ("26 Nov: ", "!")
+    first, then = (
+        {"": (f"{day} Nov: ", "!"), "query": (f"{day} Nov, a query: ", "!")} for day in (26, 27)
+    )
+    assert run.keep_prompts(first) == first
     run.close()
     run.open(RECIPE)
-    assert run.keep_prompt(("27 Nov: ", "!")) == ("26 Nov: ", "!")
-    run.prompt.write_text("[]")
-    with pytest.raises(UserError, match="prompt.json"):
-        run.keep_prompt(("27 Nov: ", "!"))
+    assert run.keep_prompts(then) == first
+    for damaged in ("[]", "{}", '{"": ["a", "b"]}', '{"": "ab", "query": ["a", 1]}'):
+        run.prompt.write_text(damaged)
+        with pytest.raises(UserError, match="prompt.json"):
+            run.keep_prompts(then)
     run.close()
     run.open(RECIPE, overwrite=True)
-    assert run.keep_prompt(("27 Nov: ", "!")) == ("27 Nov: ", "!")
+    assert run.keep_prompts(then) == then
 
 
 DAMAGED = [
@@ -241,7 +245,7 @@ from grace_rl.run.directory import RunDirectory
 run = RunDirectory(sys.argv[1])
 run.open({})
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(900)
 """
 
 

@@ -157,7 +157,8 @@ def test_a_damaged_run_directory_is_one_line(
     command = ["train", "small.yaml", "--dataset_name", "scenes", "--dataset_rows", "8"]
     command += ["--evaluation", "{rows: 2, dataset_splits: [test]}"]
     assert main(command) == 2
-    for name in ("metrics.jsonl", "environment.json", "inputs.json", "evaluation.json"):
+    names = ("environment.json", "inputs.json", "prompt.json", "evaluation.json")
+    for name in ("metrics.jsonl", *names):
         file = small / "run" / name
         whole = file.read_bytes()
         file.write_bytes(b'{"rows": 7\n')
