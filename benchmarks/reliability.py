@@ -50,7 +50,7 @@ learning_rate: 1.0e-4
 bf16: false
 gradient_checkpointing: false
 use_cpu: true
-ddp_timeout: 60
+ddp_timeout: 900
 logging_steps: 1
 save_steps: 2
 save_total_limit: 2

@@ -36,7 +36,7 @@ def recipe(tmp_path):
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "grace_rl", *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "grace_rl", *arguments], capture_output=True, text=True, timeout=900
     )
 
 

@@ -157,7 +157,9 @@ def test_questions_while_training_writes(
         reader.start()
     for step in range(4, 30):
         add_step(run_folder, step)
-        time.sleep(0.005)
+        asked = len(counts) + 3
+        while len(counts) < asked and not problems:
+            time.sleep(0.001)
     done.set()
     for reader in readers:
         reader.join()

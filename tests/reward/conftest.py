@@ -18,7 +18,7 @@ class World:
 
     def __init__(self, rewards: list[LoadedReward], processes: int) -> None:
         self.processes = processes
-        self._barrier = threading.Barrier(processes, timeout=20)
+        self._barrier = threading.Barrier(processes, timeout=900)
         self._seen: list[Any] = [None] * processes
         self.runtimes = [
             RewardRuntime(

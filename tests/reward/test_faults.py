@@ -24,7 +24,7 @@ from grace_rl.reward import RewardError, RewardOutput, RewardRuntime
 from grace_rl.reward import load_rewards as load
 from grace_rl.reward.example import example_batch, split_batch
 
-LIMIT = 0.2  # seconds, for the faults that never end by themselves
+LIMIT = 1.0  # seconds, for the faults that never end by themselves; others answer at once
 WAITING = threading.Event()  # never set
 
 
@@ -65,7 +65,7 @@ async def holds_on(batch):
 
 
 async def blocks_its_loop(batch):
-    WAITING.wait(5)
+    WAITING.wait(900)
 
 
 async def cancels_itself(batch):
@@ -81,12 +81,12 @@ async def leaves_from_a_task(batch):
 
 
 def sleeps(batch):
-    WAITING.wait(5)
+    WAITING.wait(900)
 
 
 def slow_generator(batch):
     yield 0.0
-    WAITING.wait(5)
+    WAITING.wait(900)
 
 
 def endless_generator(batch):
@@ -252,7 +252,7 @@ def test_one_that_hangs_is_not_called_again_and_the_others_go_on(batch):
         for reward, limit in zip(load([hangs, blocks, waits, healthy], "."), limits, strict=True)
     ]
     runtime = RewardRuntime(loaded)
-    with pytest.warns(UserWarning, match="no answer within 0.2 s"):
+    with pytest.warns(UserWarning, match=f"no answer within {LIMIT:g} s"):
         scored = runtime.score(batch)  # waits shares the event loop that blocks has blocked
     assert scored.values[:, :3].isnan().all() and scored.values[:, 3].isfinite().all()
     scored = runtime.score(dataclasses.replace(batch, step=1))

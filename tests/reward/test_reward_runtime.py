@@ -206,7 +206,7 @@ def test_async_rewards_wait_together_on_one_loop(batch):
     async def first(batch):
         loops.append(asyncio.get_running_loop())
         meeting.append(asyncio.Event())
-        await asyncio.wait_for(meeting[-1].wait(), 10)  # only ends if `second` runs meanwhile
+        await asyncio.wait_for(meeting[-1].wait(), 900)  # only ends if `second` runs meanwhile
         return [1.0] * len(batch)
 
     async def second(prompts, completions, **columns):

@@ -115,7 +115,7 @@ def test_processes_gather_trained_rollouts_first_and_no_anchor_twice() -> None:
              "prefix_ends", "prefix_embeddings"]  # fmt: skip
     later = {"columns": {}, "scores": {}, "step_scores": None} | dict.fromkeys(TOKENS)
     own = [dataclasses.replace(table(4, 2, seed), **later) for seed in (0, 1)]
-    barrier, seen = threading.Barrier(2, timeout=20), [None, None]
+    barrier, seen = threading.Barrier(2, timeout=900), [None, None]
 
     def exchange(process: int, item: Any) -> list[Any]:
         seen[process] = item

@@ -12,13 +12,13 @@ import sys
 from datetime import timedelta
 from grace_rl.run.processes import join_processes
 from grace_rl.errors import UserError
-settled = join_processes({"use_cpu": True, "ddp_timeout": 25})
+settled = join_processes({"use_cpu": True, "ddp_timeout": 925})
 import torch.distributed as dist
 from transformers import TrainingArguments
-args = TrainingArguments("x", ddp_timeout=25, report_to="none", **settled)
+args = TrainingArguments("x", ddp_timeout=925, report_to="none", **settled)
 assert args.world_size == 2, args.world_size
 found = dist.group.WORLD._get_backend(args.device).options._timeout
-assert found == timedelta(seconds=25), found
+assert found == timedelta(seconds=925), found
 from grace_rl.run.processes import agree
 try:
     agree("a full disk" if args.process_index else None, 2)
