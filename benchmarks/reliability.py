@@ -3,6 +3,7 @@
     python benchmarks/reliability.py kills --what train --processes 1 --count 100
     python benchmarks/reliability.py kills --what curate --count 20      (embed, compare)
     python benchmarks/reliability.py inputs --count 100000
+    python benchmarks/reliability.py values
     python benchmarks/reliability.py long --steps 5000
 
 Each prints a line of JSON and exits with 1 if anything did not hold. The tests in
@@ -415,6 +416,14 @@ def _too_slow(number: int, frame: Any) -> None:
     raise TimeoutError("over the limit")
 
 
+def values(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every value of every key: it trains a step, or is refused by its key."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from reliability_values import values as every
+
+    return every(folder, options.only, options.one_of, options.seed)
+
+
 # -- a long run ---------------------------------
 
 
@@ -465,11 +474,13 @@ def long(folder: Path, steps: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("kills", "inputs", "long"))
+    parser.add_argument("part", choices=("kills", "inputs", "values", "long"))
     parser.add_argument("--what", choices=("train", *WORKS), default="train")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--only", default="", help="values: of keys that begin so")
+    parser.add_argument("--one_of", type=int, default=1, help="values: of so many only one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="reliability-"))
@@ -480,6 +491,9 @@ def main(arguments: list[str] | None = None) -> int:
         result = kills(work, folder, options.count, options.processes, options.seed)
     elif options.part == "inputs":
         result = inputs(folder, options.count, options.seed)
+    elif options.part == "values":
+        preload()
+        result = values(folder, options)
     else:
         preload()
         result = long(folder, options.steps)

@@ -257,19 +257,12 @@ def test_queries_are_written_for_and_documents_are_not(tmp_path: Path, texts: li
         reader=ReaderConfig(span="joint", weight=2.0),
         instruction=PromptConfig(user="Say: {text}!"),
         max_rationale_tokens=8,
-        roles={
-            "document": EncoderRole(write=False),
-            "query": EncoderRole(instruction="Be short.", prompt=("as in 1999: ", "?")),
-        },
+        roles={"document": EncoderRole(write=False)},
     )
     encoder = RationaleEncoder.from_pretrained(scenes.COLD_START, settings=settings)
     encoder.fit_centre(texts[:6])
     encoder.save(tmp_path)
     model = load(tmp_path)
-    assert model[0].roles == settings.roles
-    for one in (encoder, model[0]):
-        told = one.write(["A dog."], instruction="Be short.")[0].prompt.string
-        assert told == "as in 1999: A dog.?"
     alone = encoder.encode(texts[:6], "none").vectors
     both = encoder.encode(texts[:6], role="query").vectors
     assert not torch.allclose(both, alone, atol=0.05)
@@ -278,5 +271,16 @@ def test_queries_are_written_for_and_documents_are_not(tmp_path: Path, texts: li
     )
     torch.testing.assert_close(document, alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(query, both, atol=1e-5, rtol=0)
-    plain = encoder.encode(texts[:6]).vectors
-    torch.testing.assert_close(torch.tensor(model.encode(texts[:6])), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(model.encode(texts[:6])), both, atol=1e-5, rtol=0)
+
+
+def test_a_role_keeps_the_prompt_it_was_trained_with(tmp_path: Path) -> None:
+    told = PromptConfig(user="Say: {text}!")
+    role = EncoderRole(instruction=told, prompt=("as in 1999: ", "?"))
+    settings = EncoderSettings(roles={"query": role})
+    encoder = RationaleEncoder.from_pretrained(scenes.COLD_START, settings=settings)
+    encoder.save(tmp_path)
+    for one in (encoder, RationaleEncoder.from_pretrained(tmp_path)):
+        assert one.roles == {"query": role}
+        (written,) = one.write(["A dog."], "none", instruction=told)
+        assert written.prompt.string == "as in 1999: A dog.?"
