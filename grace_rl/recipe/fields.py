@@ -288,10 +288,11 @@ def _checked(kind: Any, name: str) -> Any:
             del limits["ge"]
         if "lt" in limits:
             del limits["le"]
-        kept = WrapValidator(_keep)
-        not_zero = (kept, BeforeValidator(_not_zero)) if name == "max_steps" else (kept,)
+        # transformers' generation takes no whole number for a temperature, say
+        how = WrapValidator(_keep) if name.endswith("_steps") else BeforeValidator(exact)
+        more = (how, BeforeValidator(_not_zero)) if name == "max_steps" else (how,)
         return functools.reduce(
-            lambda inner, extra: Annotated[inner, extra], [Field(**limits), *not_zero], kind
+            lambda inner, extra: Annotated[inner, extra], [Field(**limits), *more], kind
         )
     if kind is str and name in CHOICES:
         return Literal[CHOICES[name]]
@@ -316,7 +317,7 @@ def _checked(kind: Any, name: str) -> Any:
 
 
 def _keep(value: Any, check: Callable[[Any], Any]) -> Any:
-    """A whole number stays one, even where any number may stand."""
+    """A whole number of steps stays one, although a share of them may stand there too."""
     checked = check(exact(value))
     return value if checked == value else checked
 

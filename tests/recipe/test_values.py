@@ -136,6 +136,14 @@ def test_what_would_end_a_run_late(
     assert refused("grpo", key, value)
 
 
+def test_a_number_is_a_float_where_the_libraries_want_one(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{BASE}{REWARDS}temperature: 2\nrepetition_penalty: 1\nsave_steps: 2\n")
+    args = load_recipe(file).training_arguments()
+    assert [type(args.temperature), type(args.repetition_penalty)] == [float, float]
+    assert load_recipe(file).resolved()["save_steps"] == 2
+
+
 @pytest.mark.parametrize(
     ("options", "key"),
     [
