@@ -3,8 +3,9 @@
     sudo python benchmarks/two_hosts.py [--zero2] [--steps 4]
 
 Starts `accelerate launch` on both with the address of the first, on the CPU over gloo; waits for a
-checkpoint; kills all of the second host; waits for the end of the first; starts both again, then
-the first alone. It prints what each ended with. Needs root and the command `ip`.
+checkpoint; kills all of the second host; waits for the end of the first; starts both again, kills
+again; starts the first alone, which DDP allows and ZeRO-2 refuses, and then (ZeRO-2) both once
+more. It prints what each ended with. Needs root and the command `ip`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ RECIPE = {
     "rewards": [{"name": "contrastive"}, {"name": "length"}],
     "roles": {"query": {}, "positive": {}},
     "num_generations": 2,
+    "per_device_train_batch_size": 4,
     "max_completion_length": 8,
     "save_steps": 1,
     "save_total_limit": 2,
@@ -71,18 +73,19 @@ def hosts() -> Iterator[None]:
             subprocess.run(["ip", "netns", "del", host], check=False)
 
 
-def config(folder: Path, zero2: bool) -> Path:
+def config(folder: Path, zero2: bool, machines: int) -> Path:
     """accelerate's file; what recipes/accelerate/multi-node.yaml is with GPUs."""
     values = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "DEEPSPEED" if zero2 else "MULTI_CPU",
-        "num_machines": 2,
-        "num_processes": 2,
+        # MULTI_CPU would want MPI. What is started is torchrun; the recipe says `use_cpu`.
+        "distributed_type": "DEEPSPEED" if zero2 else "MULTI_GPU" if machines > 1 else "NO",
+        "num_machines": machines,
+        "num_processes": machines,
         "main_process_ip": ADDRESSES[0],
         "main_process_port": PORT,
         "rdzv_backend": "static",
         "same_network": True,
-        "use_cpu": not zero2,
+        "use_cpu": False,
     }
     if zero2:
         values["deepspeed_config"] = {
@@ -91,24 +94,16 @@ def config(folder: Path, zero2: bool) -> Path:
             "offload_optimizer_device": "none",
             "offload_param_device": "none",
         }
-    path = folder / "accelerate.yaml"
+    path = folder / f"accelerate-{machines}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
-def start(
-    rank: int, folder: Path, zero2: bool, alone: bool, words: list[str]
-) -> subprocess.Popen[bytes]:
+def start(rank: int, folder: Path, zero2: bool, machines: int) -> subprocess.Popen[bytes]:
     """One host's part of the run; its output goes to a file."""
-    train = ["grace_rl", "train", str(folder / "recipe.yaml"), *words]
-    program = [sys.executable, "-m", *train]
-    if not alone and zero2:
-        launch = ["accelerate.commands.launch", "--config_file", str(config(folder, True))]
-        program = [sys.executable, "-m", *launch, "--machine_rank", str(rank), "-m", *train]
-    elif not alone:  # MULTI_CPU of accelerate wants MPI for several hosts; torchrun does without
-        launch = ["torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank)]
-        launch += ["--master_addr", ADDRESSES[0], "--master_port", str(PORT), "-m"]
-        program = [sys.executable, "-m", *launch, *train]
+    launch = ["accelerate.commands.launch", "--config_file", str(config(folder, zero2, machines))]
+    launch += ["--machine_rank", str(rank), "-m", "grace_rl"]
+    program = [sys.executable, "-m", *launch, "train", str(folder / "recipe.yaml")]
     environment = os.environ | {
         "GLOO_SOCKET_IFNAME": "eth0",
         "DS_ACCELERATOR": "cpu",
@@ -157,27 +152,26 @@ def main() -> None:
     recipe = RECIPE | {"output_dir": str(folder / "run"), "max_steps": options.steps}
     recipe |= {"use_cpu": not options.zero2}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    checkpoints = folder / "run" / "checkpoints"
-    batch = ["--per_device_train_batch_size", "4"]  # the recipe stays, also with one host
+    saved = folder / "run" / "checkpoints"
+
+    def part(name: str, machines: int, until: str | None = None) -> None:
+        """Start so many hosts; once the file is there the second one is lost; tell of the end."""
+        began = time.monotonic()
+        running = [start(rank, folder, options.zero2, machines) for rank in range(machines)]
+        if until is not None:
+            wait(lambda: any(saved.glob(until)), running)
+            kill_host(HOSTS[1])
+        running[0].wait()
+        for host in HOSTS:
+            kill_host(host)
+        report(name, folder, running, began)
+
     with hosts():
-        began = time.monotonic()
-        both = [start(rank, folder, options.zero2, False, batch) for rank in (0, 1)]
-        wait(lambda: any(checkpoints.glob("checkpoint-*/trainer_state.json")), both)
-        kill_host(HOSTS[1])
-        both[0].wait()
-        kill_host(HOSTS[0])
-        report("one host lost", folder, both, began)
-        began = time.monotonic()
-        both = [start(rank, folder, options.zero2, False, batch) for rank in (0, 1)]
-        wait(lambda: any(checkpoints.glob(f"checkpoint-{options.steps - 1}")), both)
-        kill_host(HOSTS[1])
-        both[0].wait()
-        kill_host(HOSTS[0])
-        report("again with two, lost again", folder, both, began)
-        began = time.monotonic()
-        alone = start(0, folder, options.zero2, True, batch)
-        alone.wait()
-        report("to the end with one", folder, [alone], began)
+        part("one host lost", 2, "checkpoint-*/trainer_state.json")
+        part("again with two, lost again", 2, f"checkpoint-{options.steps - 1}/trainer_state.json")
+        part("then one alone", 1)
+        if options.zero2:
+            part("and two to the end", 2)
 
 
 if __name__ == "__main__":

@@ -268,8 +268,18 @@ ENOUGH: dict[str, tuple[str, str, Callable[[set[Any]], bool], str]] = {
     "pair_classification": ("", "label", {0, 1}.__eq__, "labels must be 0 and 1, and both there"),
     "classification": (".train", "label", lambda found: len(found) > 1, "has a single label"),
     "clustering": ("", "label", lambda found: len(found) > 1, "has a single label"),
-    "retrieval": (".qrels", "score", lambda found: max(found, default=0) >= 1, "no score is 1 or more"),
-    "reranking": ("", "relevant", lambda found: max(found, default=0) >= 1, "nothing is relevant (1 or more)"),
+    "retrieval": (
+        ".qrels",
+        "score",
+        lambda found: max(found, default=0) >= 1,
+        "no score is 1 or more",
+    ),
+    "reranking": (
+        "",
+        "relevant",
+        lambda found: max(found, default=0) >= 1,
+        "nothing is relevant (1 or more)",
+    ),
 }
 
 

@@ -12,6 +12,8 @@ import contextlib
 import json
 import logging
 import os
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -78,20 +80,22 @@ class Cluster:
         count = min(self.workers or most, len(items))
         if count > most:
             raise UserError(f"--workers: {count} of one {resource} each, but there are {most}")
-        rows = [{"item": json.dumps(item)} for item in items]
+        rows = [{"number": i, "item": json.dumps(item)} for i, item in enumerate(items)]
+        # Whoever counts must outlive workers, and is found again where its own node is lost.
+        begun = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Begun).remote()
         work = data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS)).map_batches(
             _Worker,
-            fn_constructor_args=(make, os.getcwd()),
+            fn_constructor_args=(make, begun, os.getcwd()),
             batch_size=1,
             compute=data.ActorPoolStrategy(size=count),
-            max_task_retries=RETRIES,
             **{f"num_{resource.lower()}s": 1},
         )
-        try:
-            for row in work.iter_rows():
-                yield json.loads(row["result"])
-        except ray.exceptions.RayError as error:
-            raise _cause(error) from error
+        for row in work.iter_rows():
+            if row["problems"]:
+                raise UserError(json.loads(row["problems"]))
+            if row["raised"]:
+                raise RuntimeError(f"a worker's own error:\n{row['raised']}")
+            yield json.loads(row["result"])
 
 
 def run_all(
@@ -117,16 +121,53 @@ def run_all(
 
 
 class _Worker:
-    def __init__(self, make: Callable[[], Work], folder: str) -> None:
-        with contextlib.suppress(OSError):  # so that relative paths mean what they meant there
+    """What Ray Data calls with one item at a time; an error is an answer, and no death.
+
+    Args:
+        make: See `run_all`.
+        begun: Counts how often an item was begun: Ray gives one to a worker again, without end,
+            where a worker or its node is lost.
+        folder: Where the command was given; what paths are relative to.
+    """
+
+    def __init__(self, make: Callable[[], Work], begun: Any, folder: str) -> None:
+        with contextlib.suppress(OSError):
             os.chdir(folder)
-        self._make = make
+        self._make, self._begun = make, begun
         self._work: Work | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        if self._work is None:  # here and not above, for what is raised there Ray tries again
-            self._work = self._make()
-        return {"result": [json.dumps(self._work(json.loads(item))) for item in batch["item"]]}
+        answer = {"result": "", "problems": "", "raised": ""}
+        [number], [item] = batch["number"], batch["item"]
+        try:
+            self._look(int(number))
+            if self._work is None:  # here and not above, for what is raised there Ray tries again
+                self._work = self._make()
+            answer["result"] = json.dumps(self._work(json.loads(item)))
+        except UserError as error:
+            answer["problems"] = json.dumps(error.problems)
+        except Exception:
+            answer["raised"] = traceback.format_exc()
+        return {name: [told] for name, told in answer.items()}
+
+    def _look(self, number: int) -> None:
+        import ray
+
+        if (times := ray.get(self._begun.once_more.remote(number))) > RETRIES + 1:
+            raise UserError(
+                f"a worker died {times - 1} times over the same item (memory? a text that breaks "
+                "the model?); what is finished is kept, the same command goes on"
+            )
+
+
+class _Begun:
+    def __init__(self) -> None:
+        self._times = Counter[int]()
+
+    def once_more(self, number: int) -> int:
+        """How often the item was begun, with this time."""
+        self._times[number] += 1
+        return self._times[number]
 
 
 _QUIET = {
@@ -151,20 +192,3 @@ def _ray() -> tuple[Any, Any]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     return ray, data
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What our work raised, out of what Ray made of it."""
-    inner: BaseException | None = error
-    while inner is not None:
-        for one in (inner, getattr(inner, "cause", None)):
-            if isinstance(one, UserError):
-                return UserError(one.problems)
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    told = " ".join(str(error).split())
-    if "died" in told:
-        return UserError(
-            f"a worker died {RETRIES + 1} times over the same item (memory? a text that breaks the "
-            f"model?); what is finished is kept, the same command goes on: {told[:300]}"
-        )
-    return error

@@ -6,9 +6,13 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pyarrow as pa
@@ -16,15 +20,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
+from travelling import Travelling
 
 from grace_rl.cli import main
 from grace_rl.data.corpus import ParquetTexts, Partition, texts_of
 from grace_rl.data.texts import TextSource
-from grace_rl.embed.corpus import Done, EmbedJob, embed_corpus
+from grace_rl.embed.corpus import Done, EmbedJob, embed_corpus, embed_many
 from grace_rl.embed.encoder_module import Encoded
 from grace_rl.embed.loading import load_encoder
 from grace_rl.errors import UserError
-from grace_rl.run.workers import Cluster
+from grace_rl.run.workers import Cluster, Item, Work, run_all
 
 QUIET = Console(quiet=True)
 COLUMNS = TextSource(Path("unused"))
@@ -128,25 +133,66 @@ def test_what_is_wrong_with_a_corpus_is_told_before(
     assert "--workers: is of a Ray cluster" in capsys.readouterr().err
 
 
+def test_partitions_are_plain_data() -> None:
+    partition = Partition(1, "a.parquet", 4, 4, 8)
+    assert Partition(**json.loads(json.dumps(partition._asdict()))) == partition
+
+
+def test_many_texts_at_once_are_what_the_encoder_gives(
+    model_folder: Path, texts: list[str], tmp_path: Path
+) -> None:
+    load, many = partial(load_encoder, model_folder), [texts[2], " ", *texts[:6], texts[0]]
+    how = {"rationale": "greedy", "role": None}
+    found = embed_many(load, many, model_folder, Travelling(), tmp_path, 4, **how)
+    expected = load().encode(many)
+    assert found.rationales == expected.rationales and found.lengths == expected.lengths
+    torch.testing.assert_close(found.vectors, expected.vectors, atol=1e-5, rtol=0)
+    assert not [*tmp_path.iterdir()]  # what lay there meanwhile is gone
+
+
 # -- on Ray ------------------------------------------------------------------------------------
+
+BUSY = {  # a busy machine makes Ray slower, and no node or worker dead
+    "RAY_worker_niceness": "0",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "10000",
+    "RAY_health_check_failure_threshold": "40",
+    "RAY_worker_register_timeout_seconds": "900",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "900",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_enable_worker_prestart": "0",
+}
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+STARTS = 5  # Ray itself gives up after half a minute
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """A Ray cluster of two nodes with one slot each, the second without the head."""
+    """A Ray cluster of two nodes with one slot each."""
     ray = pytest.importorskip("ray", reason="needs the extra ray")
     from ray import cloudpickle
     from ray.cluster_utils import Cluster as Nodes
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # else a busy machine lets them starve
-    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    nodes.add_node(num_cpus=1)
-    ray.init(address=nodes.address, log_to_driver=False)
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield nodes
-    ray.shutdown()
-    nodes.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in BUSY.items():
+            patch.setenv(name, value)
+        for left in reversed(range(STARTS)):
+            nodes = Nodes()
+            try:
+                nodes.add_node(**NODE, include_dashboard=False)
+                nodes.second = nodes.add_node(**NODE)
+                break
+            except Exception:
+                nodes.shutdown()
+                if not left:
+                    raise
+        ray.init(address=nodes.address, log_to_driver=False)
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        yield nodes
+        ray.shutdown()
+        nodes.shutdown()
 
 
 class DiesOnce:
@@ -166,7 +212,6 @@ class DiesOnce:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("GRACE_RL_RAY" not in os.environ, reason="starts Ray: GRACE_RL_RAY=1")
 def test_two_workers_one_killed_give_what_one_gives(
     nodes: Any, model_folder: Path, texts: list[str], tmp_path: Path
 ) -> None:
@@ -182,6 +227,64 @@ def test_two_workers_one_killed_give_what_one_gives(
     assert table(tmp_path / "two") == table(tmp_path / "one")  # to the last bit
 
 
-def test_partitions_are_plain_data() -> None:
-    partition = Partition(1, "a.parquet", 4, 4, 8)
-    assert Partition(**json.loads(json.dumps(partition._asdict()))) == partition
+@pytest.mark.slow
+def test_what_a_killed_driver_left_is_gone_on_with(
+    nodes: Any, model_folder: Path, texts: list[str], tmp_path: Path
+) -> None:
+    source, parts = write_folder(tmp_path / "in", [*texts, *texts]), tmp_path / "out"
+    command = ["embed", str(model_folder), "--input", str(source), "--chunk", "1", "--output"]
+    ray = ["--engine", "ray", "--address", nodes.address, "--workers", "1"]
+    program = [sys.executable, "-m", "grace_rl", *command, str(parts), *ray]
+    with subprocess.Popen(program) as driver:
+        while not (made := [*parts.glob("part-*")]):
+            assert driver.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        driver.kill()
+    before = {path: path.stat().st_mtime_ns for path in made}
+    assert not (parts / "_finished.json").exists()
+    assert main([*command, str(parts)]) == 0  # with the worker here
+    assert {path: path.stat().st_mtime_ns for path in made} == before
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    assert table(parts) == table(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_what_the_work_raises_and_a_deadly_item_end_the_job(nodes: Any) -> None:
+    def make() -> Work:
+        def work(item: Item) -> Item:
+            if item["deadly"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise UserError(["a: is wrong", "b: too"])
+
+        return work
+
+    with pytest.raises(UserError) as raised:
+        list(run_all([{"deadly": False}], make, Cluster()))
+    assert raised.value.problems == ["a: is wrong", "b: too"]
+    with pytest.raises(UserError, match="a worker died 4 times over the same item"):
+        list(run_all([{"deadly": True}], make, Cluster()))
+    with pytest.raises(UserError, match="--workers: 3 of one CPU each, but there are 2"):
+        list(run_all([{"deadly": False}] * 3, make, Cluster(workers=3)))
+
+
+@pytest.mark.slow
+def test_what_a_lost_node_had_in_hand_is_done_by_the_other(nodes: Any, tmp_path: Path) -> None:
+    def make() -> Work:
+        def work(item: Item) -> Item:  # both workers take one, and wait until a node is gone
+            (tmp_path / f"{os.getpid()}").touch()
+            while not (tmp_path / "lost").exists():
+                time.sleep(0.01)
+            return item
+
+        return work
+
+    def lose() -> None:
+        while len([*tmp_path.iterdir()]) < 2:
+            time.sleep(0.01)
+        nodes.remove_node(nodes.second, allow_graceful=False)
+        (tmp_path / "lost").touch()
+
+    items = [{"number": number} for number in range(6)]
+    Thread(target=lose, daemon=True).start()
+    made = [*run_all(items, make, Cluster(workers=2))]
+    assert sorted(one["number"] for one in made) == [*range(6)]
