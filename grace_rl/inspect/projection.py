@@ -16,7 +16,7 @@ from grace_rl.errors import UserError
 from grace_rl.inspect.neighbours import pool_of_step
 from grace_rl.inspect.run import Run
 
-FRAMES = 40  # steps at most
+FRAMES = 24  # steps at most
 TEXTS = 64  # at most, of a step without a panel
 SIZE, MARGIN = 480, 14
 
