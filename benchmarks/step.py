@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="a language model's folder")
     parser.add_argument("--lora", action="store_true", help="train an adapter (rank 16)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--autocast", action="store_true", help="bf16: true")
     parser.add_argument("--output", help="name of the file in benchmarks/results")
     return parser
 
@@ -131,7 +132,7 @@ def build(name: str, options: argparse.Namespace, model: Path, folder: Path) -> 
         "generation_kwargs": {"min_new_tokens": options.tokens},
         "learning_rate": 1e-6,
         "use_cpu": True,
-        "bf16": False,
+        "bf16": options.autocast,
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",

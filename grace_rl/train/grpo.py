@@ -66,6 +66,7 @@ from grace_rl.rollout.segments import Segmenter, sentence_end_test
 from grace_rl.run.screen import Screen
 from grace_rl.train.anchors import KeptAnchors
 from grace_rl.train.grpo_config import GraceGRPOConfig, check_rollouts
+from grace_rl.train.head import spare_head
 from grace_rl.train.hooks import RolloutTrainer, Write, like_completions
 from grace_rl.train.keep import check_first_batch, check_totals, keep_rollouts
 from grace_rl.train.phases import PhaseClock
@@ -139,6 +140,8 @@ class GraceGRPOTrainer(RolloutTrainer):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
+        for policy in filter(None, (self.model, self.ref_model)):
+            spare_head(self.accelerator.unwrap_model(policy))
         self.set_up_engine(self.console)
         self.run_folder = run_folder
         self._set_up_rooms()
