@@ -313,7 +313,8 @@ class _Rater:
         self.recipe, self.step, self.made, self.generated = recipe, step, made, generated
         self.source = _source(recipe)
         generate = recipe.generate
-        self.judge = load_judge(step, generate and generate.model_name_or_path, models)
+        generator = None if generate is None else generate.model_name_or_path
+        self.judge = load_judge(step, generator, models)
 
     def __call__(self, item: Item) -> Item:
         number, size = item["chunk"], self.recipe.chunk_rows

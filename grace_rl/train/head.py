@@ -29,7 +29,10 @@ def spare_head(policy: PreTrainedModel | PeftModel) -> None:
             be around it.
     """
     model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-    model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
+    head, backbone = model.get_output_embeddings(), model.base_model
+    if not (isinstance(head, nn.Module) and isinstance(backbone, nn.Module)):
+        return
+    head.register_forward_pre_hook(_in_one_piece)
     fused = model.forward
 
     @functools.wraps(fused)
@@ -40,7 +43,7 @@ def spare_head(policy: PreTrainedModel | PeftModel) -> None:
         counts = labels[:, 1:] != -100
         if not counts.any():
             return fused(*args, **kwargs)
-        picked = model.base_model.register_forward_hook(functools.partial(_pick, counts=counts))
+        picked = backbone.register_forward_hook(functools.partial(_pick, counts=counts))
         ignored = labels.new_full((1,), -100)  # the fused head leaves the first label out
         try:
             kwargs["labels"] = torch.cat([ignored, labels[:, 1:][counts]])[None]

@@ -49,13 +49,16 @@ while os.getppid() == process:
         if byte in (signal.SIGINT, signal.SIGTERM):
             told = told or time.monotonic()
         elif byte == 32:
-            longest, digits = float(digits), ""
+            told, longest, digits = None, float(digits), ""
         elif chr(byte) in "0123456789.":
             digits += chr(byte)
 """
 """A process that ends this one where code in it never lets go of Python, so that no handler of a
 signal runs. Its stdin has numbers of signals, which Python's own handler in C writes there, and
-between them the seconds of the longest step, each followed by a space."""
+after each step without one the seconds of the longest step, followed by a space."""
+
+# What is told to a fork of this process is told to that fork only.
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 class StopOnSignal(TrainerCallback):
@@ -89,6 +92,7 @@ class StopOnSignal(TrainerCallback):
         self._overdue = False
         self._ended = threading.Event()
         self._outside: subprocess.Popen[bytes] | None = None
+        self._tells = -1  # where `OUTSIDE` listens
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,19 +109,22 @@ class StopOnSignal(TrainerCallback):
     def _watch_from_outside(self) -> None:
         spare = self.patience + self.last + 2  # later than the thread that watches from inside
         command = [sys.executable, "-I", "-S", "-c", OUTSIDE]
+        command += [str(os.getpid()), str(spare), str(int(SHOW_THREADS))]
+        its_end, own = os.pipe()
         self._outside = subprocess.Popen(
-            [*command, str(os.getpid()), str(spare), str(int(SHOW_THREADS))],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True,
-        )  # fmt: skip
-        assert self._outside.stdin is not None
-        os.set_blocking(self._outside.stdin.fileno(), False)
-        signal.set_wakeup_fd(self._outside.stdin.fileno(), warn_on_full_buffer=False)
+            command, stdin=its_end, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        os.close(its_end)
+        os.set_blocking(own, False)
+        signal.set_wakeup_fd(own, warn_on_full_buffer=False)
+        self._tells = own
         faulthandler.register(SHOW_THREADS, file=2)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._first_signal is None:
             self._first_signal = now
+            self._tell_outside(bytes([number]))
             # print() may be what the signal interrupted
             _tell("\nStopping after this step and saving a checkpoint; once more to end at once.")
             threading.Thread(target=self._watch, daemon=True).start()
@@ -143,9 +150,8 @@ class StopOnSignal(TrainerCallback):
             return
         now = time.monotonic()
         self._longest, self._since = max(self._longest, now - self._since), now
-        if self._outside is not None and self._outside.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._outside.stdin.write(f"{self._longest:.3f} ".encode())
+        if self._first_signal is None:
+            self._tell_outside(f"{self._longest:.3f} ".encode())
         if any_process(self._first_signal is not None, args):
             self._watched_no_more()  # saving takes as long as it takes
             if state.global_step < state.max_steps:
@@ -173,6 +179,11 @@ class StopOnSignal(TrainerCallback):
         if not self._overdue:
             self._watched_no_more()
 
+    def _tell_outside(self, message: bytes) -> None:
+        if self._outside is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._tells, message)
+
     def _watched_no_more(self) -> None:
         self._ended.set()
         outside, self._outside = self._outside, None
@@ -180,8 +191,9 @@ class StopOnSignal(TrainerCallback):
             if threading.current_thread() is threading.main_thread():
                 signal.set_wakeup_fd(-1)
             faulthandler.unregister(SHOW_THREADS)
+            os.close(self._tells)
             outside.kill()
-            outside.communicate()
+            outside.wait()
 
 
 class Budget(TrainerCallback):
