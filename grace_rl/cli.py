@@ -181,7 +181,13 @@ def _parsers(commands: dict[str, Any]) -> dict[str, argparse.ArgumentParser]:
 class _Completion(argparse.Action):
     """Prints what completes the words of the command line, the keys of recipes among them."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         import shtab
 
         from grace_rl.recipe.reference import SCHEMA_FILE
@@ -196,8 +202,7 @@ class _Completion(argparse.Action):
             for action in one._actions:
                 if action.choices is None and action.nargs != 0:
                     action.complete = shtab.FILE  # type: ignore[attr-defined]
-        shell = given[1]
-        sys.stdout.write(shtab.complete(parser, shell))
+        sys.stdout.write(shtab.complete(parser, values))
         parser.exit()
 
 
