@@ -77,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from grace_rl.run.screen import Screen
 
+    # NumPy's matrices are small here: its threads would spin longer than they compute. torch has
+    # its own. It is read once, when NumPy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with needs_extra():
         from grace_rl.inspect.filters import Filter
         from grace_rl.inspect.remote import open_runs

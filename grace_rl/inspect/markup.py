@@ -39,7 +39,7 @@ def visible(foreign: str, limit: int | None = None) -> str:
     left_out = 0
     if limit is not None and len(foreign) > limit:
         left_out, foreign = len(foreign) - limit, foreign[:limit]
-    made = "".join(map(_visible, foreign))
+    made = foreign if foreign.isprintable() else "".join(map(_visible, foreign))
     return made + (f" … ({left_out} characters more)" if left_out else "")
 
 
