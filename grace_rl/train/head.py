@@ -15,24 +15,20 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """Fields of TRL's FusedCausalLMOutput that have a value for each position."""
 
 
-def spare_head(policy: PreTrainedModel | PeftModel) -> None:
+def spare_head(policy: nn.Module) -> None:
     """Have the policy's head do no more than is asked of it, on a CPU; values stay the same.
 
     Args:
         policy: A causal language model that TRL's `add_fused_lm_head` has prepared; an adapter may
             be around it.
     """
-    model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-    head, backbone = model.get_output_embeddings(), model.base_model
-    if not (isinstance(head, nn.Module) and isinstance(backbone, nn.Module)):
-        return
-    head.register_forward_pre_hook(_in_one_piece)
+    model: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
     fused = model.forward
 
     @functools.wraps(fused)
@@ -43,7 +39,7 @@ def spare_head(policy: PreTrainedModel | PeftModel) -> None:
         counts = labels[:, 1:] != -100
         if not counts.any():
             return fused(*args, **kwargs)
-        picked = backbone.register_forward_hook(functools.partial(_pick, counts=counts))
+        picked = model.base_model.register_forward_hook(functools.partial(_pick, counts=counts))
         ignored = labels.new_full((1,), -100)  # the fused head leaves the first label out
         try:
             kwargs["labels"] = torch.cat([ignored, labels[:, 1:][counts]])[None]
@@ -54,7 +50,7 @@ def spare_head(policy: PreTrainedModel | PeftModel) -> None:
         spread = {name: _spread(one, counts) for name, one in values.items() if one is not None}
         return dataclasses.replace(output, label_mask=counts, **spread)
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
 
 
 def _in_one_piece(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
