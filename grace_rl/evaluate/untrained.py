@@ -16,6 +16,7 @@ from grace_rl.rollout.prompts import PromptTemplate
 if TYPE_CHECKING:
     from grace_rl.recipe import Recipe
 
+MODEL_KEYS = ("dtype", "attn_implementation")
 PROMPT_KEYS = ("instruction", "max_text_tokens", "chat_template_kwargs")
 
 
@@ -34,7 +35,8 @@ def untrained_encoder(
     """
     config = recipe.config
     path = resolve_model(recipe.model["model_name_or_path"], scratch, config.seed)
-    model, tokenizer = load_policy(path, dtype="float32")
+    loading = {key: recipe.model[key] for key in MODEL_KEYS if recipe.model.get(key)}
+    model, tokenizer = load_policy(path, **{"dtype": "float32"} | loading)
     model.eval()
     told = {key: recipe.training[key] for key in PROMPT_KEYS if key in recipe.training}
     end_ids = end_token_ids(model.generation_config, tokenizer)

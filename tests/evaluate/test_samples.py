@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from grace_rl.errors import UserError
 from grace_rl.evaluate.samples import sample_rationales
@@ -30,3 +31,8 @@ def test_each_role_is_written_for_in_its_own_prompt(root: Path, tmp_path: Path) 
 def test_a_method_that_writes_nothing_says_so(root: Path) -> None:
     with pytest.raises(UserError, match="--sample: method infonce"):
         sample_rationales(load_recipe(root / "recipes/scenes/infonce.yaml"), 1)
+
+
+def test_an_untrained_policy_has_the_recipes_dtype(root: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(root / "recipes/quickstart.yaml", ["--dtype", "bfloat16"])
+    assert untrained_encoder(recipe, tmp_path).model.dtype == torch.bfloat16
