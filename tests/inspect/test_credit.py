@@ -14,8 +14,11 @@ from grace_rl.cli import main
 from grace_rl.data import scenes
 from grace_rl.inspect import Run
 from grace_rl.inspect.beside import against_siblings, kept_credit
+from grace_rl.inspect.checkpoints import checkpoints, loaded
 from grace_rl.inspect.credit import StepCredit, measurable_rewards, measured
 from grace_rl.inspect.filters import Filter
+from grace_rl.inspect.page import answers
+from grace_rl.inspect.page.site import Site
 from grace_rl.rollout.store import read_rollouts, write_rollouts
 
 pytestmark = pytest.mark.slow
@@ -128,3 +131,18 @@ def test_rewards_that_a_run_names_are_not_called_unasked(
         assert "evil" in capsys.readouterr().out
     finally:
         recipe.write_text(own)
+
+
+def test_try_measures_words_or_says_why_not(world: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = list(checkpoints(world))[-1]
+    pool = loaded(world, name).pool
+    query = {"of": f"{world.name}:{name}", "text": pool["text"][0]}
+
+    def said(**more: str) -> str:
+        events = answers.read(Site({world.name: world}), query | more)
+        return next(event["html"] for event in events if event["into"] == "credit")
+
+    assert "tokens" in said() and said(rationale="fox").count("<span") == 1
+    assert "Nothing is written" in said(rationale=" \n")
+    monkeypatch.setitem(loaded(world, name).__dict__, "pool", pool.head(2))
+    assert "Not measured" in said()  # there is one other text
