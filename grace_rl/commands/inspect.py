@@ -83,10 +83,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     with needs_extra():
         from grace_rl.inspect.filters import Filter
         from grace_rl.inspect.remote import open_runs
-        from grace_rl.inspect.run import distinct_names
 
         runs = open_runs(options.runs)
-    distinct_names(runs)
     given = {field.name: getattr(options, field.name) or "" for field in fields(Filter)}
     chosen, console = Filter.from_query(given), Screen()
     if not options.credit and (options.rewards is not None or options.csv is not None):

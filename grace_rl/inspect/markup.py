@@ -106,12 +106,14 @@ def address(path: str, /, **query: Any) -> str:
 
 def _lead(link: Any, row: Mapping[str, Any]) -> str:
     """Where a cell leads: what a function says, or a path and the values of the row that it takes,
-    as in `{"path": "/group", "run": "first", "of": ["step", "group"]}`; "" where one is None."""
+    as in `{"path": "/group", "run": "first", "of": {"step": "step"}}` (the name there, the name in
+    the row); "" where one is None."""
     if callable(link):
         return str(link(row))
-    if any(row[name] is None for name in link["of"]):
+    values = {name: row[column] for name, column in link["of"].items()}
+    if None in values.values():
         return ""
-    return address(link["path"], run=link["run"], **{name: row[name] for name in link["of"]})
+    return address(link["path"], run=link["run"], **values)
 
 
 TEMPLATES.globals |= {"address": address, "lead": _lead}

@@ -87,7 +87,7 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
     """Runs, those in folders of runs, and those at addresses, in this order.
 
     Raises:
-        UserError: There is no run; all such paths together.
+        UserError: There is no run, all such paths together; or one is given twice.
     """
     runs: list[Run] = []
     problems: list[str] = []
@@ -98,7 +98,24 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
             problems += error.problems
     if problems:
         raise UserError(problems)
+    _distinct_names(runs)
     return runs
+
+
+def _distinct_names(runs: Sequence[Run]) -> None:
+    """Tell runs of one folder name apart by their paths.
+
+    Raises:
+        UserError: The same run twice.
+    """
+    paths = [run.path.resolve() for run in runs]
+    if twice := {str(path) for path in paths if paths.count(path) > 1}:
+        raise UserError([f"{path}: given twice" for path in sorted(twice)])
+    for parts in range(2, max(len(path.parts) for path in paths) + 1):
+        names = [run.name for run in runs]
+        for run, path in zip(runs, paths, strict=True):
+            if names.count(run.name) > 1:
+                run.name = str(Path(*path.parts[-parts:]))
 
 
 def _inside(path: Path) -> list[Path]:

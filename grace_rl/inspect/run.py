@@ -377,22 +377,6 @@ class Run:
             raise UserError(f"{self.path}: no column {', '.join(unknown)}; there are: {there}")
 
 
-def distinct_names(runs: Sequence[Run]) -> None:
-    """Tell runs of one folder name apart by their paths.
-
-    Raises:
-        UserError: The same run twice.
-    """
-    paths = [run.path.resolve() for run in runs]
-    if twice := {str(path) for path in paths if paths.count(path) > 1}:
-        raise UserError([f"{path}: given twice" for path in sorted(twice)])
-    for parts in range(2, max(len(path.parts) for path in paths) + 1):
-        names = [run.name for run in runs]
-        for run, path in zip(runs, paths, strict=True):
-            if names.count(run.name) > 1:
-                run.name = str(Path(*path.parts[-parts:]))
-
-
 def _order(sort: str | None, descending: bool) -> str:
     """A column to sort by first, those without a value last."""
     return f"{quoted(sort)} {'DESC' if descending else 'ASC'} NULLS LAST, " if sort else ""

@@ -15,7 +15,8 @@ from grace_rl.errors import UserError
 from grace_rl.inspect import Filter, Run, database, views
 from grace_rl.inspect.checkpoints import Checkpoint, checkpoints
 from grace_rl.inspect.neighbours import nearest_by_rationale, pool_of_step
-from grace_rl.inspect.run import HEAVY, distinct_names
+from grace_rl.inspect.remote import open_runs
+from grace_rl.inspect.run import HEAVY
 from grace_rl.rollout.store import cut_rollouts
 from grace_rl.run.checkpoints import mark_complete
 
@@ -116,11 +117,10 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path, run_fo
     for path in paths:
         path.parent.mkdir(parents=True)
         shutil.copytree(run_folder, path)
-    runs = [Run(path) for path in (*paths, run_folder)]
-    distinct_names(runs)
+    runs = open_runs([str(path) for path in (*paths, run_folder)])
     assert [run.name for run in runs] == ["a/day/run", "b/day/run", "c/run", "written"]
     with pytest.raises(UserError, match="given twice"):
-        distinct_names([Run(run_folder), Run(run_folder)])
+        open_runs([str(run_folder), f"{run_folder}/."])
 
 
 def test_new_steps_appear_and_cut_ones_go(

@@ -108,9 +108,9 @@ def _columns(run: Run, groups: bool) -> dict[str, str]:
     return columns | {REWARD + label: label for label in run.rewards} | {"total": "total"}
 
 
-def _to(path: str, run: Run, *names: str) -> dict[str, Any]:
-    """A link of a table's cells, which takes these values of its row."""
-    return {"path": path, "run": run.name, "of": names}
+def _to(path: str, run: Run, *names: str, **others: str) -> dict[str, Any]:
+    """A link of a table's cells, which takes these values of its row; others by another name."""
+    return {"path": path, "run": run.name, "of": {name: name for name in names} | others}
 
 
 def _turns(page: int, count: int, size: int, where: Callable[[int], str]) -> dict[str, Any]:
@@ -220,12 +220,15 @@ def compare(site: Site, query: Query) -> Page:
         "recipe": views.recipe_rows([run, other]),
         "scores": [views.summary(one) for one in (run, other)],
         "replays": replayed,
-        "replay_links": {"first": _replay_of(run, "first"), "second": _replay_of(other, "second")},
+        "replay_links": {
+            "first": _to("/replays", run, "name"),
+            "second": _to("/replays", other, "name"),
+        },
         "groups": views.changed_groups(run, other, scored, SHOWN),
         "scored": scored,
         "group_links": {
-            "total_first": _group_of(run, "first"),
-            "total_second": _group_of(other, "second"),
+            "total_first": _to("/group", run, step="step_first", group="group_first"),
+            "total_second": _to("/group", other, step="step_second", group="group_second"),
         },
         "rows": rows,
         "count": count,
@@ -233,20 +236,6 @@ def compare(site: Site, query: Query) -> Page:
         "limit": CUT,
     }
     return Page("compare", f"{run.name} and {other.name}", "/compare", values)
-
-
-def _group_of(run: Run, place: str) -> Callable[[Mapping[str, Any]], str]:
-    """Where one of the two groups of a row of `views.changed_groups` is shown."""
-    return lambda row: address(
-        "/group", run=run.name, step=row[f"step_{place}"], group=row[f"group_{place}"]
-    )
-
-
-def _replay_of(run: Run, place: str) -> Callable[[Mapping[str, Any]], str]:
-    """Where one of the two replays of a row of `views.replay_rows` is shown."""
-    return lambda row: (
-        "" if row[place] is None else address("/replays", run=run.name, name=row["name"])
-    )
 
 
 def neighbours(site: Site, query: Query) -> pd.DataFrame:
