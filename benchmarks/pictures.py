@@ -3,7 +3,8 @@
     python benchmarks/pictures.py runs/quickstart
 
 Needs Chromium (`make browser`). Each view is opened in the page of `grace-rl inspect` and written
-to docs/images/inspect-<view>.png; the rollout is the best one of the last stored step.
+to docs/images/inspect-<view>.png, in 64 colours; the rollout is the best one of the last stored
+step.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from grace_rl.inspect import Run
@@ -40,15 +43,18 @@ def main(paths: list[str]) -> None:
         line = next(line for line in server.stdout if "http://" in line)
         address = line[line.index("http://") :].split()[0]
         with sync_playwright() as playwright:
-            path = shutil.which("chromium")
-            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+            )
             page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
             page.set_default_timeout(PATIENCE)
             for name, (place, there) in views.items():
                 page.goto(address + place)
                 page.locator(there).first.wait_for()
-                page.screenshot(path=IMAGES / f"inspect-{name}.png")
-                print(f"docs/images/inspect-{name}.png")
+                picture = Image.open(BytesIO(page.screenshot())).convert("RGB")
+                path = IMAGES / f"inspect-{name}.png"
+                picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+                print(f"docs/images/{path.name}: {path.stat().st_size / 1000:.0f} kB")
             browser.close()
     finally:
         server.terminate()

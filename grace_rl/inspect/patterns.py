@@ -140,7 +140,8 @@ def pattern_tables(rollouts: pa.Table, known: set[str]) -> dict[str, pd.DataFram
     ranked = trained.sort_values(["at", "advantage", "row"], ascending=[True, False, True])
     trained["best"] = ~ranked["at"].duplicated()  # by index: the first of each group
 
-    words, odd = _group_words(table, trained, lists, np.array([name in known for name in names]))
+    known_names = np.array([name in known for name in names], dtype=bool)
+    words, odd = _group_words(table, trained, lists, known_names)
     distinct = lists.distinct().counts[trained["said"]]
     doubled = lists.doubled()
     count = lists.counts[trained["said"]]

@@ -200,6 +200,18 @@ def test_patterns_are_those_of_the_obvious_way(
     assert expected.drop(columns=["row", "odd"]).any().all()
 
 
+@pytest.mark.parametrize("advantage", [0.5, None])
+def test_texts_without_words_and_steps_of_anchors_alone_have_patterns(
+    advantage: float | None, tmp_path: Path
+) -> None:
+    columns = {"example": [0], "group": [0], "role": ["query"], "text": ["!?"], "rationale": [""]}
+    columns |= {"token_ids": [[1]], "truncated": [False], "advantage": [advantage]}
+    write_rollouts(tmp_path, 1, columns)
+    found = learned(Run(tmp_path))
+    assert list(found.steps["empty"]) == ([] if advantage is None else [1.0])
+    assert found.words.empty and found.alarms == []
+
+
 def test_an_alarm_names_the_words(tmp_path: Path) -> None:
     run = Run(planted_run(tmp_path / "filler", "filler"))
     found = learned(run)
