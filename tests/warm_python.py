@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import random
@@ -215,6 +216,7 @@ def become(order: dict[str, Any]) -> None:
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["environment"])
+    atexit.register(gc.unfreeze)  # some libraries count what is left at the end
     random.seed()
     subprocess.Popen = Popen  # type: ignore[misc]
     sys.orig_argv = arguments = order["arguments"]
@@ -244,6 +246,8 @@ if __name__ == "__main__":
         with contextlib.suppress(ModuleNotFoundError):
             __import__(name)
     sys.modules["warm_python"] = sys.modules["__main__"]
+    gc.collect()
+    gc.freeze()  # no child looks through all this for garbage, or copies its pages
     if order := serve(sys.argv[1], int(sys.argv[2])):
         become(order)
     else:
