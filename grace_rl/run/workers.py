@@ -184,6 +184,7 @@ def _ray() -> tuple[Any, Any]:
         raise UserError("--engine ray: needs Ray; pip install 'grace-rl[ray]'")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its errors are retried, or ours
     import ray
     import ray.data as data
 
