@@ -125,8 +125,8 @@ class _Worker:
 
     Args:
         make: See `run_all`.
-        begun: Counts how often an item was begun: Ray gives one to a worker again, without end,
-            where a worker or its node is lost.
+        begun: Counts how often an item was begun and not ended: Ray gives it to a worker again,
+            and again, where a worker or its node is lost.
         folder: Where the command was given; what paths are relative to.
     """
 
@@ -144,6 +144,7 @@ class _Worker:
             if self._work is None:  # here and not above, for what is raised there Ray tries again
                 self._work = self._make()
             answer["result"] = json.dumps(self._work(json.loads(item)))
+            self._begun.ended.remote(int(number))
         except UserError as error:
             answer["problems"] = json.dumps(error.problems)
         except Exception:
@@ -168,6 +169,10 @@ class _Begun:
         """How often the item was begun, with this time."""
         self._times[number] += 1
         return self._times[number]
+
+    def ended(self, number: int) -> None:
+        """Forget it; it may be asked for again with others that were not done."""
+        del self._times[number]
 
 
 _QUIET = {
