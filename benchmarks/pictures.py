@@ -3,7 +3,7 @@
     python benchmarks/pictures.py runs/quickstart
 
 Needs Chromium (`make browser`). Each view is opened in the page of `grace-rl inspect` and written
-to docs/images/inspect-<view>.png, in 64 colours; the rollout is the best one of the last stored
+to docs/images/inspect-<view>.png, in 256 colours; the rollout is the best one of the last stored
 step.
 """
 
@@ -21,7 +21,7 @@ from playwright.sync_api import sync_playwright
 from grace_rl.inspect import Run
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-WIDTH, HEIGHT = 1120, 760
+WIDTH, HEIGHT = 1120, 1040
 PATIENCE = 600_000  # milliseconds
 
 
@@ -29,10 +29,11 @@ def main(paths: list[str]) -> None:
     run = Run(paths[0])
     step = run.steps()[-1]
     best = run.rollouts(step=step, sort="total", descending=True, limit=1).iloc[0]
+    measured = "[data-stream*='/credit'][aria-busy=false]"  # what each word earned
     views = {
         "overview": ("/", "figure svg path"),
-        "rollout": (f"/rollout?step={step}&row={best['row']}", "[data-part^=credit] .tokens"),
-        "group": (f"/group?step={step}&group={best['group']}", "[data-part^=credit] .tokens"),
+        "rollout": (f"/rollout?step={step}&row={best['row']}", measured),
+        "group": (f"/group?step={step}&group={best['group']}", measured),
         "learned": ("/learned", "text=Words that changed most"),
         "map": ("/map", ".map .frame.shown a"),
     }
@@ -53,7 +54,7 @@ def main(paths: list[str]) -> None:
                 page.locator(there).first.wait_for()
                 picture = Image.open(BytesIO(page.screenshot())).convert("RGB")
                 path = IMAGES / f"inspect-{name}.png"
-                picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+                picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
                 print(f"docs/images/{path.name}: {path.stat().st_size / 1000:.0f} kB")
             browser.close()
     finally:
