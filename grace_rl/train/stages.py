@@ -22,7 +22,9 @@ from grace_rl.launch.preflight import check_stages
 from grace_rl.recipe import Recipe
 from grace_rl.recipe.stages import Chain, Stage
 from grace_rl.run.directory import RunDirectory
+from grace_rl.run.identity import input_digests
 from grace_rl.run.processes import join_processes
+from grace_rl.run.recipe_differences import may_change
 from grace_rl.run.records import read_recipe, read_status
 from grace_rl.run.screen import Screen
 from grace_rl.train.run import DONE, train
@@ -46,7 +48,8 @@ def train_chain(chain: Chain, *, overwrite: bool = False) -> int:
     run = RunDirectory(chain.output_dir, PartialState())
     if not overwrite:
         run.on_main(partial(_check_finished, chain))
-    run.open(chain.resolved(), overwrite=overwrite)
+    told = chain.resolved()
+    run.open(told, inputs=lambda: input_digests(told, may_change), overwrite=overwrite)
     try:
         for number, stage in enumerate(chain.stages, start=1):
             finished = run.on_main(partial(is_finished, stage))

@@ -22,6 +22,7 @@ from grace_rl.errors import UserError
 from grace_rl.recipe.stages import Chain, load
 from grace_rl.run.records import read_metrics, read_status
 from grace_rl.train.stages import check_stages, train_chain
+from grace_rl.train.stop import INTERRUPTED
 
 SHARED: dict[str, Any] = {
     "model_name_or_path": "scenes",
@@ -157,6 +158,25 @@ def test_rows_and_rewards_of_every_stage_are_looked_at_before_the_first_starts(
     assert not (tmp_path / "run").exists()
     good = loaded(chain_file(tmp_path, {"method": "reconstruction"}, GRPO))
     assert check_stages(good) == [24, 24]
+
+
+def test_a_chain_goes_on_with_the_rows_it_began_with_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = [json.dumps(row) + "\n" for row in scenes.rows(form="triplet", count=8)]
+    rows.write_text("".join(lines))
+    own = {"dataset_name": str(rows), "dataset_rows": None}
+    file = chain_file(tmp_path, {"method": "reconstruction"}, {"method": "infonce"}, **own)
+    monkeypatch.setattr("grace_rl.train.stages.run_stage", lambda stage, run: INTERRUPTED)
+    assert train_chain(loaded(file)) == INTERRUPTED  # between two stages, say
+    rows.write_text("".join(lines[::-1]))
+    with pytest.raises(UserError) as error:
+        train_chain(loaded(file))
+    keys = [problem.split(":")[0] for problem in error.value.problems[1:]]
+    assert keys == ["stages.1.dataset_name", "stages.2.dataset_name"]
+    rows.write_text("".join(lines))
+    assert train_chain(loaded(file)) == INTERRUPTED
 
 
 @pytest.mark.slow
