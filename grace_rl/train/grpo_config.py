@@ -152,7 +152,8 @@ def reward_problems(args: Any, rewards: Sequence[LoadedReward]) -> list[str]:
             f"multi_objective_aggregation: normalize_then_sum forms no totals for the gate "
             f"{', '.join(gates)} to act on; use sum_then_normalize"
         )
-    weights = args.reward_weights or [reward.weight for reward in rewards]
+    weights = args.reward_weights
+    weights = [reward.weight for reward in rewards] if weights is None else weights
     if len(weights) != len(rewards):
         problems.append(
             f"reward_weights: has {len(weights)} numbers for {len(rewards)} rewards; "

@@ -127,6 +127,9 @@ def test_every_number_of_the_libraries_has_a_range(method: str) -> None:
         ("attn_implementation", "flash_attention_2"), ("report_to", "comet_ml"),
         ("model", "x"), ("torch_dtype", "bfloat16"), ("max_prompt_length", "3"),
         ("rewards", "[{name: contrastive, weight: 0}]"), ("dataset_rows", "1000000000000"),
+        ("loss_type", "nll"), ("reward_weights", "[]"), ("generation_kwargs", "zz"),
+        ("accelerator_config", ""), ("cache_implementation", "quantized"),
+        ("dataloader_multiprocessing_context", "fork"),
     ],
 )  # fmt: skip
 def test_what_would_end_a_run_late(
