@@ -39,6 +39,13 @@ def test_generated_inputs_are_read_or_refused(root: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_value_of_a_key_trains_or_is_refused_by_its_key(root: Path) -> None:
+    result = measured(root, "values", "--one_of", "211", "--seed", "5")
+    assert result["wrong"] == [] and result["values"] > 10
+    assert {name.partition(": ")[2] for name in result["outcomes"]} == {"runs", "refused"}
+
+
+@pytest.mark.slow
 def test_a_longer_run_keeps_its_memory_and_files(root: Path) -> None:
     result = measured(root, "long", "--steps", "100")
     assert result["wrong"] == [] and result["steps"] == 100
