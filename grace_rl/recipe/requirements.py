@@ -195,6 +195,10 @@ def idle_problems(config: Any, given: Mapping[str, Any]) -> Iterator[str]:
             config.dataloader_num_workers == 0,
             "needs dataloader_num_workers above 0",
         ),
+        "dataloader_persistent_workers": (
+            config.dataloader_num_workers == 0,
+            "needs dataloader_num_workers above 0",
+        ),
         "fsdp_config": (not config.fsdp, "needs fsdp: true"),
         "greater_is_better": (not compares, "needs load_best_model_at_end: true"),
         "include_for_metrics": (True, "no metrics of transformers' are computed"),
@@ -205,12 +209,19 @@ def idle_problems(config: Any, given: Mapping[str, Any]) -> Iterator[str]:
         ),
         "push_to_hub": (True, upload),
         "resume_from_checkpoint": (True, "a run resumes by itself; start it again"),
+        "save_only_model": (
+            True,
+            "a run could not go on from such a checkpoint as if it had not been ended; "
+            "save_total_limit says how many are kept",
+        ),
         "trust_remote_code": (True, "a policy is read by transformers' own code only"),
     }
     for key in ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision"):
         asked[key] = (True, upload)
     yield from (
-        f"{key}: has no effect: {reason}" if key != "push_to_hub" else f"{key}: {reason}"
+        f"{key}: {reason}"
+        if key in ("push_to_hub", "save_only_model")
+        else f"{key}: has no effect: {reason}"
         for key, (idle, reason) in asked.items()
         if idle and given.get(key) not in (None, False, [], {}, "")
     )

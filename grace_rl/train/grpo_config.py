@@ -30,6 +30,8 @@ def rollout_problems(config: GraceGRPOConfig) -> Iterator[str]:
     """What TRL would take, and rollouts cannot use."""
     if config.remove_unused_columns:
         yield "remove_unused_columns: would take the texts away from the rewards; leave it out"
+    if config.auto_find_batch_size:
+        yield "auto_find_batch_size: whole rows fill a batch, so it has one size; leave it out"
     if config.max_completion_length is None:
         yield "max_completion_length: must be at least 1, not None"
     if config.anchor_steps and all(role.train for role in config.roles.values()):

@@ -129,7 +129,8 @@ def test_every_number_of_the_libraries_has_a_range(method: str) -> None:
         ("rewards", "[{name: contrastive, weight: 0}]"), ("dataset_rows", "1000000000000"),
         ("loss_type", "nll"), ("reward_weights", "[]"), ("generation_kwargs", "zz"),
         ("accelerator_config", ""), ("cache_implementation", "quantized"),
-        ("dataloader_multiprocessing_context", "fork"),
+        ("dataloader_multiprocessing_context", "fork"), ("save_only_model", "true"),
+        ("dataloader_persistent_workers", "true"), ("auto_find_batch_size", "true"),
     ],
 )  # fmt: skip
 def test_what_would_end_a_run_late(
