@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=4 python benchmarks/encode.py speed
     OMP_NUM_THREADS=4 python benchmarks/encode.py speed --scenes 16 --dtype bfloat16
+    OMP_NUM_THREADS=1 python benchmarks/encode.py documents --model FOLDER --dtype bfloat16
     python benchmarks/encode.py memory
 
 `speed`: a Qwen3 of about 10M random parameters (or --model FOLDER) writes up to --tokens tokens for
@@ -10,6 +11,9 @@ in turn, --repeats times after a warm-up: (a) a plain loop of generate and one f
 --loop-texts of them; (b) the same vLLM engine generating for the same prompts and nothing else; our
 encoder with transformers, with vLLM, and with everything in its cache. Timed by the clock and in
 processor time, which a busy machine disturbs less.
+
+`documents`: texts that are not written for, by the reader `joint`, and sentence-transformers' own
+encode of the same model with mean pooling, in turn.
 
 `memory`: the peak of `grace-rl embed` on --small and on --large texts, each in its own process.
 """
@@ -32,9 +36,12 @@ from typing import Any
 
 import torch
 from random_policy import save_random_policy
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, Transformer
 
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder
+from grace_rl.embed.reader import ReaderConfig
 from grace_rl.embed.settings import EncoderSettings
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("speed", "memory"))
+    parser.add_argument("what", choices=tuple(WHAT))
     parser.add_argument("--model", help="a language model's folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--scenes", type=int, default=1, help="how long a text is")
@@ -57,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
-        found = (speed if options.what == "speed" else memory)(options, Path(folder))
+        found = WHAT[options.what](options, Path(folder))
     found["options"] = vars(options)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"encode-{options.what}.json"
@@ -180,6 +187,47 @@ def loop(encoder: RationaleEncoder, text: str) -> torch.Tensor:
     return vector
 
 
+# -- documents ---------------------------------
+
+
+def documents(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    model, dtype = Path(options.model or folder / "model"), getattr(torch, options.dtype)
+    if not options.model:
+        save_random_policy(model, dtype=dtype)
+    ours = RationaleEncoder.from_pretrained(
+        model,
+        settings=EncoderSettings(instruction=None, reader=ReaderConfig(span="joint")),
+        model_kwargs={"dtype": dtype},
+    )
+    theirs = SentenceTransformer(
+        modules=[
+            Transformer(str(model), model_args={"dtype": dtype}),
+            Pooling(ours.model.config.hidden_size),
+        ],
+        device="cpu",
+    )
+    theirs.max_seq_length = ours.max_seq_length
+    theirs.tokenizer.pad_token = theirs.tokenizer.pad_token or theirs.tokenizer.eos_token
+    texts = [row["query"] for row in scenes.rows("train", "triplet", options.texts)]
+    runs = {
+        "sentence-transformers": lambda: theirs.encode(texts, batch_size=32),
+        "ours": lambda: ours.encode(texts, "none"),
+    }
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(options.repeats + 1):
+        for name, run in runs.items():
+            used = time.process_time()
+            run()
+            if repeat:
+                cpu[name].append(len(texts) / (time.process_time() - used))
+    for name, values in cpu.items():
+        low, high, middle = min(values), max(values), statistics.median(values)
+        print(f"{name:>22}: {middle:.1f} texts per processor second ({low:.1f} to {high:.1f})")
+    ratio = statistics.median(cpu["ours"]) / statistics.median(cpu["sentence-transformers"])
+    print(f"ours / sentence-transformers: {ratio:.2f}")
+    return {"texts_per_processor_second": cpu, "ratio": ratio}
+
+
 # -- memory ---------------------------------
 
 
@@ -209,6 +257,8 @@ def memory(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     print(f"peak of {options.large:,} to peak of {options.small:,} texts: {ratio:.3f}")
     return {"peak_mib": peaks, "ratio": ratio}
 
+
+WHAT = {"speed": speed, "documents": documents, "memory": memory}
 
 if __name__ == "__main__":
     main()

@@ -6,8 +6,9 @@
 
 Rows of scenes (quads, every role trained, 8 samples: 32 rollouts a row) are written for by a Qwen3
 of about 10M random parameters (or --model) with exactly --tokens tokens each, and one optimizer
-step follows; with --off-policy two steps of half the batch. The variants take turns, one generation
-batch at a time, --repeats times after a warm-up:
+step follows; with --off-policy two steps of half the batch, with --vllm each variant has an engine
+of its own. The variants take turns, one generation batch at a time, --repeats times after a
+warm-up:
 
 - `trl`: TRL's GRPOTrainer with a constant reward.
 - `encodes`: the same with the reward that one would write by hand: it encodes the rationales with
@@ -46,7 +47,7 @@ from grace_rl.data import scenes
 from grace_rl.data.bundles import Bundles, parse_roles
 from grace_rl.embed.hidden_states import decoder_stack
 from grace_rl.recipe.roles import RoleConfig
-from grace_rl.rollout.engines import GRPOTrainer
+from grace_rl.rollout.engines import GRPOTrainer, repair_weight_push, vllm_start
 from grace_rl.rollout.policy import load_policy
 from grace_rl.rollout.prompts import PromptTemplate
 from grace_rl.train import phases
@@ -73,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="a language model's folder")
     parser.add_argument("--lora", action="store_true", help="train an adapter (rank 16)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--vllm", action="store_true", help="vLLM writes, in this process")
     parser.add_argument("--autocast", action="store_true", help="bf16: true")
     parser.add_argument("--output", help="name of the file in benchmarks/results")
     return parser
@@ -129,10 +131,12 @@ def build(name: str, options: argparse.Namespace, model: Path, folder: Path) -> 
         "gradient_accumulation_steps": rollouts // parts // micro,
         "steps_per_generation": rollouts // micro,
         "max_completion_length": options.tokens,
-        "generation_kwargs": {"min_new_tokens": options.tokens},
+        "generation_kwargs": {"min_tokens" if options.vllm else "min_new_tokens": options.tokens},
         "learning_rate": 1e-6,
         "use_cpu": True,
         "bf16": options.autocast,
+        "use_vllm": options.vllm,
+        "vllm_max_model_length": 512,
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -160,13 +164,16 @@ def build(name: str, options: argparse.Namespace, model: Path, folder: Path) -> 
     prompts = [template.render(text.text) for text in bundles.prompts]
     data = Dataset.from_dict({"prompt": [prompt.string for prompt in prompts]})
     ids = {prompt.string: prompt.token_ids for prompt in prompts}
-    trainer = PlainTRL(
-        model=policy,
-        reward_funcs=[constant if span == "trl" else ByHand()],
-        args=GRPOConfig(**arguments, shuffle_dataset=False),
-        train_dataset=data,
-        **shared,
-    )
+    with vllm_start(options.vllm):
+        trainer = PlainTRL(
+            model=policy,
+            reward_funcs=[constant if span == "trl" else ByHand()],
+            args=GRPOConfig(**arguments, shuffle_dataset=False),
+            train_dataset=data,
+            **shared,
+        )
+    if options.vllm:
+        repair_weight_push(trainer.vllm_generation)
     trainer.prompt_ids = ids
     for function in trainer.reward_funcs:
         if isinstance(function, ByHand):
