@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.encoder_module import Encoder
+from grace_rl.embed.hidden_states import decoder_blocks, decoder_stack, layer_numbers
 from grace_rl.embed.sentence_encoder import SentenceEncoder
 from grace_rl.embed.settings import SETTINGS_FILE, EncoderSettings
 from grace_rl.embed.soft_token_encoder import SoftTokenEncoder
@@ -102,8 +103,12 @@ def look_before(folder: str | Path, kind: EncoderKind) -> None:
     Raises:
         UserError: It is damaged.
     """
-    if kind.settings is not None:
-        kind.settings.template(outline_policy(folder).tokenizer)
+    if (own := kind.settings) is None:
+        return
+    policy = outline_policy(folder)
+    own.template(policy.tokenizer)
+    if own.reader.reads_with_language_model:
+        layer_numbers(own.reader.layers, len(decoder_blocks(decoder_stack(policy.model))))
 
 
 def usable_device(told: str | None) -> str:

@@ -272,7 +272,6 @@ class RunDirectory:
             folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
         for path in self.path.glob("traceback-*.txt"):
             path.unlink()
-        (self.checkpoints / "README.md").unlink(missing_ok=True)  # TRL's model card
         for name in ("completions", "runs"):  # log_completions, TensorBoard
             shutil.rmtree(self.checkpoints / name, ignore_errors=True)
         shutil.rmtree(self.path / "stages", ignore_errors=True)

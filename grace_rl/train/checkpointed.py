@@ -57,6 +57,10 @@ class CheckpointMixin:
             plugin.deepspeed_config["zero_optimization"][GATHER_ON_SAVE] = True
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """A checkpoint has none: `grace-rl push` writes one of the whole run. TRL's would be made
+        at every save, from a file that a locale without UTF-8 cannot read."""
+
     def save_extra_state(self, folder: Path) -> None:
         """Write further files into a checkpoint; called on the main process only."""
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.hidden_states import decoder_stack, layer_numbers, mix_layers, tap_layers
+from grace_rl.embed.loading import encoder_kind, look_before
 from grace_rl.embed.reader import Reader
 from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.errors import UserError
@@ -81,4 +82,6 @@ def test_an_edited_grace_json_is_refused(
     (folder / "grace.json").write_text(json.dumps(settings | {key: value}))
     with pytest.raises(UserError) as error:
         RationaleEncoder.from_pretrained(folder)
-    assert key in error.value.problems[0]
+    with pytest.raises(UserError) as before:  # the weights are not loaded for it
+        look_before(folder, encoder_kind(folder))
+    assert key in error.value.problems[0] and key in before.value.problems[0]

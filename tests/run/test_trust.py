@@ -18,7 +18,7 @@ SETTINGS = (
     "--dataset_rows 8 --per_device_train_batch_size 16 --max_steps 2 "
     "--save_steps 1 --max_completion_length 8 --evaluation null --print_rollouts_steps 0"
 )
-DATA = {".safetensors", ".json", ".jsonl", ".yaml", ".parquet", ".jinja", ".md", ".txt", ".lock"}
+DATA = {".safetensors", ".json", ".jsonl", ".yaml", ".parquet", ".jinja", ".txt", ".lock"}
 TORCH = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
 
 
