@@ -154,9 +154,12 @@ def values(folder: Path, only: str = "", one_of: int = 1, seed: int = 0) -> dict
     for number, (method, key, value) in enumerate(tries(only)):
         if number % one_of != seed % one_of:
             continue
-        code, said = _tried(folder, method, key, value)
+        try:
+            code, said = _tried(folder, method, key, value)
+        except KeyboardInterrupt:  # what was done until now counts
+            break
         # A rule of several keys names the one that it would change.
-        places = ("--", f"{folder / 'values.yaml'}:")
+        places = ("--", f"{folder / 'values.yaml'}:", f"{key}.", f"{key}:")
         named = any(line.startswith(places) for line in said.splitlines())
         kind = {0: "runs", 2: "refused"}.get(code, "wrong")
         outcomes[f"{method}: {kind}"] += 1

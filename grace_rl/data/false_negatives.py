@@ -178,19 +178,27 @@ def load_false_negatives(
     """
     if config is None:
         return None
-    if is_guide(Path(config.guide)):
-        guide = Guide(config.guide)
-        guide.check_knows(rows)
-    elif run_folder is None:
-        scratch = tempfile.TemporaryDirectory(prefix="grace-rl-guide-")
-        guide = build_guide(Path(scratch.name), lambda: rows, config.guide)
-        guide.scratch = scratch
-    else:
-        from accelerate import PartialState
-
-        with PartialState().main_process_first():
-            guide = _built(run_folder / "guide", rows, config.guide)
+    try:
+        guide = _guide(config.guide, rows, run_folder)
+    except UserError as error:
+        raise UserError([f"false_negatives.guide: {one}" for one in error.problems]) from error
     return FalseNegatives(config, guide)
+
+
+def _guide(name: str, rows: Sequence[dict[str, Any]], run_folder: Path | None) -> Guide:
+    if is_guide(Path(name)):
+        guide = Guide(name)
+        guide.check_knows(rows)
+        return guide
+    if run_folder is None:
+        scratch = tempfile.TemporaryDirectory(prefix="grace-rl-guide-")
+        guide = build_guide(Path(scratch.name), lambda: rows, name)
+        guide.scratch = scratch
+        return guide
+    from accelerate import PartialState
+
+    with PartialState().main_process_first():
+        return _built(run_folder / "guide", rows, name)
 
 
 def _built(folder: Path, rows: Sequence[dict[str, Any]], encoder: str) -> Guide:

@@ -199,6 +199,9 @@ def test_a_misspelt_encoder_leaves_nothing_behind(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         build_guide(tmp_path, lambda: ROWS, str(tmp_path / "nowhere"))
     assert len(build_guide(tmp_path, lambda: ROWS, "two_alike", two_alike)) == 12
+    config = FalseNegativeConfig(guide=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"^false_negatives\.guide: "):
+        load_false_negatives(config, ROWS, None)
 
 
 def test_sigma_is_above_random_pairs_and_not_above_most_positives(tmp_path):
