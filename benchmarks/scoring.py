@@ -4,7 +4,7 @@
 
 Quads, 64 rollouts of each text, vectors of --dim. Seconds of processor time are the median of
 --repeats; beside them those that a step takes which writes and trains as many rollouts, by
-benchmarks/results/step.json. Memory is the peak of resident memory
+benchmarks/results/step-on-policy.json. Memory is the peak of resident memory
 in one scoring above that before it.
 """
 
@@ -55,8 +55,8 @@ def main() -> None:
         peak = memory("VmHWM") - before
         found[f"{length} tokens"] = {"seconds": statistics.median(seconds[1:]), "peak": peak}
         print(f"{length:>4} tokens: {statistics.median(seconds[1:]):.3f} s, {peak / 2**20:.1f} MiB")
-    if (RESULTS / "step.json").exists():
-        step = json.loads((RESULTS / "step.json").read_text())
+    if (RESULTS / "step-on-policy.json").exists():
+        step = json.loads((RESULTS / "step-on-policy.json").read_text())
         rows = step["options"]["rows"]
         cpu = statistics.median(step["runs"]["trl"]["cpu"]) / (rows * 32) * options.rollouts
         share = found["48 tokens"]["seconds"] / cpu
