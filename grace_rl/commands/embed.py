@@ -107,7 +107,12 @@ def _problems(options: argparse.Namespace, shard: tuple[int, int] | None) -> lis
     problems = []
     if shard is None:
         problems.append(f"--shard: must be I/N with 1 <= I <= N, such as 2/4, not {options.shard}")
-    if Path(options.output).suffix not in (".parquet", ""):
+    if "://" in options.output:
+        problems.append(
+            f"--output: must lie on a disk that all workers see, such as a mounted store, not at "
+            f"the address {options.output}"
+        )
+    elif Path(options.output).suffix not in (".parquet", ""):
         problems.append(f"--output: must be a .parquet file or a folder, not {options.output}")
     if options.chunk < 1:
         problems.append(f"--chunk: must be at least 1, not {options.chunk}")

@@ -26,6 +26,7 @@ from grace_rl.embed.settings import (
     EncoderSettings,
     RationaleMode,
     Writing,
+    pinned_prompts,
 )
 from grace_rl.embed.writer import RationaleWriter
 from grace_rl.errors import UserError, reading
@@ -92,11 +93,7 @@ class RationaleEncoder(EncoderModule):
         self.temperature = 1.0
         self.seed = 0
         self.writer = RationaleWriter(model, tokenizer, template, end_ids, batch_size, folder)
-        self.writer.pinned = {
-            role.instruction: role.prompt
-            for role in self.roles.values()
-            if role.instruction is not None and role.prompt is not None
-        }
+        self.writer.pinned = pinned_prompts(self.roles)
 
     # -- loading and saving ---------------------------------
 

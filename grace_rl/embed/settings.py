@@ -120,6 +120,17 @@ class EncoderSettings(Section):
         return load_settings(cls, path)
 
 
+def pinned_prompts(
+    roles: Mapping[Any, EncoderRole],
+) -> dict[str | PromptConfig, tuple[str, str]]:
+    """Instruction -> what stood before and after a text of the role that was trained with it."""
+    return {
+        role.instruction: role.prompt
+        for role in roles.values()
+        if role.instruction is not None and role.prompt is not None
+    }
+
+
 def encoder_roles(
     roles: Mapping[str, RoleConfig], prompts: Mapping[str, PromptTemplate]
 ) -> dict[Any, EncoderRole]:

@@ -51,6 +51,7 @@ from grace_rl.run.recipe_differences import differences, may_change
 from grace_rl.run.records import (
     cut_metrics,
     cut_rollouts,
+    read_prompts,
     read_recipe,
     read_record,
     read_status,
@@ -351,18 +352,13 @@ class RunDirectory:
         Raises:
             UserError: What was kept is damaged.
         """
-        advice = "give --overwrite to begin anew"
 
         def kept() -> dict[str, tuple[str, str]]:
             try:
-                found = read_record(self.prompt, advice)
+                return read_prompts(self.prompt, now, "give --overwrite to begin anew")
             except FileNotFoundError:
                 write_json(self.prompt, now)
                 return dict(now)
-            try:
-                return {name: _two_texts(found[name]) for name in now}
-            except (KeyError, ValueError) as error:
-                raise UserError(f"{self.prompt}: holds no such prompt: {error}; {advice}") from None
 
         pinned: dict[str, tuple[str, str]] = self.on_main(kept)
         return pinned
@@ -397,12 +393,6 @@ class RunDirectory:
         if problems:
             raise UserError(problems)
         return result
-
-
-def _two_texts(given: Any) -> tuple[str, str]:
-    if not (isinstance(given, list) and [type(one) for one in given] == [str, str]):
-        raise ValueError("must be a list of two texts")
-    return given[0], given[1]
 
 
 def _dump(recipe: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,28 @@ def read_record(path: Path, advice: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: is damaged: it holds no mapping; {advice}")
     return content
+
+
+def read_prompts(path: Path, names: Iterable[str], advice: str) -> dict[str, tuple[str, str]]:
+    """What stands before and after a text in each prompt that a run keeps.
+
+    Args:
+        path: The file.
+        names: Of the prompts that are asked for.
+        advice: What to do if it is damaged.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: It is damaged, or does not have one of them.
+    """
+    found = read_record(path, advice)
+    prompts = {}
+    for name in names:
+        told = found.get(name)
+        if not (isinstance(told, list) and [type(one) for one in told] == [str, str]):
+            raise UserError(f"{path}: has no two texts for the prompt {name!r}; {advice}")
+        prompts[name] = (told[0], told[1])
+    return prompts
 
 
 def read_recipe(run: str | Path) -> dict[str, Any]:

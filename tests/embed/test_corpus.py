@@ -126,6 +126,8 @@ def test_wrong_options_are_named(model_folder: Path, capsys: pytest.CaptureFixtu
     assert main(["embed", str(model_folder), *arguments]) == 2
     told = capsys.readouterr().err
     assert all(name in told for name in ("--shard", "--output", "--chunk"))
+    assert main(["embed", str(model_folder), "--input", "a.jsonl", "--output", "s3://b/c"]) == 2
+    assert "--output: must lie on a disk" in capsys.readouterr().err
     assert main(["embed", str(model_folder), "--input", "a.jsonl", "--output", "b.parquet"]) == 2
     assert "a.jsonl: there is no such file" in capsys.readouterr().err
 
