@@ -210,7 +210,7 @@ def _all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentP
     """A parser and those of its verbs, all the way down."""
     yield parser
     for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
+        if isinstance(action.choices, dict):  # of verbs
             for verb in action.choices.values():
                 yield from _all_parsers(verb)
 

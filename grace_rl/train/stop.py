@@ -36,6 +36,8 @@ import os, select, signal, sys, time
 
 process, longest, spare, show = int(sys.argv[1]), 0.0, float(sys.argv[2]), int(sys.argv[3])
 told, digits = None, ""
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # whoever ends whole families
+    signal.signal(number, signal.SIG_IGN)
 while os.getppid() == process:
     left = 60 if told is None else max(0, told + longest + spare - time.monotonic())
     if not select.select([0], [], [], left)[0]:
