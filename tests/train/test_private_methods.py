@@ -92,7 +92,6 @@ USED: dict[str, tuple[str, Any, str]] = {
     "_reset_state": ("run/processes", AcceleratorState, "a second run in one process"),
     "_setup_devices": ("train/checkpointed", Trainer, "transformers' name for the device"),
     "_actions": ("cli", argparse.ArgumentParser(), "the nearest option"),
-    "_SubParsersAction": ("cli", argparse, "the verbs of the completion"),
 }
 """Name -> file, owner, why."""
 NO_PRIVATE_NAMES = {"_asdict", "_id", "_abc_impl", "_exit"}  # documented by Python; a column
