@@ -6,6 +6,7 @@ the weights is found before they load, everything together (`outline_policy`).
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -77,7 +79,20 @@ def read_config(path: str | Path, **keywords: Any) -> Any:
         UserError: There is none, or none that transformers knows.
     """
     with reading(path, "config.json"):
-        return AutoConfig.from_pretrained(path, **keywords)
+        return AutoConfig.from_pretrained(base_of(path), **keywords)
+
+
+def base_of(path: str | Path) -> str | Path:
+    """The model that a folder's adapter was trained on; whatever holds no adapter alone, as it is.
+
+    Raises:
+        UserError: The adapter's config cannot be read or names none.
+    """
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file() or (Path(path) / "config.json").is_file():
+        return path
+    with reading(path, file.name):
+        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def is_language_model(config: Any) -> bool:
@@ -143,7 +158,7 @@ def outline_policy(
     except UserError as error:
         problems += error.problems
     try:
-        model = _without_weights(path, config, {**keywords, **(model_init_kwargs or {})})
+        model = _without_weights(base_of(path), config, {**keywords, **(model_init_kwargs or {})})
     except UserError as error:
         problems += error.problems
     if problems or tokenizer is None or model is None:
@@ -217,12 +232,17 @@ def load_policy(
 def load_outlined(
     path: str | Path, model_kwargs: dict[str, Any], tokenizer_kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder as transformers loads them, after a look at it.
+    """Model and tokenizer of a folder as transformers loads them, after a look at it; an adapter is
+    merged into its base.
 
     Raises:
         UserError: With everything that is wrong with the folder.
     """
     outline_policy(path)
     tokenizer = read_tokenizer(path, **tokenizer_kwargs)
+    base = base_of(path)
     with reading(path, "the model"):
-        return AutoModelForCausalLM.from_pretrained(path, **model_kwargs), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(base, **model_kwargs)
+        if base != path:
+            model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+        return model, tokenizer

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from grace_rl.data import scenes
 from grace_rl.embed.encoder import RationaleEncoder
+from grace_rl.embed.loading import load_encoder
 from grace_rl.embed.reader import FROZEN_FOLDER
 from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.settings import EncoderSettings
@@ -184,3 +187,24 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "grace.json").write_text('{"reader": {}, "colour": "red"}')
     with pytest.raises(UserError, match="colour"):
         RationaleEncoder.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_that_is_an_adapter_is_merged_into_its_base(
+    model_folder: Path, texts: list[str], tmp_path: Path
+) -> None:
+    base = RationaleEncoder.from_pretrained(model_folder)
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    policy = get_peft_model(base.model, config)  # type: ignore[arg-type]
+    policy.peft_config["default"].base_model_name_or_path = str(model_folder)
+    policy.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "grace.json"):
+        (tmp_path / name).write_bytes((model_folder / name).read_bytes())
+    shutil.copytree(model_folder / "reader", tmp_path / "reader")
+    (tmp_path / "modules.json").write_bytes((model_folder / "modules.json").read_bytes())
+    merged = load_encoder(tmp_path)
+    assert isinstance(merged, RationaleEncoder)
+    expected = RationaleEncoder.from_pretrained(model_folder)
+    assert expected.encode(texts).rationales != merged.encode(texts).rationales
+    base.model = policy.merge_and_unload()
+    assert base.encode(texts).rationales == merged.encode(texts).rationales
