@@ -40,6 +40,12 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)  # some libraries count what is left at the end
 
 
+@pytest.fixture(autouse=True)
+def _its_own_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret that one test meets is masked in no other's messages."""
+    monkeypatch.setattr("grace_rl.run.secrets._met", set())
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The project's folder."""
