@@ -259,7 +259,8 @@ def _signature(function: Any) -> str:
 
 
 def _fence(text: str) -> str:
-    return f"```text\n{text}\n```"
+    end = "\n" if ">>> " in text else ""  # an example ends at an empty line
+    return f"```text\n{text}\n{end}```"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
