@@ -28,7 +28,8 @@ LOOKUP = 500  # keys a query; sqlite allows 999 parameters everywhere
 WAIT = 120.0  # seconds for another process's write
 MODEL_FILES = (
     "*.safetensors", "*.bin", "config.json", "adapter_config.json", "generation_config.json",
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*", "reader/frozen/*",
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*",
+    "reader/frozen/*",
 )  # fmt: skip
 ENCODER_FILES = (
     *MODEL_FILES, "grace.json", "gircse.json", "reader/centre.safetensors",
